@@ -1,0 +1,74 @@
+"""The engine protocol: who computes, and how. The seam between training and its hardware is the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from esol.tasks.base import Batch, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave on this rank.
+
+    losses: every entry of the task's losses and report, averaged over the micro-batches, detached float32 scalars
+    on the engine's device (not reduced over ranks); grad_norm: global norm before clipping, the same on all ranks;
+    skipped: True where fp16 scaling overflowed and no weight changed.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """One process of a job: owns device, autocast, accumulation, gradient synchronisation, clipping and scaling."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    is_main: bool
+
+    def prepare(self, task: Task, optimizer: torch.optim.Optimizer) -> None:
+        """Moves the task to the device and takes it and its optimizer over; called once per training stage."""
+
+    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches (equal sizes) at learning rate lr.
+
+        Each parameter group learns at lr * group["lr_multiplier"]. A non-finite loss on any rank raises
+        DivergenceError on every rank, naming the batch's sample keys, before any weight changes.
+        """
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision for inference, the same as in training."""
+
+    def reduce(self, values: Tensor, op: Literal["mean", "sum", "max"]) -> Tensor:
+        """The tensor reduced over all ranks, on every rank."""
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensors (equal shapes) of all ranks, in rank order, on every rank."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; a collective that every rank must call."""
+
+    def barrier(self, waiting_for: str) -> None:
+        """Waits for all ranks; bounded, and the error says what it was waiting for."""
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its part of model, optimizer, scaler and RNG state into an existing folder."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what save wrote (weights_only); CheckpointError where it does not fit."""
+
+    def model_state_dict(self) -> dict[str, Tensor]:
+        """The whole task's state on the CPU, float32, on every rank (all ranks must call it)."""
+
+    def close(self) -> None:
+        """Leaves the process group."""

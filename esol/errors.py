@@ -1,0 +1,29 @@
+"""Errors that a user can act on: entry points print the message alone, without a traceback, and exit with 2."""
+
+
+class EsolError(Exception):
+    """Something the user can mend; the message names the file, key or field and says what to do."""
+
+
+class ConfigError(EsolError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(EsolError):
+    """Shards, index, images, labels or masks are missing or damaged."""
+
+
+class CheckpointError(EsolError):
+    """A checkpoint or a stage's output cannot be written, found or used."""
+
+
+class WeightsError(EsolError):
+    """Pretrained weights are missing or do not fit the model."""
+
+
+class DivergenceError(EsolError):
+    """Training produced a non-finite loss or gradient."""
+
+
+class LaunchError(EsolError):
+    """The processes that were started do not form the job that was asked for."""
