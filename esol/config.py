@@ -42,7 +42,9 @@ def _key(
 class DataConfig:
     """Where the shards are and how an image becomes a training crop (RECIPES: IRN resizes the long side, then crops)."""
 
-    root: str = _key(path=True, runtime=True)  # (its content hash counts, not its place) folder or URL that holds index.json
+    root: str = _key(
+        path=True, runtime=True
+    )  # (its content hash counts, not its place) folder or URL that holds index.json
     train_split: str = _key("train")
     score_split: str = _key("train")  # has masks; the split that seeds are made for and scored on
     long_side: tuple[int, int] = _key((320, 640), low=16, high=8192, unit="pixels")  # drawn uniformly
@@ -57,7 +59,9 @@ class ModelConfig:
     """The classification network. kernel_channels 0 is the plain CAM network: classifier straight on the backbone."""
 
     backbone: str = _key("resnet50")  # resnet50, resnet101, small, or timm:<name>
-    weights: str = _key("", path=True, runtime=True)  # (its content hash counts) .safetensors file; "" = download; "none" = random initial weights
+    weights: str = _key(
+        "", path=True, runtime=True
+    )  # (its content hash counts) .safetensors file; "" = download; "none" = random initial weights
     output_stride: Literal[8, 16, 32] = _key(16)
     freeze: Literal["none", "stem", "all"] = _key("stem")  # stem: stem and first two stages (IRN); batch norm always
     kernel_channels: int = _key(256, low=0, high=8192, unit="channels")  # of W1, the expansion sampler's kernel
@@ -241,7 +245,9 @@ def _leaf(kind: Any, value: Any, spec: Any, path: str) -> Any:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             if (low is not None and not number >= low) or (high is not None and not number <= high):
-                raise ConfigError(f"{path} = {number}: must lie between {low} and {high}" + (f" ({unit})" if unit else ""))
+                raise ConfigError(
+                    f"{path} = {number}: must lie between {low} and {high}" + (f" ({unit})" if unit else "")
+                )
     if meta.get("path") and isinstance(value, str):
         value = _expand(value, path)
     return value
@@ -293,7 +299,9 @@ def _expand(value: str, path: str) -> str:
         name = match[1] or match[3]
         found = os.environ.get(name) or match[2]
         if found is None:
-            raise ConfigError(f"{path} = {value!r}: environment variable {name} is not set; export it or give --set {path}=...")
+            raise ConfigError(
+                f"{path} = {value!r}: environment variable {name} is not set; export it or give --set {path}=..."
+            )
         return found
 
     return os.path.expanduser(_VARIABLE.sub(variable, value))

@@ -1,0 +1,128 @@
+"""Single members of a shard set by their place in the index: ranged reads, every byte checked."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esol.data.index import Index
+from esol.errors import DataError
+
+OPEN_FILES = 128  # per process, least recently used closed first
+DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
+
+
+class ShardReader:
+    """Reads members of an index's shards; shards behind a URL are fetched whole, once per node, into `cache`.
+
+    Safe to hand to forked or spawned workers: files are opened by the process that reads them.
+    """
+
+    def __init__(self, index: Index, cache: str = "") -> None:
+        self.index = index
+        self.cache = Path(cache or "~/.cache/esol").expanduser()
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._owner = os.getpid()
+
+    def read(self, ordinal: int, ext: str) -> bytes:
+        """The member's bytes; DataError naming shard and key where it is missing or damaged."""
+        shard = int(self.index.shard_of[ordinal])
+        offset, size, crc = (
+            (int(v) for v in self.index.members[ext][ordinal]) if ext in self.index.members else (-1,) * 3
+        )
+        if offset < 0:
+            raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
+        data = os.pread(self._open(shard), size, offset)
+        if len(data) != size or zlib.crc32(data) != crc:
+            how = "ends before it" if len(data) != size else "holds other bytes than were indexed"
+            raise DataError(f"{self.name(ordinal)}: the shard {how} (.{ext}); run esol-shards verify {self.index.root}")
+        return data
+
+    def image(self, ordinal: int) -> bytes:
+        """The photo's bytes as they were when the shard was made."""
+        return self.read(ordinal, self.index.image_ext(ordinal))
+
+    def labels(self, ordinal: int) -> NDArray[np.float32]:
+        """Multi-hot labels (C,); DataError where a label is not one of the index's classes."""
+        names = json.loads(self.read(ordinal, "json"))["labels"]
+        multi_hot = np.zeros(len(self.index.classes), np.float32)
+        for name in names:
+            if name not in self.index.classes:
+                close = difflib.get_close_matches(str(name), self.index.classes, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise DataError(f"{self.name(ordinal)}: label {name!r} is not one of the classes{hint}")
+            multi_hot[self.index.classes.index(name)] = 1
+        return multi_hot
+
+    def name(self, ordinal: int) -> str:
+        """Shard and key, for messages."""
+        return f"{self.index.shards[int(self.index.shard_of[ordinal])].name}, sample {self.index.keys[ordinal]}"
+
+    def _open(self, shard: int) -> int:
+        if self._owner != os.getpid():  # forked: leave the parent's descriptors to the parent
+            self._files, self._owner = OrderedDict(), os.getpid()
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        path = self._local(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
+        self._files[shard] = descriptor
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+    def _local(self, shard: int) -> Path:
+        spec = self.index.shards[shard]
+        if "://" not in self.index.root:
+            return Path(self.index.root) / spec.name
+        folder = self.cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{spec.sha256[:16]}-{spec.name}"
+        if not target.exists():
+            with open(folder / f"{spec.name}.lock", "w") as lock:
+                _wait_for_lock(lock.fileno(), f"another process to fetch {self.index.root}/{spec.name}")
+                if not target.exists():
+                    _fetch(f"{self.index.root.rstrip('/')}/{spec.name}", target, spec.bytes)
+        return target
+
+
+def _wait_for_lock(descriptor: int, what: str) -> None:
+    deadline = time.monotonic() + DOWNLOAD_MINUTES * 60
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise DataError(f"waited {DOWNLOAD_MINUTES} minutes for {what}") from None
+            time.sleep(0.2)
+
+
+def _fetch(url: str, target: Path, size: int) -> None:
+    import fsspec
+
+    temporary = target.with_suffix(".tmp")
+    try:
+        with fsspec.open(url, "rb") as remote, open(temporary, "wb") as local:
+            while block := remote.read(1 << 20):
+                local.write(block)
+        if temporary.stat().st_size != size:
+            raise DataError(f"{url}: fetched {temporary.stat().st_size} bytes, the index says {size}")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DataError(f"{url} cannot be fetched: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

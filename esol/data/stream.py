@@ -1,0 +1,126 @@
+"""Training batches: a plan's samples through webdataset's pipeline and loader, in the plan's order.
+
+The plan replaces webdataset's own shard lists, splitting and shuffling, none of which keeps an order over different
+numbers of workers or an exact epoch; its pipeline stages and loader run on top unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ["WDS_SECURE"] = "1"  # no shell from a URL, no code from an archive; read when webdataset is imported
+
+import torch
+import webdataset as wds
+from torch.utils.data import IterableDataset, get_worker_info
+
+from esol.config import DataConfig
+from esol.data.plan import Plan, Share, sample_rng
+from esol.data.reader import ShardReader
+from esol.data.transforms import decode, training_crop
+from esol.errors import DataError, EsolError
+from esol.tasks.base import Batch
+
+LOADER_MINUTES = 10  # a micro-batch that takes longer than this is an error, not a wait
+
+Sample = dict[str, Any]
+
+
+@dataclass(eq=False)
+class PlannedSamples(IterableDataset):  # type: ignore[type-arg]
+    """The source stage: webdataset samples ("__key__", members by extension) of one rank, worker by worker."""
+
+    reader: ShardReader
+    plan: Plan
+    share: Share
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        for epoch, ordinals in self.plan.micro_batches(self.share, self.start, self.stop, worker, workers):
+            for ordinal in ordinals:
+                yield {"__key__": str(self.reader.index.keys[ordinal]), "epoch": epoch, "ordinal": int(ordinal)}
+
+
+def training_stream(
+    reader: ShardReader, plan: Plan, share: Share, start: int, stop: int, config: DataConfig, fill: tuple[int, int, int]
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of steps start..stop-1, a list per step.
+
+    fill: RGB 0..255 around photos smaller than the crop. DataError, naming shard and key, for a damaged sample, or,
+    with data.damaged = skip, the next good sample of the micro-batch stands in and batch["skipped"] names the key.
+    """
+
+    def example(sample: Sample) -> Sample:
+        ordinal, key = sample["ordinal"], sample["__key__"]
+        try:
+            image = decode(reader.image(ordinal), reader.name(ordinal))
+            labels = torch.from_numpy(reader.labels(ordinal))
+        except DataError as error:
+            if config.damaged == "error":
+                raise
+            return {"damaged": str(error)}
+        rng = sample_rng(plan.seed, sample["epoch"], key)
+        return {"image": training_crop(image, rng, config.long_side, config.crop, fill), "labels": labels}
+
+    pipeline = wds.DataPipeline(
+        PlannedSamples(reader, plan, share, start, stop),
+        wds.map(example),
+        wds.batched(share.micro_batch, collation_fn=collate),
+    )
+    workers = config.workers
+    loader = wds.WebLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        timeout=LOADER_MINUTES * 60 if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread if workers else None,
+    )
+    step: list[Batch] = []
+    for batch in _clear_errors(loader):
+        step.append(batch)
+        if len(step) == share.per_step:
+            yield step
+            step = []
+
+
+def collate(examples: list[Sample]) -> Sample:
+    """Stacks examples; damaged ones are replaced by the next good one of the micro-batch, and named."""
+    good = [e for e in examples if "damaged" not in e]
+    skipped = [e["damaged"] for e in examples if "damaged" in e]
+    if not good:
+        raise DataError(f"every sample of a micro-batch is damaged, the first: {skipped[0]}")
+    fillers = iter(good * len(skipped))
+    chosen = [next(fillers) if "damaged" in e else e for e in examples]
+    return {
+        "image": torch.stack([e["image"] for e in chosen]),
+        "labels": torch.stack([e["labels"] for e in chosen]),
+        "key": [e["__key__"] for e in chosen],
+        "skipped": skipped,
+    }
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _clear_errors(loader: Any) -> Iterator[Any]:
+    """torch re-raises a worker's error with its traceback inside the message: give back the message alone."""
+    try:
+        yield from loader
+    except EsolError as error:
+        cause = str(error)
+        marker = f"{type(error).__module__}.{type(error).__name__}: "
+        if "Original Traceback" in cause and marker in cause:
+            raise type(error)(cause.rsplit(marker, 1)[1].strip()) from None
+        raise
+    except RuntimeError as error:
+        if "DataLoader" in str(error):
+            raise DataError(f"a data worker died or stalled: {error}") from error
+        raise
