@@ -1,0 +1,35 @@
+# make demo | test | check | ui | bench-quick ...; everything runs in .venv, made on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+
+.PHONY: help demo test check ui env clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+env: $(VENV)/.ready  ## the environment (made by the other targets when it is missing)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "making $(VENV): some minutes and about 6 GB on a machine without torch"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: env  ## the whole main line on a synthetic set, with its table
+	$(BIN)/esol-shards create synthetic --out data/demo --if-missing
+	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_processes 1 esol/train.py --config configs/demo.yaml
+	$(BIN)/esol report $(RUNS)/demo
+
+test: env  ## all tests that need neither a GPU nor root
+	$(BIN)/python -m pytest
+
+check: env  ## lint and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+ui: env  ## the MLflow UI of runs/ on 127.0.0.1:5000
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+
+clean:  ## removes runs and generated data, not the environment
+	rm -rf $(RUNS) data/demo

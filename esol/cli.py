@@ -1,0 +1,55 @@
+"""The `esol` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from esol import __version__, train
+from esol.errors import EsolError
+
+
+def _report(args: argparse.Namespace) -> int:
+    from esol.report import results_table
+
+    print(results_table(args.run_dir))
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from esol.tracking import replay
+
+    replay(args.run_dir, args.uri)
+    return 0
+
+
+def main() -> int:
+    """Parses the command line and runs one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="esol", description="Image-level labels in, pixel masks and a model out.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("run", help="run the stages of a config in this process")
+    train.add_arguments(command)
+    command.set_defaults(run=train.run)
+
+    command = commands.add_parser("report", help="the numbers of a run as a table")
+    command.add_argument("run_dir", type=Path)
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser("replay", help="log a run's metrics.jsonl into MLflow, when tracking failed at the time")
+    command.add_argument("run_dir", type=Path)
+    command.add_argument("--uri", default="", help="MLflow tracking URI; default: the sqlite file beside the runs")
+    command.set_defaults(run=_replay)
+
+    args = parser.parse_args()
+    try:
+        return int(args.run(args))
+    except EsolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
