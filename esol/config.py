@@ -31,7 +31,7 @@ def _key(
     path: bool = False,
     runtime: bool = False,
 ) -> Any:
-    """A field with its closed range and unit. path: $VARIABLES are expanded. runtime: does not change what is computed."""
+    """A field: closed range, unit; path: $VARIABLES are expanded; runtime: it does not change what is computed."""
     return field(
         default=default,
         metadata={"low": low, "high": high, "unit": unit, "path": path, "runtime": runtime},
@@ -40,7 +40,7 @@ def _key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the shards are and how an image becomes a training crop (RECIPES: IRN resizes the long side, then crops)."""
+    """Where the shards are and how an image becomes a training crop (as IRN: long side, then crop)."""
 
     root: str = _key(
         path=True, runtime=True
@@ -160,7 +160,7 @@ class Config:
     run_dir: str = _key(path=True, runtime=True)
     seed: int = _key(0, low=0, high=2**31 - 1)
     stages: tuple[str, ...] = _key(("classify", "expand", "shrink", "localize"), runtime=True)
-    data: DataConfig = field(default_factory=DataConfig)  # type: ignore[arg-type]
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
@@ -210,7 +210,7 @@ def _assign(tree: dict[str, Any], key: str, value: str) -> None:
         raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {error}") from error
 
 
-def build(cls: type, tree: Any, where: str = "") -> Any:
+def build(cls: Any, tree: Any, where: str = "") -> Any:
     """Makes the dataclass `cls` from plain YAML values; `where` is the path for messages."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'config'}: expected keys below it, got {tree!r}")
@@ -243,11 +243,10 @@ def _leaf(kind: Any, value: Any, spec: Any, path: str) -> Any:
     meta = spec.metadata
     low, high, unit = meta.get("low"), meta.get("high"), meta.get("unit")
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            if (low is not None and not number >= low) or (high is not None and not number <= high):
-                raise ConfigError(
-                    f"{path} = {number}: must lie between {low} and {high}" + (f" ({unit})" if unit else "")
-                )
+        if type(number) not in (int, float):
+            continue
+        if (low is not None and not number >= low) or (high is not None and not number <= high):  # nan fails too
+            raise ConfigError(f"{path} = {number}: must lie between {low} and {high}" + (f" ({unit})" if unit else ""))
     if meta.get("path") and isinstance(value, str):
         value = _expand(value, path)
     return value
@@ -287,9 +286,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return "none" if path == "model.weights" else ""
         if isinstance(value, str):
             return value
-    elif kind is bool and isinstance(value, bool):
-        return value
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+    elif kind in (bool, int) and type(value) is kind:
         return value
     raise ConfigError(f"{path} = {value!r}: must be {_SENTENCE[kind]}")
 

@@ -37,11 +37,9 @@ class ShardReader:
     def read(self, ordinal: int, ext: str) -> bytes:
         """The member's bytes; DataError naming shard and key where it is missing or damaged."""
         shard = int(self.index.shard_of[ordinal])
-        offset, size, crc = (
-            (int(v) for v in self.index.members[ext][ordinal]) if ext in self.index.members else (-1,) * 3
-        )
-        if offset < 0:
+        if ext not in self.index.members or self.index.members[ext][ordinal, 0] < 0:
             raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
+        offset, size, crc = (int(v) for v in self.index.members[ext][ordinal])
         data = os.pread(self._open(shard), size, offset)
         if len(data) != size or zlib.crc32(data) != crc:
             how = "ends before it" if len(data) != size else "holds other bytes than were indexed"

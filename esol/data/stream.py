@@ -31,7 +31,7 @@ Sample = dict[str, Any]
 
 @dataclass(eq=False)
 class PlannedSamples(IterableDataset):  # type: ignore[type-arg]
-    """The source stage: webdataset samples ("__key__", members by extension) of one rank, worker by worker."""
+    """The source stage: which samples one data worker of one rank takes, in order."""
 
     reader: ShardReader
     plan: Plan

@@ -15,7 +15,7 @@ from esol.errors import DataError
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """A photo as uint8 (3, H, W) RGB, turned upright by its EXIF tag; DataError naming `name` where it cannot be read."""
+    """A photo as uint8 (3, H, W) RGB, turned upright by its EXIF tag; DataError naming `name` where unreadable."""
     if not data:
         raise DataError(f"{name}: the image is empty")
     try:
@@ -50,7 +50,7 @@ def training_crop(
     photo that the crop shows is resized.
     """
     height, width = image.shape[-2:]
-    scaled = scaled_size(height, width, rng.integers(long_side[0], long_side[1] + 1))
+    scaled = scaled_size(height, width, int(rng.integers(long_side[0], long_side[1] + 1)))
     flip = rng.random() < 0.5
     source, target = [], []
     for size, new in zip((height, width), scaled, strict=True):
