@@ -1,0 +1,286 @@
+"""What a shard set holds: index.json, its checks, and the walk through a tar file that it is made from.
+
+A shard set is a folder (or fsspec URL) with shard-000000.tar, shard-000001.tar, ... and index.json. A sample with key K is
+the adjacent members K.jpg (.jpeg, .png, .webp), K.json = {"labels": [...], "height": H, "width": W} and, where there is
+one, K.mask.png (0 background, 1..C class, 255 void). The ordinal of a sample is its position counting through the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+
+from esol.errors import DataError
+from esol.files import atomic_write
+
+FORMAT = "esol-shards 1"
+PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# memory: within one process only; what is not named here (pipes, shells, chained URLs) is refused
+SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "sftp", "memory")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file; bytes is the size of the file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A shard set's content, in arrays over the N sample ordinals (a few dozen bytes each; workers fork it).
+
+    keys: unicode (N,); shard_of: int32 (N,) position in shards; first: int64 (S,), first ordinal of each shard;
+    splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file, size,
+    crc32, or -1 where a sample has no such member; hash: of classes, splits and shard contents, not of the place.
+    """
+
+    root: str
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    keys: np.ndarray
+    shard_of: np.ndarray
+    first: np.ndarray
+    splits: dict[str, np.ndarray]
+    members: dict[str, np.ndarray]
+    hash: str
+
+    @staticmethod
+    def load(root: str | os.PathLike[str]) -> Index:
+        """Reads ROOT/index.json from a local folder or fsspec URL; DataError says what is wrong and what to do."""
+        root = os.fspath(root)
+        fs, path = filesystem(root)
+        place = f"{root.rstrip('/')}/index.json"
+        try:
+            text = fs.cat_file(f"{path}/index.json")
+        except FileNotFoundError:
+            hint = f"run: esol-shards index {root} --classes FILE" if _exists(fs, path) else "there is no such folder"
+            raise DataError(f"{place} is missing; {hint}") from None
+        except Exception as error:  # every storage back end has its own
+            raise DataError(f"cannot read {place}: {error}") from error
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise DataError(
+                f"{place} is not valid JSON ({error}); rebuild it with: esol-shards index {root}"
+            ) from error
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found != FORMAT:
+            raise DataError(
+                f"{place} has format {found!r}, this version reads {FORMAT!r}; run: esol-shards index {root}"
+            )
+        try:
+            return _parse(root, tree)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{place} is damaged: {what}; rebuild it with: esol-shards index {root}") from error
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def split(self, name: str) -> np.ndarray:
+        """Ascending ordinals of a split; DataError names the splits that exist."""
+        if name not in self.splits:
+            raise DataError(f"{self.root} has no split {name!r}; it has: {', '.join(self.splits) or 'none'}")
+        return self.splits[name]
+
+    def image_ext(self, ordinal: int) -> str:
+        """Extension of the sample's photo; DataError where it has none."""
+        for ext in PHOTO_EXTENSIONS:
+            if ext in self.members and self.members[ext][ordinal, 0] >= 0:
+                return ext
+        shard = self.shards[self.shard_of[ordinal]].name
+        raise DataError(f"{shard}: sample {self.keys[ordinal]} has no photo ({', '.join(PHOTO_EXTENSIONS)})")
+
+    def check_files(self) -> None:
+        """Checks at no cost in reading that every shard is there with the size that the index says; DataError lists all."""
+        fs, path = filesystem(self.root)
+        problems = []
+        for shard in self.shards:
+            try:
+                size = fs.info(f"{path}/{shard.name}")["size"]
+            except FileNotFoundError:
+                problems.append(f"{shard.name} is missing")
+                continue
+            except Exception as error:  # every storage back end has its own
+                raise DataError(f"cannot reach {self.root}/{shard.name}: {error}") from error
+            if size is not None and size != shard.bytes:
+                kind = "empty" if size == 0 else "truncated" if size < shard.bytes else "too long"
+                problems.append(f"{shard.name} is {kind}: {size} bytes, the index says {shard.bytes}")
+        if problems:
+            raise DataError(
+                f"{self.root} is damaged: {'; '.join(problems)}. For every detail: esol-shards verify {self.root}"
+            )
+
+
+def write_index(
+    root: str | os.PathLike[str],
+    classes: Sequence[str],
+    splits: Mapping[str, Sequence[int] | np.ndarray],
+    shards: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes ROOT/index.json, whole or not at all, from the records that scan_shard returns; call it last."""
+    fs, path = filesystem(os.fspath(root))
+    tree = {
+        "format": FORMAT,
+        "classes": list(classes),
+        "splits": {name: sorted(int(i) for i in ordinals) for name, ordinals in splits.items()},
+        "shards": [dict(s) for s in shards],
+    }
+    _parse(os.fspath(root), tree)  # what cannot be read back is a bug of the caller
+    data = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
+    if is_local(fs):
+        atomic_write(f"{path}/index.json", data)
+    else:
+        fs.pipe_file(f"{path}/index.json", data)  # object stores put whole objects or none
+
+
+def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """Walks through one tar file and returns its record for write_index.
+
+    {"name", "samples", "bytes", "sha256", "keys": [...], "members": {ext: [[offset, size, crc32] or None, ...]}}
+    DataError where the file is missing, not a whole tar file, or holds a key twice.
+    """
+    fs, path = filesystem(os.fspath(root))
+    try:
+        if is_local(fs):
+            with open(f"{path}/{name}", "rb") as file:
+                return _scan(file, name)
+        return _scan(io.BytesIO(fs.cat_file(f"{path}/{name}")), name)
+    except FileNotFoundError:
+        raise DataError(f"{name} is missing in {os.fspath(root)}") from None
+
+
+def _scan(file: BinaryIO, name: str) -> dict[str, Any]:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size == 0:
+        raise DataError(f"{name} is empty")
+    keys: list[str] = []
+    rows: list[dict[str, list[int]]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, dot, ext = _key_and_extension(member.name)
+                if not member.isfile() or not dot or (key.startswith("__") and key.endswith("__")):
+                    continue  # folders and notes: webdataset's readers pass over them as well
+                if not keys or keys[-1] != key:
+                    keys.append(key)
+                    rows.append({})
+                if ext in rows[-1]:
+                    raise DataError(f"{name}: sample {key} has member {ext} twice")
+                file.seek(member.offset_data)
+                data = file.read(member.size)
+                if len(data) != member.size:
+                    raise DataError(f"{name} is truncated in sample {key}, member {ext}")
+                rows[-1][ext] = [member.offset_data, member.size, zlib.crc32(data)]
+            end = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
+        after = f" after sample {keys[-1]}" if keys else ""
+        raise DataError(f"{name} is not a whole tar file{after}: {error}") from error
+    # tarfile ends without a word at a damaged header and at a cut between members; the end marker tells
+    file.seek(end)
+    rest = file.read()
+    if not keys:
+        raise DataError(f"{name} holds no sample" + (" (all bytes are zero)" if not any(rest) else ""))
+    if len(rest) < 1024 or rest.strip(b"\0"):
+        raise DataError(f"{name} is truncated or damaged after sample {keys[-1]}: no end of archive at byte {end}")
+    twice = {k for k, n in zip(*np.unique(keys, return_counts=True), strict=True) if n > 1}
+    if twice:
+        raise DataError(f"{name} holds these keys twice: {', '.join(sorted(map(str, twice))[:5])}")
+    extensions = sorted({ext for row in rows for ext in row})
+    members = {ext: [row.get(ext) for row in rows] for ext in extensions}
+    return {"name": name, "samples": len(keys), "bytes": size, "sha256": digest, "keys": keys, "members": members}
+
+
+def _key_and_extension(name: str) -> tuple[str, str, str]:
+    """webdataset's rule: the key ends at the first dot behind the last slash; extensions are lower case."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, dot, ext = base.partition(".")
+    return folder + slash + stem, dot if stem else "", ext.lower()
+
+
+def _parse(root: str, tree: dict[str, Any]) -> Index:
+    classes = tuple(tree["classes"])
+    if not classes or not all(isinstance(c, str) and c for c in classes) or len(set(classes)) != len(classes):
+        raise ValueError(f"classes must be different names, got {tree['classes']!r:.200}")
+    shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
+    for shard in shards:
+        if shard.name != Path(shard.name).name:
+            raise ValueError(f"shard {shard.name!r} is not a plain file name")
+    sizes = np.array([s.samples for s in shards], dtype=np.int64)
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if len(shards) else sizes
+    total = int(sizes.sum())
+    keys: list[str] = []
+    members: dict[str, np.ndarray] = {}
+    for shard, start, record in zip(shards, first, tree["shards"], strict=True):
+        if len(record["keys"]) != shard.samples:
+            raise ValueError(f"{shard.name} has {shard.samples} samples but {len(record['keys'])} keys")
+        keys += record["keys"]
+        for ext, column in record["members"].items():
+            if len(column) != shard.samples:
+                raise ValueError(f"{shard.name} has {shard.samples} samples but {len(column)} {ext} members")
+            rows = np.array([row or (-1, -1, -1) for row in column], dtype=np.int64).reshape(-1, 3)
+            if (rows[:, 0] + rows[:, 1] > shard.bytes).any():
+                raise ValueError(f"{shard.name} has {ext} members beyond its {shard.bytes} bytes")
+            table = members.setdefault(ext, np.full((total, 3), -1, dtype=np.int64))
+            table[start : start + shard.samples] = rows
+    names = np.array(keys, dtype=np.str_)
+    if len(np.unique(names)) != total:
+        raise ValueError("a key appears twice")
+    splits = {name: np.array(ordinals, dtype=np.int64) for name, ordinals in tree["splits"].items()}
+    for name, ordinals in splits.items():
+        if ordinals.size and (ordinals[0] < 0 or ordinals[-1] >= total or (np.diff(ordinals) <= 0).any()):
+            raise ValueError(f"split {name} must hold ascending ordinals below {total}")
+    content = json.dumps([classes, {k: v.tolist() for k, v in sorted(splits.items())}, [s.sha256 for s in shards]])
+    return Index(
+        root=root,
+        classes=classes,
+        shards=shards,
+        keys=names,
+        shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
+        first=first,
+        splits=splits,
+        members=members,
+        hash=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """File system and path behind a local folder or URL; DataError for a scheme that is not known."""
+    scheme, separator, _ = root.partition("://")
+    if not separator:
+        return fsspec.filesystem("file"), os.path.abspath(root)
+    if scheme not in SCHEMES:
+        raise DataError(f"{root}: URL scheme {scheme!r} is not supported; known: {', '.join(SCHEMES)}")
+    try:
+        fs, path = fsspec.core.url_to_fs(root)
+    except ImportError as error:
+        raise DataError(f"{root}: {error}") from error
+    return fs, path.rstrip("/")
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _exists(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    try:
+        return bool(fs.exists(path))
+    except Exception:  # every storage back end has its own
+        return False

@@ -1,0 +1,1 @@
+"""Makes, indexes and checks shard sets: `esol-shards` or `python -m shards`."""

@@ -1,0 +1,154 @@
+"""One sample on its way into a shard: photo, labels and mask are checked against each other and packed."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from esol.errors import DataError
+
+VOID = 255
+_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION = 0x0112  # EXIF tag; 5..8 lie on their side
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `create` turns into shards.
+
+    classes: names without background; splits: name -> keys; read: key -> sample as pack returns it, called in any order
+    and from several threads, DataError where the sample cannot be used.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[str]]
+    read: Callable[[str], dict[str, bytes]]
+
+
+def pack(
+    key: str,
+    name: str,
+    photo: bytes,
+    labels: Iterable[str],
+    classes: Sequence[str],
+    mask: bytes | None = None,
+    mask_name: str = "",
+    long_side: int = 0,
+) -> dict[str, bytes]:
+    """Checks a sample and returns it as webdataset writes it: {"__key__", "jpg", "json", "mask.png"}, and other extensions.
+
+    The photo's bytes stay as they are, unless its long side exceeds long_side > 0: then photo (Lanczos, JPEG quality 95) and
+    mask (nearest) are made smaller. DataError names photo (name) or mask (mask_name): unreadable, other size, unknown value.
+    """
+    image = open_image(photo, name)
+    ext = _FORMATS.get(image.format or "")
+    if ext is None:
+        raise DataError(f"{name}: {image.format} is not supported; convert it to JPEG, PNG or WebP")
+    width, height = upright_size(image)
+    labels = check_labels(labels, classes, name)
+    levels = None if mask is None else open_mask(mask, mask_name, (width, height), len(classes), name)
+    if 0 < long_side < max(width, height):
+        scale = long_side / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        photo, ext = _smaller(image, (width, height)), "jpg"
+        if levels is not None:
+            small = Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
+            mask = encode_mask(np.asarray(small))
+    about = json.dumps({"labels": labels, "height": height, "width": width}, ensure_ascii=False)
+    sample = {"__key__": key, ext: photo, "json": about.encode()}
+    if mask is not None:
+        sample["mask.png"] = mask
+    return sample  # type: ignore[return-value]  # webdataset's own __key__ is text
+
+
+def check_labels(labels: Iterable[str], classes: Sequence[str], name: str) -> list[str]:
+    """The labels in class order; DataError names one that is not a class, and the nearest that is."""
+    labels = set(labels)
+    for label in sorted(labels - set(classes)):
+        close = difflib.get_close_matches(label, classes, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the classes are: {', '.join(classes)}"
+        raise DataError(f"{name}: label {label!r} is not in the class list; {hint}")
+    return [c for c in classes if c in labels]
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Decodes all of an image; DataError names it where that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF blocks, big images: neither is damage
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
+        raise DataError(f"{name}: unreadable image ({error}); {len(data)} bytes") from error
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF orientation, as viewers and torchvision's apply_exif_orientation show it."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
+
+
+def open_mask(data: bytes, name: str, size: tuple[int, int] | None, classes: int, photo: str) -> np.ndarray:
+    """uint8 (H, W) of an 8-bit PNG with 0 background, 1..classes, 255 void; DataError names mask and photo."""
+    image = open_image(data, name)
+    if image.format != "PNG" or image.mode not in ("P", "L"):
+        raise DataError(
+            f"{name}: a mask must be an 8-bit palette or gray PNG of class numbers, not {image.format} {image.mode}"
+        )
+    if size is not None and image.size != size:
+        raise DataError(f"{name} is {_text(image.size)} pixels, but its photo {photo} is {_text(size)}")
+    levels = np.asarray(image)
+    used = np.flatnonzero(np.bincount(levels.ravel(), minlength=256))
+    unknown = used[(used > classes) & (used != VOID)]
+    if len(unknown):
+        raise DataError(
+            f"{name}: value {unknown[0]} is no class; 0 is background, 1..{classes} are classes, {VOID} is void"
+        )
+    return levels
+
+
+def encode_mask(levels: np.ndarray) -> bytes:
+    """PNG with VOC's colours as palette, from uint8 (H, W)."""
+    image = Image.fromarray(np.ascontiguousarray(levels))
+    image.putpalette(_voc_colours())
+    return encode_png(image)
+
+
+def encode_png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def _smaller(image: Image.Image, size: tuple[int, int]) -> bytes:
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    return encode_jpeg(upright.resize(size, Image.Resampling.LANCZOS))
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+@lru_cache(maxsize=1)
+def _voc_colours() -> bytes:
+    """VOC's colour map: bit n of the three channels' eight bits comes from the number's bits 3n, 3n+1, 3n+2, mirrored."""
+    number = np.arange(256)[:, None]
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        colours |= (((number >> (3 * bit + np.arange(3))) & 1) << (7 - bit)).astype(np.uint8)
+    return colours.tobytes()

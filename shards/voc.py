@@ -1,0 +1,173 @@
+"""PASCAL VOC 2012 as a source: JPEGImages, ImageSets, and labels from Annotations or from IRN's cls_labels.npy."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from esol.errors import DataError
+from shards.samples import VOID, Source, check_labels, encode_mask, open_mask, pack
+from shards.writer import list_names, read_bytes
+
+CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+SPLITS = ("train", "train_aug", "val")
+
+
+def voc_source(
+    root: str,
+    splits: Sequence[str] = (),
+    classes: Sequence[str] = CLASSES,
+    labels: str = "",
+    masks: str = "SegmentationClass",
+    ids_dir: str = "",
+    long_side: int = 0,
+    drop_unlabelled: bool = False,
+) -> Source:
+    """Reads a VOC 2012 tree (folder or URL) with the given splits: names of lists in ids_dir, or NAME=FILE.
+
+    Labels are all objects of Annotations, difficult ones too, as in IRN's label script. With a subset of classes other
+    labels are dropped and other classes' pixels become background. An image that keeps no label is a DataError, unless
+    drop_unlabelled leaves it out.
+    """
+    classes = tuple(check_labels(classes, CLASSES, "--classes")) and tuple(classes)  # the caller's order counts
+    lists = {name: _read_list(folder, file) for name, folder, file in _lists(root, splits, ids_dir)}
+    photos, mask_names = list_names(root, "JPEGImages"), list_names(root, masks) if masks else set()
+    vectors = read_cls_labels(labels) if labels else None
+    known: dict[str, list[str]] = {}
+    problems = []
+    for key in dict.fromkeys(k for keys in lists.values() for k in keys):
+        if f"{key}.jpg" not in photos:
+            raise DataError(
+                f"{root}/JPEGImages/{key}.jpg is missing, a split lists it; lists may be given: --split NAME=FILE"
+            )
+        found = _labels_of(root, key) if vectors is None else _labels_in(vectors, key, labels)
+        known[key] = [c for c in classes if c in found]
+        if not known[key]:
+            problems.append(key)
+    if problems and not drop_unlabelled:
+        raise DataError(
+            f"{len(problems)} images have no label of the classes {', '.join(classes)}: {', '.join(problems[:5])}"
+            f"{' ...' if len(problems) > 5 else ''}; leave them out with --drop-unlabelled"
+        )
+    lists = {name: [k for k in keys if known[k]] for name, keys in lists.items()}
+    table = np.zeros(256, dtype=np.uint8)
+    table[VOID] = VOID
+    for number, name in enumerate(classes, start=1):
+        table[CLASSES.index(name) + 1] = number
+
+    def read(key: str) -> dict[str, bytes]:
+        photo = read_bytes(root, f"JPEGImages/{key}.jpg")
+        mask = None
+        mask_name = f"{masks}/{key}.png"
+        if f"{key}.png" in mask_names:
+            mask = read_bytes(root, mask_name)
+            if classes != CLASSES:
+                mask = _renumber(mask, mask_name, table)
+        return pack(key, f"JPEGImages/{key}.jpg", photo, known[key], classes, mask, mask_name, long_side)
+
+    return Source(classes, lists, read)
+
+
+def _lists(root: str, splits: Sequence[str], ids_dir: str) -> list[tuple[str, str, str]]:
+    """(split, folder, file name) of the lists to read; without a wish, those of SPLITS that exist."""
+    home = ids_dir or f"{root.rstrip('/')}/ImageSets/Segmentation"
+    if not splits:
+        there = list_names(home, "")
+        found = [(name, home, f"{name}.txt") for name in SPLITS if f"{name}.txt" in there]
+        if not found:
+            raise DataError(
+                f"{home} holds none of {', '.join(f'{s}.txt' for s in SPLITS)}; name lists with --split NAME=FILE"
+            )
+        return found
+    lists = []
+    for split in splits:
+        name, given, file = split.partition("=")
+        folder, _, base = file.rpartition("/")
+        lists.append(
+            (name, folder or ("/" if file.startswith("/") else "."), base) if given else (name, home, f"{name}.txt")
+        )
+    return lists
+
+
+def _read_list(folder: str, file: str) -> list[str]:
+    """Keys of a list; its lines are ids or, as in some train_aug.txt, paths of photo and mask."""
+    try:
+        lines = read_bytes(folder, file).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder}/{file} is not a text file of image ids") from error
+    keys = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    if not keys:
+        raise DataError(f"{folder}/{file} lists no image")
+    if len(set(keys)) != len(keys):
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise DataError(f"{folder}/{file} lists {twice} twice")
+    return keys
+
+
+def _labels_of(root: str, key: str) -> set[str]:
+    name = f"Annotations/{key}.xml"
+    try:
+        tree = ElementTree.fromstring(read_bytes(root, name))
+    except ElementTree.ParseError as error:
+        raise DataError(f"{root}/{name} is not valid XML: {error}") from error
+    return set(check_labels((o.findtext("name", "").strip() for o in tree.iter("object")), CLASSES, name))
+
+
+def _labels_in(vectors: dict[Any, np.ndarray], key: str, file: str) -> set[str]:
+    number = key.replace("_", "")
+    vector = vectors.get(key, vectors.get(int(number)) if number.isdecimal() else None)  # IRN's keys are 2007000032
+    if vector is None:
+        raise DataError(f"{file} has no labels for {key}")
+    if vector.shape != (len(CLASSES),):
+        raise DataError(f"{file}: labels of {key} have shape {vector.shape}, expected ({len(CLASSES)},)")
+    return {name for name, value in zip(CLASSES, vector, strict=True) if value > 0}
+
+
+def _renumber(mask: bytes, name: str, table: np.ndarray) -> bytes:
+    levels = open_mask(mask, name, None, len(CLASSES), "")
+    return encode_mask(table[levels])
+
+
+# What a pickled dict of numpy arrays needs, by numpy 1 and 2 and pickle protocols 2 to 5; none of these runs anything.
+_ADMITTED = {
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which label vectors do not need")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def read_cls_labels(path: str) -> dict[Any, np.ndarray]:
+    """IRN's cls_labels.npy: image id (int, or PSA's text) -> float (20,). Admits arrays, never runs what a pickle holds."""
+    folder, _, name = path.rpartition("/")
+    file = io.BytesIO(read_bytes(folder or ("/" if path.startswith("/") else "."), name))
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if shape != () or dtype != object:
+            raise ValueError(f"an array of {dtype} {shape} instead of a dict")
+        held = _ArraysOnly(file, encoding="latin1").load()
+        found = held.item() if isinstance(held, np.ndarray) else None
+        if not isinstance(found, dict) or not all(isinstance(v, np.ndarray) for v in found.values()):
+            raise ValueError("it does not hold a dict of arrays")
+    except Exception as error:  # damaged pickles raise anything
+        raise DataError(f"{path} is not a cls_labels.npy that can be read safely: {error}") from error
+    return {k if isinstance(k, str) else int(k): v for k, v in found.items()}
