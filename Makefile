@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: env  ## the whole main line on a synthetic set, with its table
-	$(BIN)/esol-shards create synthetic --out data/demo --if-missing
+	test -f data/demo/index.json || $(BIN)/esol-shards create synthetic --out data/demo
 	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_processes 1 esol/train.py --config configs/demo.yaml
 	$(BIN)/esol report $(RUNS)/demo
 

@@ -120,7 +120,7 @@ class LocalizeConfig:
     scales: tuple[float, ...] = _key((0.5, 1.0, 1.5, 2.0), low=0.1, high=8)
     long_side: int = _key(0, low=0, high=8192, unit="pixels")  # of scale 1; 0 = the image's own
     flip: bool = _key(True)
-    write: Literal["cam", "expand", "shrink"] = _key("shrink")  # whose maps the later stages get
+    write: Literal["last", "cam", "expand", "shrink"] = _key("last")  # whose maps the later stages get
     batch: int = _key(1, low=1, high=1024, unit="images of one size")
 
 
@@ -147,7 +147,7 @@ class CheckpointConfig:
 class TrackingConfig:
     """MLflow; metrics.jsonl in the run directory is always written."""
 
-    uri: str = _key("", path=True, runtime=True)  # "" = sqlite:///<runs folder>/mlflow.db; "off" = no MLflow
+    uri: str = _key("", path=True, runtime=True)  # "" = sqlite:///<runs folder>/mlflow.db; "none" = no MLflow
     experiment: str = _key("esol", runtime=True)
     every: int = _key(10, low=1, high=100_000, unit="steps between logged values", runtime=True)
     pictures: int = _key(12, low=0, high=64, unit="overlay pictures per stage", runtime=True)
@@ -258,10 +258,6 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         options = get_args(kind)
         if value in options and type(value) in {type(option) for option in options}:
             return value
-        if isinstance(value, bool) or value is None:  # YAML reads a bare none, on, off as other types
-            value = {None: "none", True: "on", False: "off"}[value]
-            if value in options:
-                return value
         close = difflib.get_close_matches(str(value), map(str, options), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{path} = {value!r}: must be one of {', '.join(map(str, options))}{hint}")
@@ -283,7 +279,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return float(value)
     elif kind is str:
         if value is None:
-            return "none" if path == "model.weights" else ""
+            return ""
         if isinstance(value, str):
             return value
     elif kind in (bool, int) and type(value) is kind:
@@ -337,11 +333,12 @@ def to_yaml(config: Config) -> str:
 
 def fingerprint(*parts: Any) -> str:
     """Hash over configs, without their runtime fields, and other JSON values: equal where the results must be equal."""
-    text = json.dumps([_semantic(p) for p in parts], sort_keys=True)
+    text = json.dumps([semantic(p) for p in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _semantic(value: Any) -> Any:
+def semantic(value: Any) -> Any:
+    """A config section as plain values, without the fields that do not change what is computed."""
     if not is_dataclass(value):
         return value
-    return {f.name: _semantic(getattr(value, f.name)) for f in fields(value) if not f.metadata.get("runtime")}
+    return {f.name: semantic(getattr(value, f.name)) for f in fields(value) if not f.metadata.get("runtime")}

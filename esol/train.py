@@ -4,7 +4,8 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 esol/train.py --config configs/demo.yaml
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, --resume goes on.
+Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving (go on with
+--resume).
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a run, shared by this file and `esol run`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides", help="overrides one key of the config"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        dest="overrides",
+        help="overrides one key of the config",
     )
     parser.add_argument("--stages", metavar="A,B", help="only these stages of the config (default: all of them)")
-    parser.add_argument("--resume", action="store_true", help="go on inside an interrupted stage from its last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on inside an interrupted stage from its last checkpoint"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
 
 

@@ -1,0 +1,203 @@
+"""The stages of a run, in order, and how one hands over to the next.
+
+A stage writes the folder run_dir/<stage>: its outputs and, last, manifest.json with what went in (settings, the hash of
+every stage and shard set that it consumed), what came out (files by content hash) and its results. A stage whose
+manifest still fits is skipped; one whose settings or inputs changed runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from esol import fit, localization
+from esol.config import Config, fingerprint, semantic
+from esol.context import Context, Results
+from esol.errors import CheckpointError, ConfigError
+from esol.files import atomic_write, sha256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    consumes: earlier stages that it reads, where they are part of the run; settings: what of the config shapes its
+    result; run(context, folder): does the work on every rank, writes its outputs and returns its results, the same on
+    every rank; produces: files below its folder, by pattern, whose content is its result.
+    """
+
+    name: str
+    consumes: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    run: Callable[[Context, Path], Results]
+    produces: str
+
+
+def _training(name: str) -> Callable[[Config], dict[str, Any]]:
+    def settings(config: Config) -> dict[str, Any]:
+        sections = {"data": config.data, "model": config.model, name: getattr(config, name)}
+        return {**{k: semantic(v) for k, v in sections.items()}, **_common(config)}
+
+    return settings
+
+
+def _localize(config: Config) -> dict[str, Any]:
+    return {"localize": semantic(config.localize), "data": {"score_split": config.data.score_split}, **_common(config)}
+
+
+def _common(config: Config) -> dict[str, Any]:
+    return {"seed": config.seed, "engine": semantic(config.engine)}
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("classify", (), _training("classify"), fit.classify, "model.safetensors"),
+        Stage("expand", ("classify",), _training("expand"), fit.expand, "model.safetensors"),
+        Stage("shrink", ("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
+        Stage("localize", ("classify", "expand", "shrink"), _localize, localization.localize, "index.json"),
+    )
+}
+
+
+def chosen(config: Config, only: Sequence[str] | None) -> list[Stage]:
+    """The stages to run, in the table's order; ConfigError for a name that is not in it or not in the config."""
+    for name in (*config.stages, *(only or ())):
+        if name not in STAGES:
+            raise ConfigError(f"there is no stage {name!r}: known are {', '.join(STAGES)}")
+    for name in only or ():
+        if name not in config.stages:
+            raise ConfigError(f"--stages {name}: the config's stages are {', '.join(config.stages)}")
+    names = config.stages if only is None else only
+    for name in config.stages:
+        needed = STAGES[name].consumes if name != "localize" else ("classify",)
+        missing = [n for n in needed if n not in config.stages]
+        if missing:
+            raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
+    return [stage for stage in STAGES.values() if stage.name in names]
+
+
+def run_stages(context: Context, only: Sequence[str] | None) -> None:
+    """Runs or skips every chosen stage and keeps results.json up to date."""
+    for stage in chosen(context.config, only):
+        folder = context.run_dir / stage.name
+        settings = {**stage.settings(context.config), **_weights(context, stage)}
+        consumed = {"data": context.index.hash}
+        for name in stage.consumes:
+            if name in context.config.stages:
+                consumed[name] = _output_hash(context, name, stage.name)
+        stamp = fingerprint(stage.name, settings, consumed)
+        manifest = _read_manifest(folder)
+        fits = (
+            manifest is not None and manifest["fingerprint"] == stamp and _outputs(stage, folder) == manifest["outputs"]
+        )
+        if not context.engine.any(context.engine.is_main and not fits):
+            context.say(f"{stage.name}: done before with these settings, skipped")
+            continue
+        if manifest is not None:
+            context.say(f"{stage.name}: runs again, {_difference(manifest, settings, consumed)}")
+        context.settings, context.fingerprint = settings, stamp
+        context.engine.barrier(f"all ranks to see that {stage.name} is to run")
+        if context.engine.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "manifest.json").unlink(missing_ok=True)
+        context.engine.barrier(f"the folder of {stage.name}")
+        begun = time.monotonic()
+        with context.tracker.stage(stage.name):
+            results = stage.run(context, folder)
+            results["seconds"] = round(time.monotonic() - begun, 1)
+            if context.engine.is_main:
+                _write_manifest(stage, folder, context, settings, consumed, results)
+                _add_results(context.run_dir / "results.json", stage.name, results)
+            context.tracker.results(results)
+        context.engine.barrier(f"the manifest of {stage.name}")
+        context.say(f"{stage.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+
+
+def _weights(context: Context, stage: Stage) -> dict[str, Any]:
+    """The initial weights count by content, not by place."""
+    if stage.name != "classify":
+        return {}
+    weights = context.config.model.weights
+    return {"weights": sha256(Path(weights)) if Path(weights).is_file() else weights}
+
+
+def _write_manifest(
+    stage: Stage, folder: Path, context: Context, settings: dict[str, Any], consumed: dict[str, str], results: Results
+) -> None:
+    manifest = {
+        "stage": stage.name,
+        "fingerprint": context.fingerprint,
+        "settings": settings,
+        "consumed": consumed,
+        "outputs": _outputs(stage, folder),
+        "results": results,
+        "world_size": context.engine.world_size,
+        "versions": {name: version(name) for name in ("esol", "torch", "torchvision", "numpy")},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _outputs(stage: Stage, folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.glob(stage.produces))}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest if {"fingerprint", "settings", "consumed", "outputs"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete the folder to run the stage again") from error
+
+
+def _output_hash(context: Context, name: str, consumer: str) -> str:
+    manifest = _read_manifest(context.run_dir / name)
+    if manifest is None:
+        raise CheckpointError(
+            f"{consumer} needs {name}, which has not finished in {context.run_dir}: add it to --stages"
+        )
+    settings = json.loads(json.dumps(STAGES[name].settings(context.config)))
+    was = {key: manifest["settings"].get(key) for key in settings}
+    if changed := [f"{key}: {old!r} -> {new!r}" for key, old, new in differing(was, settings)]:
+        raise CheckpointError(f"{name} in {context.run_dir} has other settings ({'; '.join(changed)}): run it again")
+    outputs = _outputs(STAGES[name], context.run_dir / name)
+    if outputs != manifest["outputs"]:
+        raise CheckpointError(f"{context.run_dir / name}: outputs do not match manifest.json: run {name} again")
+    return hashlib.sha256(json.dumps([manifest["fingerprint"], outputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _difference(manifest: dict[str, Any], settings: dict[str, Any], consumed: dict[str, str]) -> str:
+    """What changed since a manifest was written, for people."""
+    changed = [
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in differing(manifest["settings"], json.loads(json.dumps(settings)))
+    ]
+    changed += [f"its input {name} changed" for name in consumed if manifest["consumed"].get(name) != consumed[name]]
+    return "; ".join(changed) or "its outputs were missing or changed"
+
+
+def differing(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys at which two trees of plain values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += differing(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    return [] if old == new else [(where, old, new)]
+
+
+def _add_results(path: Path, stage: str, results: Results) -> None:
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[stage] = results
+    ordered = {name: everything[name] for name in STAGES if name in everything}
+    atomic_write(path, json.dumps(ordered, indent=1) + "\n")

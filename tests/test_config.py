@@ -1,0 +1,96 @@
+"""Configs: what is read, what is refused and how the message reads, and that the shipped files load."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from esol import config
+from esol.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> config.Config:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return config.load(path, ["run_dir=r", "data.root=d", *overrides])
+
+
+def test_values_ranges_and_numbers(tmp_path: Path) -> None:
+    made = load(tmp_path, "classify: {lr: 1e-4}\ndata: {long_side: [320, 640]}", "expand.bound=2", "seed=7")
+    assert made.classify.lr == 1e-4  # YAML 1.1 alone reads this as text
+    assert made.expand.bound == 2.0
+    assert isinstance(made.expand.bound, float)
+    assert (made.seed, made.data.long_side, made.model.weights) == (7, (320, 640), "")
+    assert load(tmp_path, "", "model.weights=none").model.weights == "none"
+
+
+def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
+    made = load(tmp_path, "expand: {duration: 30 steps}", "localize.scales=[1.0, 1.5]", "tracking.uri=none")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml(made))
+    assert config.load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("clasify: {}", [], "unknown key clasify: did you mean classify?"),
+        ("expand: {bond: 1}", [], "unknown key expand.bond: did you mean expand.bound?"),
+        ("", ["expand.zzzz=1"], "unknown key expand.zzzz: known: duration"),
+        ("expand: {alpha: many}", [], "expand.alpha = 'many': must be a number"),
+        ("data: {crop: 5.5}", [], "data.crop = 5.5: must be a whole number"),
+        ("data: {crop: true}", [], "data.crop = True: must be a whole number"),
+        ("data: {crop: 8}", [], r"data.crop = 8: must lie between 16 and 4096 \(pixels\)"),
+        ("classify: {lr: .nan}", [], "classify.lr = nan: must lie between"),
+        ("data: {long_side: [640, 320]}", [], r"data.long_side = \[640, 320\]: the first must not exceed"),
+        ("data: {long_side: 320}", [], "data.long_side = 320: must be a list"),
+        ("localize: {scales: []}", [], "localize.scales is empty"),
+        ("engine: {precision: fp61}", [], "engine.precision = 'fp61': must be one of .*; did you mean fp16?"),
+        ("classify: {duration: 5 weeks}", [], "classify.duration = '5 weeks': write it as '5 epochs' or"),
+        (
+            "model: {kernel_channels: 0}",
+            [],
+            "model.kernel_channels = 0 is the plain CAM network, which expand cannot use",
+        ),
+        ("data: 3", [], "--set data.root: data is a value"),
+        ("a: [", [], "is not valid YAML"),
+        ("- a", [], "expected keys and values at the top level, got list"),
+        ("", ["seed"], "--set 'seed': write it as a.b=value"),
+        ("data: {cache: $ESOL_NOWHERE/x}", [], r"data.cache = .*: environment variable ESOL_NOWHERE is not set"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, text, *overrides)
+
+
+def test_missing_file_and_missing_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config .*nowhere.yaml"):
+        config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "c.yaml").write_text("run_dir: r")
+    with pytest.raises(ConfigError, match=r"data.root is missing: .* --set data.root="):
+        config.load(tmp_path / "c.yaml")
+
+
+def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESOL_PLACE", "/there")
+    assert load(tmp_path, "", "data.root=${ESOL_PLACE}/x").data.root == "/there/x"
+    assert load(tmp_path, "", "data.root=${ESOL_NOWHERE:-here}/x").data.root == "here/x"
+
+
+def test_fingerprint_ignores_what_does_not_change_results(tmp_path: Path) -> None:
+    base = load(tmp_path, "")
+    other = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=7, root="elsewhere"))
+    assert config.fingerprint(base.data) == config.fingerprint(other.data)
+    assert config.fingerprint(base.data) != config.fingerprint(dataclasses.replace(base.data, crop=64))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_begin_with_their_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESOL_WEIGHTS", "w")
+    config.load(path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# accelerate launch ")
+    assert f"configs/{path.name}" in first
