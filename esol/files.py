@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 
-def atomic_write(path: Path | str, data: bytes | str) -> None:
+def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:
     """Writes path through a temporary file beside it: fsync, then rename, so that no reader meets half a file.
 
-    Text is UTF-8. OSError as from open or write; nothing is left behind then. Concurrent writers of one path: the last wins.
+    Text is UTF-8. OSError as from open or write; nothing is left behind then. Of several writers the last wins.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

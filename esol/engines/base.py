@@ -20,12 +20,13 @@ class StepResult:
 
     losses: every entry of the task's losses and report, averaged over the micro-batches, detached float32 scalars
     on the engine's device (not reduced over ranks); grad_norm: global norm before clipping, the same on all ranks;
-    skipped: True where fp16 scaling overflowed and no weight changed.
+    skipped: True where fp16 scaling overflowed and no weight changed; stop: whether any rank asked to stop.
     """
 
     losses: dict[str, Tensor]
     grad_norm: float
     skipped: bool
+    stop: bool
 
 
 class Engine(Protocol):
@@ -36,14 +37,18 @@ class Engine(Protocol):
     device: torch.device
     is_main: bool
 
-    def prepare(self, task: Task, optimizer: torch.optim.Optimizer) -> None:
-        """Moves the task to the device and takes it and its optimizer over; called once per training stage."""
+    def prepare(self, task: Task, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> None:
+        """Moves the task to the device and takes it and its optimizer over; called once per training stage.
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+        clip_norm: largest global gradient norm, 0 = off. From here on each rank draws its own random numbers.
+        """
+
+    def train_step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches (equal sizes) at learning rate lr.
 
         Each parameter group learns at lr * group["lr_multiplier"]. A non-finite loss on any rank raises
         DivergenceError on every rank, naming the batch's sample keys, before any weight changes.
+        stop: this rank was asked to stop; it rides on the collective that agrees on the losses.
         """
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -72,3 +77,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Leaves the process group."""
+
+
+def gather_text(engine: Engine, text: str) -> list[str]:
+    """The texts of all ranks, in rank order, on every rank: how the message of a failing rank reaches the others."""
+    data = text.encode()
+    size = int(engine.reduce(torch.tensor([len(data)]), "max"))
+    padded = torch.zeros(size, dtype=torch.uint8)
+    padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    return (
+        [bytes(row.tolist()).rstrip(b"\0").decode() for row in engine.gather(padded)]
+        if size
+        else [""] * engine.world_size
+    )

@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or absent: all ranks write into step-N.tmp, agree, and the main rank renames it step-N."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esol.engines.base import Engine, gather_text
+from esol.errors import CheckpointError
+from esol.files import atomic_write, sha256, sync_folder
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = "esol-checkpoint 1"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a checkpoint left off: optimizer steps done, and the notes given to the Checkpointer that wrote it."""
+
+    step: int
+    notes: dict[str, str]
+
+
+class Checkpointer:
+    """Saves and finds the training state of one stage; every method is a collective.
+
+    folder: shared by all ranks; holds step-N/ (state.pt, rank-*.pt, manifest.json) and `latest`, the newest one's name.
+    config: what the fingerprint was computed from, as plain JSON, to name the keys that differ. notes: kept in
+    the manifest (the MLflow run id). every: steps between saves, for the loop; keep: how many checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        *,
+        fingerprint: str,
+        config: dict[str, Any],
+        every: int = 500,
+        keep: int = 2,
+        notes: dict[str, str] | None = None,
+    ) -> None:
+        self.folder, self.every = folder, every
+        self._engine, self._keep = engine, keep
+        self._fingerprint, self._config = fingerprint, json.loads(json.dumps(config))
+        self._notes = notes or {}
+
+    def save(self, step: int) -> Path:
+        """Writes step-N; CheckpointError on every rank if any fails, and then the earlier checkpoints are untouched."""
+        final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
+        self._main_only(f"cannot prepare {temporary}", lambda: _make_empty(temporary))
+        error = ""
+        try:
+            self._engine.save(temporary)
+        except Exception as problem:  # whatever it is, the other ranks wait to hear of it
+            error = f"cannot write {getattr(problem, 'filename', None) or temporary}: {problem}"
+        self._agree(error, temporary)
+        self._main_only(f"cannot finish {temporary}", lambda: self._finish(temporary, final, step), temporary)
+        return final
+
+    def _finish(self, temporary: Path, final: Path, step: int) -> None:
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "fingerprint": self._fingerprint,
+            "world_size": self._engine.world_size,
+            "config": self._config,
+            "notes": self._notes,
+            "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())},
+        }
+        atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():  # a damaged one that resume passed over
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(self.folder)
+        atomic_write(self.folder / "latest", final.name + "\n")
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Keeps the newest; any beyond `step` were passed over as damaged, and would crowd good ones out."""
+        found = _steps(self.folder)
+        for other, path in found[: -self._keep] + [item for item in found if item[0] > step]:
+            if other != step:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def resume(self) -> Resumed | None:
+        """Loads the newest undamaged checkpoint into the prepared engine; None where there is none at all.
+
+        Damaged ones are passed over with a warning. CheckpointError on every rank where the configuration differs,
+        all are damaged, or a rank cannot read the folder.
+        """
+        chosen, error = -1, ""
+        if self._engine.is_main:
+            try:
+                chosen = self._choose()
+            except CheckpointError as problem:
+                error = str(problem)
+        self._agree(error)
+        step = int(self._engine.reduce(torch.tensor([chosen]), "max"))
+        if step < 0:
+            return None
+        path = self.folder / f"step-{step}"
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text())
+            self._engine.load(path)
+        except (CheckpointError, OSError, ValueError) as problem:
+            error = f"{problem} (all ranks must see the same folder {self.folder})"
+        self._agree(error)
+        return Resumed(step, manifest["notes"])
+
+    def _choose(self) -> int:
+        """The step of the newest undamaged checkpoint, -1 without any."""
+        found = _steps(self.folder)
+        for step, path in reversed(found):
+            try:
+                manifest = verify(path)
+            except CheckpointError as problem:
+                _LOG.warning("%s; passing over it", problem)
+                continue
+            if manifest["fingerprint"] != self._fingerprint:
+                keys = ", ".join(_differing(manifest["config"], self._config)) or "an input"
+                raise CheckpointError(
+                    f"{path} was made with another configuration ({keys} differ): "
+                    f"go back to that one, or start afresh in another run_dir"
+                )
+            return step
+        if found:
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged: delete that folder to start afresh")
+        return -1
+
+    def _main_only(self, what: str, action: Any, temporary: Path | None = None) -> None:
+        error = ""
+        if self._engine.is_main:
+            try:
+                action()
+            except OSError as problem:
+                error = f"{what}: {problem}"
+        self._agree(error, temporary)
+
+    def _agree(self, error: str, temporary: Path | None = None) -> None:
+        """Raises on every rank if any has an error; also the barrier between the phases."""
+        errors = [f"rank {rank}: {text}" for rank, text in enumerate(gather_text(self._engine, error)) if text]
+        if not errors:
+            return
+        kept = ""
+        if temporary is not None:
+            if self._engine.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            left = [path.name for _, path in _steps(self.folder)]
+            kept = f"; the last good checkpoint is {left[-1]}" if left else "; there is no earlier checkpoint"
+        raise CheckpointError("; ".join(errors) + kept)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there and undamaged; CheckpointError names what is not."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise CheckpointError(f"{path} has format {manifest['format']!r}, this program reads {_FORMAT!r}")
+        for name, expected in manifest["files"].items():
+            if (path / name).stat().st_size != expected["bytes"] or sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"{path / name} is damaged: its content is not what was written")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return manifest
+
+
+def _make_empty(temporary: Path) -> None:
+    for stale in temporary.parent.glob("step-*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """The finished checkpoints, oldest first."""
+    found = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
+def _differing(a: Any, b: Any, where: str = "") -> list[str]:
+    """Paths of the keys in which two JSON trees differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            path
+            for key in sorted(a.keys() | b.keys())
+            for path in _differing(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if a == b else [where]

@@ -1,0 +1,156 @@
+"""The one training loop: steps, saves, logs and stops; it knows nothing of stages."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from esol.config import TrainConfig
+from esol.engines.base import Engine
+from esol.errors import DivergenceError
+from esol.optim import learning_rate
+from esol.tasks.base import Batch
+
+EXIT_STOPPED = 75
+"""Exit code after a signal and a saved checkpoint: EX_TEMPFAIL of sysexits.h, "try again later", which neither Python
+(1), esol's own errors (2) nor a signal's death (128 + n) gives. A scheduler script requeues on it. torchrun and accelerate
+launch do not pass it on."""
+
+MAX_SKIPPED = 20  # fp16 scaling halves at each skip: from 2**16 this many leave nothing that could still overflow
+
+
+class Stopped(Exception):  # noqa: N818  it is no error: all is saved
+    """Training was asked to stop and has saved its state; entry points leave with EXIT_STOPPED."""
+
+
+class Saver(Protocol):
+    """What the loop asks of a checkpointer."""
+
+    every: int
+
+    def save(self, step: int) -> Any:
+        """Saves the state after `step` steps; a collective."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 while it is entered; signals may come twice (torchrun sends them so)."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+    def __enter__(self) -> StopSignal:
+        self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Sequence[Batch]],
+    total_steps: int,
+    config: TrainConfig,
+    *,
+    start_step: int,
+    checkpointer: Saver,
+    stop: StopSignal,
+    log: Callable[[int, dict[str, float]], None],
+    log_every: int,
+) -> None:
+    """Trains the prepared task from start_step to total_steps.
+
+    batches yields this rank's micro-batches of one optimizer step, starting at start_step. Steps are counted from 1 in
+    logs and checkpoints: "after step N". Every log_every steps, and at the end, the main rank's log gets means over the
+    steps and ranks since the last time. A signal on any rank: the running step is finished, all ranks save and raise
+    Stopped. DivergenceError: a non-finite loss, or MAX_SKIPPED fp16 overflows in a row.
+    """
+    meter = _Meter(engine)
+    skipped_in_a_row = 0
+    for step in range(start_step + 1, total_steps + 1):
+        began = time.perf_counter()
+        microbatches = next(batches)
+        waited = time.perf_counter() - began
+        lr = learning_rate(step - 1, total_steps, config)
+        try:
+            result = engine.train_step(microbatches, lr, stop=bool(stop))
+        except DivergenceError as error:
+            raise DivergenceError(f"step {step}: {error}") from error
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED:
+            raise DivergenceError(
+                f"step {step}: {MAX_SKIPPED} steps in a row overflowed in fp16 and were skipped; "
+                "train with engine.precision bf16 or fp32, or lower lr"
+            )
+        images = sum(len(batch["key"]) for batch in microbatches)
+        meter.add(result.losses, images, waited, time.perf_counter() - began, result.skipped)
+        if step % log_every == 0 or step == total_steps or result.stop:
+            values = meter.collect()
+            if engine.is_main:
+                log(step, {**values, "lr": lr, "grad_norm": result.grad_norm})
+        if step % checkpointer.every == 0 or step == total_steps or result.stop:
+            checkpointer.save(step)
+        if result.stop and step < total_steps:
+            raise Stopped(
+                f"{stop.name or 'a signal to another rank'}: stopped after step {step} of {total_steps}, saved"
+            )
+
+
+class _Meter:
+    """Means over the steps since the last log; nothing is fetched from the device in between."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._skipped = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        self._steps = self._images = 0
+        self._waited = self._seconds = 0.0
+
+    def add(self, losses: dict[str, Tensor], images: int, waited: float, seconds: float, skipped: bool) -> None:
+        for name, value in losses.items():
+            self._losses[name] = self._losses[name] + value if name in self._losses else value.clone()
+        self._steps += 1
+        self._images += images
+        self._waited += waited
+        self._seconds += seconds
+        self._skipped += skipped
+
+    def collect(self) -> dict[str, float]:
+        """Reduced over all ranks, which must all call it: losses are means, waits and memory the worst rank's."""
+        names = sorted(self._losses)
+        losses = torch.stack([self._losses[name] for name in names]) / self._steps
+        losses = self._engine.reduce(losses, "mean")
+        worst = torch.tensor([self._waited / self._steps, self._seconds / self._steps, *_memory(self._engine.device)])
+        waited, seconds, resident, cuda = self._engine.reduce(worst.double(), "max").tolist()
+        images = self._images / self._steps * self._engine.world_size  # ranks have equal shares
+        values = dict(zip(names, losses.tolist(), strict=True))
+        values |= {"images_per_second": images / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
+        values |= {"peak_memory_mib": resident, "skipped_steps": float(self._skipped)}
+        if self._engine.device.type == "cuda":
+            values["peak_cuda_memory_mib"] = cuda
+        self._clear()
+        return values
+
+
+def _memory(device: torch.device) -> tuple[float, float]:
+    """Peak of this process so far in MiB: resident memory and CUDA memory."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resident, torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
