@@ -40,15 +40,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the stages and returns the exit code."""
+    """Runs the stages of args.config and returns the exit code."""
     try:
         config = configuration.load(args.config, args.overrides)
-        from esol.pipeline import run_pipeline  # torch and accelerate only from here on
-
-        return run_pipeline(config, args.stages.split(",") if args.stages else None, resume=args.resume)
+        return _run(config, args.stages.split(",") if args.stages else None, args.resume)
     except EsolError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> int:
+    # torch, accelerate and MLflow only from here on: a mistake in the config is said at once
+    from esol.context import Context
+    from esol.data.index import Index
+    from esol.data.reader import ShardReader
+    from esol.engines import make_engine
+    from esol.files import atomic_write
+    from esol.loop import EXIT_STOPPED, Stopped, StopSignal
+    from esol.stages import chosen, run_stages
+    from esol.tracking import Tracker
+
+    chosen(config, only)
+    index = Index.load(config.data.root)
+    index.check_files()
+    engine = make_engine(config.engine, config.seed)
+    run_dir = Path(config.run_dir)
+    if engine.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(run_dir / "resolved.yaml", configuration.to_yaml(config))
+    engine.barrier(f"the run directory {run_dir}")
+    with Tracker(config, engine.is_main, index.hash, engine.world_size) as tracker, StopSignal() as stop:
+        context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
+        try:
+            run_stages(context, only)
+        except Stopped as stopped:
+            context.say(f"{stopped}; go on with --resume")
+            return EXIT_STOPPED
+    engine.close()
+    return 0
 
 
 def main() -> int:
