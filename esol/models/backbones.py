@@ -1,0 +1,219 @@
+"""Backbones: torchvision ResNets, any timm network, and a small one that trains from scratch."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from esol.config import ModelConfig
+from esol.errors import ConfigError, WeightsError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PLAIN = ("resnet50", "resnet101", "small")
+
+
+class Backbone(nn.Module):
+    """A feature network that normalises its own input and never updates batch norm statistics.
+
+    channels: of the features; stride: input pixels per feature pixel; mean, std: of its normalisation, on a 0..1 scale.
+    freeze: "all" lets nothing learn and stores no activations; "stem" keeps `stem` parameters fixed. Batch norm uses
+    its running statistics always; its scale and shift learn with the stage they are in, as IRN has it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        freeze: str,
+        stem: Callable[[str], bool],
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        for name, parameter in body.named_parameters():
+            parameter.requires_grad_(freeze == "none" or (freeze == "stem" and not stem(name)))
+        self.frozen = freeze == "all"
+        self.eval()
+        with torch.no_grad():
+            side = 64
+            features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        if features.ndim != 4 or features.shape[2] != features.shape[3]:
+            raise ConfigError(
+                f"model.backbone: {type(body).__name__} gives features of shape {tuple(features.shape)}, not "
+                "(B, channels, h, w): choose a convolutional one"
+            )
+        self.channels = features.shape[1]
+        self.stride = round(side / features.shape[2])
+        self.train()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Sets the mode of everything but batch norm, which stays in eval."""
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 or float (B, 3, H, W), RGB 0..255 -> features (B, channels, ceil(H/stride), ceil(W/stride))."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x = (image.to(self.mean.dtype) - self.mean) / self.std
+            # Activations in this format are about twice as fast on a CPU; the weights may stay as files have them.
+            return self.body(x.contiguous(memory_format=torch.channels_last))
+
+
+def build_backbone(config: ModelConfig, pretrained: bool = True) -> Backbone:
+    """The backbone that the `model` section names: resnet50, resnet101, small or timm:<name>.
+
+    pretrained False leaves the weights random, for a network whose trained state is loaded right after.
+    WeightsError where the weights cannot be had or do not fit; ConfigError for an unknown name.
+    """
+    if config.backbone == "small":
+        if pretrained and config.weights not in ("", "none"):
+            raise WeightsError(f"model.weights = {config.weights}: the small backbone has no weights; use none")
+        body: nn.Module = small(config.output_stride)
+        return Backbone(body, config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4.")))
+    if config.backbone in ("resnet50", "resnet101"):
+        return _resnet(config, pretrained)
+    if config.backbone.startswith("timm:"):
+        return _timm(config, pretrained)
+    raise ConfigError(f"model.backbone = {config.backbone!r}: must be one of {', '.join(PLAIN)} or timm:<name>")
+
+
+def small(output_stride: int) -> nn.Sequential:
+    """Five 3x3 convolutions with group norm, 3 -> 32 -> 64 -> 96 -> 128 -> 128 channels; trains from scratch."""
+    widths = (32, 64, 96, 128, 128)
+    strides = {8: (2, 2, 2, 1, 1), 16: (2, 2, 2, 2, 1), 32: (2, 2, 2, 2, 2)}[output_stride]
+    layers: list[nn.Module] = []
+    previous = 3
+    for width, stride in zip(widths, strides, strict=True):
+        layers += [nn.Conv2d(previous, width, 3, stride, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+        previous = width
+    return nn.Sequential(*layers)
+
+
+def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
+    from torchvision import models
+
+    # Stride 8 dilates, as in DeepLab. Stride 16 is IRN's strides (2, 2, 2, 1): the last stage at stride 1, not dilated.
+    net = getattr(models, config.backbone)(
+        replace_stride_with_dilation=(False, True, True) if config.output_stride == 8 else None
+    )
+    if config.output_stride == 16:
+        net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (1, 1)
+    body = nn.Sequential(OrderedDict((k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")))
+    source = getattr(models, f"ResNet{config.backbone[6:]}_Weights").IMAGENET1K_V1  # what IRN starts from
+    if pretrained and config.weights != "none":
+        expected = f"torchvision's {source.url.rsplit('/', 1)[-1]} saved as .safetensors"
+        _load(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
+    return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
+
+
+class _TimmFeatures(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+
+def _timm(config: ModelConfig, pretrained: bool) -> Backbone:
+    import timm
+
+    name = config.backbone.removeprefix("timm:")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean timm:{close[0]}?" if close else ""
+        raise ConfigError(f"model.backbone = {config.backbone!r}: timm {timm.__version__} has no such network{hint}")
+    options: dict[str, Any] = {} if config.output_stride == 32 else {"output_stride": config.output_stride}
+    try:
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except (TypeError, NotImplementedError, AssertionError) as error:
+        raise ConfigError(
+            f"model.backbone = {config.backbone!r} cannot be built at model.output_stride = {config.output_stride}: "
+            f"{error}; try 32 or another network"
+        ) from error
+    about = net.pretrained_cfg
+    if pretrained and config.weights != "none":
+        expected = f"model.safetensors of {about.get('hf_hub_id') or name} on timm's hub"
+        heads = about.get("classifier") or "head"
+        heads = (heads,) if isinstance(heads, str) else heads
+        _load(
+            net,
+            config,
+            expected,
+            lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict(),
+            *(f"{head}." for head in heads),
+        )
+    # The first stages, down to stride 8: what IRN freezes of a ResNet.
+    info = net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info
+    last = [stage["module"] for stage in info if stage["reduction"] <= 8][-1:]
+    names = [parameter for parameter, _ in net.named_parameters()]
+    end = max((i for i, n in enumerate(names) if last and n.startswith(f"{last[0]}.")), default=-1)
+    if config.freeze == "stem" and end < 0:
+        raise ConfigError(f"model.freeze = stem: timm does not say what the stem of {name} is; use all or none")
+    stem = {f"net.{n}" for n in names[: end + 1]}
+    return Backbone(_TimmFeatures(net), config.freeze, stem.__contains__, about["mean"], about["std"])
+
+
+def _load(
+    net: nn.Module, config: ModelConfig, expected: str, download: Callable[[], dict[str, Tensor]], *heads: str
+) -> None:
+    """Loads the local file, or downloads; the classification head (keys that start with `heads`) is left out."""
+    if config.weights:
+        where = config.weights
+        found = _read(Path(config.weights), expected)
+    else:
+        where = expected
+        try:
+            found = download()
+        except Exception as error:  # hubs raise dozens of types
+            raise WeightsError(
+                f"cannot download the weights of model.backbone = {config.backbone} ({type(error).__name__}: {error}). "
+                f"Put {expected} somewhere and give model.weights=/path/to/it.safetensors, or model.weights=none"
+            ) from error
+    wanted = net.state_dict()
+    found = {key: value for key, value in found.items() if not key.startswith(heads)}
+    found.update({key: wanted[key] for key in wanted.keys() - found.keys() if key.endswith("num_batches_tracked")})
+    wrong = [f"lacks {key}" for key in wanted if key not in found]
+    wrong += [f"has {key}, which the network has not" for key in found if key not in wanted]
+    wrong += [
+        f"{key} is {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"model.weights: {where} does not fit model.backbone = {config.backbone}: {'; '.join(wrong[:3])}{more}. "
+            f"Expected is {expected}"
+        )
+    net.load_state_dict(found)
+
+
+def _read(path: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise WeightsError(f"model.weights = {path}: no such file; put {expected} there") from error
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"model.weights = {path} cannot be read as .safetensors: {error}; expected is {expected}"
+        ) from error

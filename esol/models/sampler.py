@@ -1,0 +1,67 @@
+"""The sampler: a 3x3 deformable convolution in project-then-sample form, and the branch that predicts its offsets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TAPS = 9  # of a 3x3 kernel, row by row
+
+
+def deform_conv(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """3x3 deformable convolution, stride 1, padding 1, no bias: sum_k sample(W_k x, p + p_k + offset_k).
+
+    x (B, Cin, h, w); weight (Cout, Cin, 3, 3); offset (B, 18, h, w) in grid pixels, channels dy0, dx0, dy1, dx1, ...
+    Returns (B, Cout, h, w) in the type of the projection W_k x; positions and sampling are float32 or wider.
+    Equals torchvision.ops.deform_conv2d, also at borders (bilinear, zero outside) and in the offset gradient at whole
+    positions. Bilinear sampling is linear, so projecting first (nine 1x1 products, Cin -> Cout) gives the same numbers
+    and samples Cout channels instead of Cin. What does not require a gradient costs none.
+    """
+    batch, _, height, width = x.shape
+    channels = weight.shape[0]
+    taps = weight.permute(2, 3, 0, 1).reshape(TAPS * channels, -1, 1, 1)
+    projected = F.conv2d(x, taps).reshape(batch * TAPS, channels, height, width)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = projected if projected.dtype == torch.float64 else projected.float()
+        grid = _sampling_grid(offset.to(wide.dtype), height, width)
+        sampled = F.grid_sample(wide, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        result = sampled.reshape(batch, TAPS, channels, height, width).sum(1)
+    return result.to(projected.dtype)
+
+
+def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
+    """Positions of all taps as grid_sample wants them: (B*9, h, w, 2), x before y, the image spanning -1..1."""
+    kind, device = offset.dtype, offset.device
+    dy, dx = offset.unflatten(1, (TAPS, 2)).unbind(2)  # each (B, 9, h, w)
+    tap = torch.arange(3, dtype=kind, device=device) - 1
+    y = dy + tap.repeat_interleave(3).view(TAPS, 1, 1) + torch.arange(height, dtype=kind, device=device).view(height, 1)
+    x = dx + tap.repeat(3).view(TAPS, 1, 1) + torch.arange(width, dtype=kind, device=device)
+    # The way to -1..1 and back rounds: a whole position may land just below itself, in the cell before, where the
+    # offset gradient is another one. Zero offsets are all whole, so stay above by more than the rounding error.
+    nudge = 4 * max(height, width) * torch.finfo(kind).eps
+    # From -1 down and from the size up all is zero: the clamp changes nothing and keeps wild offsets within int range.
+    y = (y + nudge).clamp(-2, height + 1)
+    x = (x + nudge).clamp(-2, width + 1)
+    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+    return grid.flatten(0, 1)
+
+
+class OffsetBranch(nn.Module):
+    """Predicts the offsets of a 3x3 sampler: a 3x3 convolution that starts at zero, so at the ordinary convolution.
+
+    bound r in grid pixels: offsets are r*tanh(o/r), within (-r, r); 0 leaves them free.
+    """
+
+    def __init__(self, channels: int, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+        self.conv = nn.Conv2d(channels, 2 * TAPS, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> offsets (B, 18, h, w), float32 or wider."""
+        raw = self.conv(x)
+        offset = raw if raw.dtype == torch.float64 else raw.float()
+        return self.bound * torch.tanh(offset / self.bound) if self.bound else offset

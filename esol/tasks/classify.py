@@ -1,0 +1,38 @@
+"""Stage classify: the CAM network on image-level labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esol.config import ClassifyConfig
+from esol.models.cam_net import CamNet
+from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.tasks.losses import classification_loss
+
+
+class Classify(Task):
+    """Multi-label soft margin loss on GAP(V * relu(W1 * X)); hands over the whole network."""
+
+    handover: CamNet
+
+    def __init__(self, net: CamNet, config: ClassifyConfig) -> None:
+        super().__init__()
+        self.handover = net
+        self.head_lr = config.head_lr
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """losses: loss; report: exact, the share of images whose labels are all right at probability .5."""
+        logits = self.handover(batch["image"])
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = classification_loss(logits, batch["labels"]).mean()
+        exact = ((logits.detach() > 0) == (batch["labels"] > 0.5)).all(1).float().mean()
+        return {"loss": loss}, {"exact": exact}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The backbone's unfrozen part at the base rate; W1 and V at head_lr times it."""
+        net = self.handover
+        body = [p for p in net.backbone.parameters() if p.requires_grad]
+        head = [net.classifier] if net.kernel is None else [net.kernel, net.classifier]
+        groups = [ParameterGroup("head", head, lr_multiplier=self.head_lr)]
+        return [ParameterGroup("backbone", body), *groups] if body else groups

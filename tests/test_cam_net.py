@@ -1,0 +1,137 @@
+"""Backbones and the CAM network: shapes, what is frozen, weights and their errors."""
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from esol.config import ModelConfig, build
+from esol.errors import ConfigError, WeightsError
+from esol.models.backbones import Backbone, build_backbone
+from esol.models.cam_net import CamNet
+
+
+def backbone(**model: Any) -> Backbone:
+    return build_backbone(build(ModelConfig, {"backbone": "small", "weights": "none", **model}))
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize(("name", "channels"), [("small", 128), ("resnet50", 2048), ("timm:regnety_002", 368)])
+def test_backbone_tells_its_channels_and_stride(name: str, channels: int, stride: int) -> None:
+    net = backbone(backbone=name, output_stride=stride)
+    assert (net.channels, net.stride) == (channels, stride)
+    features = net(torch.zeros(1, 3, 97, 65, dtype=torch.uint8))
+    assert features.shape == (1, channels, -(-97 // stride), -(-65 // stride))
+
+
+def test_stride_16_of_a_resnet_is_irns_and_not_dilated() -> None:
+    convolutions = [m for m in backbone(backbone="resnet50").modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {m.dilation for m in convolutions} == {(1, 1)}
+
+
+def test_freezing() -> None:
+    learning = {
+        level: {
+            n.split(".")[1]
+            for n, p in backbone(backbone="resnet50", freeze=level).named_parameters()
+            if p.requires_grad
+        }
+        for level in ("none", "stem", "all")
+    }
+    assert learning == {
+        "none": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
+        "stem": {"layer3", "layer4"},
+        "all": set(),
+    }
+    timm_net = backbone(backbone="timm:tf_efficientnet_lite0", freeze="stem")
+    frozen = {
+        n.rsplit("blocks.", 1)[-1][0] for n, p in timm_net.named_parameters() if "blocks" in n and not p.requires_grad
+    }
+    assert frozen == {"0", "1", "2"}  # down to stride 8
+    assert not backbone(freeze="all")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
+
+
+def test_batch_norm_statistics_never_move() -> None:
+    net = backbone(backbone="timm:regnety_002", freeze="none").train()
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k or "batches" in k}
+    net(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)).mean().backward()
+    after = net.state_dict()
+    assert before
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_input_is_normalised_inside() -> None:
+    net = backbone()
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    want = net.body((image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    assert torch.allclose(net(image), want, atol=1e-5)
+
+
+def test_class_maps_with_and_without_w1() -> None:
+    for kernel_channels in (0, 16):
+        net = CamNet(backbone(), num_classes=3, kernel_channels=kernel_channels)
+        image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        x = net.features(image)
+        hidden = x if net.kernel is None else F.conv2d(x, net.kernel, padding=1).relu()
+        assert torch.allclose(net(image), torch.einsum("ck,bkhw->bc", net.classifier, hidden) / 16, atol=1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = net(image)
+        assert (logits.dtype, logits.shape) == (torch.float32, (2, 3))
+
+
+def test_local_weights_are_loaded_without_their_classifier(tmp_path: Path) -> None:
+    source = backbone(backbone="timm:regnety_002").body.net.state_dict()  # type: ignore[union-attr]
+    path = tmp_path / "weights.safetensors"
+    save_file({**source, "head.fc.weight": torch.zeros(1000, 368), "head.fc.bias": torch.zeros(1000)}, path)
+    loaded = backbone(backbone="timm:regnety_002", weights=str(path)).body.net.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(loaded[k], source[k]) for k in source)
+
+
+def test_weight_errors_say_file_key_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(WeightsError, match=r"cannot download.*resnet50-0676ba61.pth.*model\.weights="):
+        backbone(backbone="resnet50", weights="")
+    with pytest.raises(WeightsError, match=r"model\.weights = /nowhere: no such file; put .*resnet50"):
+        backbone(backbone="resnet50", weights="/nowhere")
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"not a tensor file")
+    with pytest.raises(WeightsError, match=r"cannot be read as \.safetensors"):
+        backbone(backbone="resnet50", weights=str(path))
+    state = backbone(backbone="timm:regnety_002").body.net.state_dict()  # type: ignore[union-attr]
+    state["stem.conv.weight"] = torch.zeros(1)
+    state["extra"] = torch.zeros(1)
+    del state["s1.b1.conv1.conv.weight"]
+    save_file(state, path)
+    with pytest.raises(WeightsError) as error:
+        backbone(backbone="timm:regnety_002", weights=str(path))
+    for part in (
+        "lacks s1.b1.conv1.conv.weight",
+        "has extra",
+        "stem.conv.weight is (1,) instead of (32, 3, 3, 3)",
+        str(path),
+    ):
+        assert part in str(error.value)
+    with pytest.raises(WeightsError, match="small backbone"):
+        backbone(weights=str(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"backbone": "resnet51"}, "timm:<name>"),
+        ({"backbone": "timm:resnet18x"}, "did you mean timm:resnet18"),
+        ({"backbone": "timm:vit_tiny_patch16_224"}, "model.output_stride = 16"),
+    ],
+)
+def test_unknown_backbones(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        backbone(**model)
