@@ -13,15 +13,16 @@ from torchvision.io import ImageReadMode, decode_image
 
 from esol.errors import DataError
 
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # the decoder only reads it
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # moved out after torchvision 0.30
+
 
 def decode(data: bytes, name: str) -> Tensor:
     """A photo as uint8 (3, H, W) RGB, turned upright by its EXIF tag; DataError naming `name` where unreadable."""
     if not data:
         raise DataError(f"{name}: the image is empty")
     try:
-        with warnings.catch_warnings():  # frombuffer warns that bytes are read-only; the decoder only reads them
-            warnings.simplefilter("ignore", UserWarning)
-            encoded = torch.frombuffer(data, dtype=torch.uint8)
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
         return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
         raise DataError(f"{name}: the image cannot be decoded ({str(error).splitlines()[0]})") from error
@@ -62,6 +63,8 @@ def training_crop(
         source.append(slice(begin, end))
         target.append(slice(place, place + shown))
     part = resize(image[:, source[0], source[1]], target[0].stop - target[0].start, target[1].stop - target[1].start)
-    canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, crop, crop)
-    canvas[:, target[0], target[1]] = part
-    return canvas.flip(-1) if flip else canvas
+    if part.shape[-2:] != (crop, crop):
+        canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, crop, crop)
+        canvas[:, target[0], target[1]] = part
+        part = canvas
+    return part.flip(-1) if flip else part

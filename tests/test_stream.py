@@ -1,0 +1,142 @@
+"""The training stream through real worker processes: order, resume, damage."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esol.config import DataConfig
+from esol.data.index import Index
+from esol.data.plan import Plan, share_of
+from esol.data.reader import ShardReader
+from esol.data.stream import training_stream
+from esol.data.transforms import training_crop
+from esol.errors import DataError
+from esol.tasks.base import Batch
+
+FILL = (10, 20, 30)
+
+
+def read(
+    root: Path, workers: int, start: int = 0, stop: int = 10, rank: int = 0, ranks: int = 1, damaged: str = "error"
+) -> list[list[Batch]]:
+    index = Index.load(str(root))
+    ordinals = index.split("train")
+    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
+    config = DataConfig(root=str(root), long_side=(48, 80), crop=32, workers=workers, damaged=damaged)  # type: ignore[arg-type]
+    share = share_of(rank, ranks, 8, micro_batch=2)
+    return list(training_stream(ShardReader(index), plan, share, start, stop, config, FILL))
+
+
+def same(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
+    pairs = [(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True)]
+    return all(
+        x["key"] == y["key"] and torch.equal(x["image"], y["image"]) and torch.equal(x["labels"], y["labels"])
+        for x, y in pairs
+    )
+
+
+def test_pixels_and_order_do_not_depend_on_workers_or_ranks_and_resume_anywhere(shard_set: Path) -> None:
+    reference = read(shard_set, workers=0)  # 10 steps: one epoch of 6 and part of the next
+    assert reference[0][0]["image"].shape == (2, 3, 32, 32)
+    assert reference[0][0]["image"].dtype == torch.uint8
+    assert {len(step) for step in reference} == {4}
+    assert same(read(shard_set, workers=2), reference)
+    assert same(read(shard_set, workers=1, start=7), reference[7:])
+    halves = [read(shard_set, workers=rank, rank=rank, ranks=2) for rank in (0, 1)]
+    assert same([a + b for a, b in zip(*halves, strict=True)], reference)
+    epoch = [key for step in reference[:6] for batch in step for key in batch["key"]]
+    assert len(epoch) == len(set(epoch)) == 48
+
+
+def test_labels_are_those_of_the_shard(shard_set: Path) -> None:
+    index = Index.load(str(shard_set))
+    reader = ShardReader(index)
+    for step in read(shard_set, workers=0, stop=2):
+        for batch in step:
+            for key, labels in zip(batch["key"], batch["labels"], strict=True):
+                names = json.loads(reader.read(int(np.flatnonzero(index.keys == key)[0]), "json"))["labels"]
+                assert [index.classes[i] for i in labels.nonzero().flatten().tolist()] == names
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_byte_is_an_error_that_names_shard_and_key(own_shard_set: Path, workers: int) -> None:
+    key, shard = flip_a_photo(own_shard_set)
+    with pytest.raises(DataError) as caught:
+        read(own_shard_set, workers=workers)
+    message = str(caught.value)
+    assert message.startswith(f"{shard}, sample {key}: the shard holds other bytes than were indexed")
+    assert "Traceback" not in message
+
+
+def test_skipped_damage_is_named_and_the_rest_unchanged(own_shard_set: Path, shard_set: Path) -> None:
+    key, _ = flip_a_photo(own_shard_set)
+    whole, patched = read(shard_set, 0, stop=6), read(own_shard_set, 1, stop=6, damaged="skip")
+    batches = [(a, b) for x, y in zip(whole, patched, strict=True) for a, b in zip(x, y, strict=True)]
+    hit = [(a, b) for a, b in batches if key in a["key"]]
+    assert len(hit) == 1
+    assert key in hit[0][1]["skipped"][0]
+    assert set(hit[0][1]["key"]) == set(hit[0][0]["key"]) - {key}
+    assert all(a["key"] == b["key"] and not b["skipped"] for a, b in batches if key not in a["key"])
+
+
+def test_missing_truncated_and_foreign_labels(own_shard_set: Path) -> None:
+    shard = own_shard_set / Index.load(str(own_shard_set)).shards[2].name
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=rf"{shard.name} is truncated: \d+ bytes, the index says {len(data)}"):
+        Index.load(str(own_shard_set)).check_files()
+    with pytest.raises(DataError, match=rf"{shard.name}, sample \w+: the shard ends before it .*esol-shards verify"):
+        read(own_shard_set, workers=0)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"shard .*{shard.name} cannot be opened: No such file"):
+        read(own_shard_set, workers=0)
+    tree = json.loads((own_shard_set / "index.json").read_text())
+    tree["classes"][1] += "s"
+    (own_shard_set / "index.json").write_text(json.dumps(tree))
+    shard.write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"shard-\d+.tar, sample \w+: label '(\w+)' is not one of the classes; .* \1s\?"
+    ):
+        read(own_shard_set, workers=0)
+
+
+def test_shards_behind_a_url_are_fetched_once_and_read_alike(shard_set: Path, tmp_path: Path) -> None:
+    local = read(shard_set, workers=0, stop=2)
+    index = Index.load(f"file://{shard_set}")
+    reader = ShardReader(index, str(tmp_path / "cache"))
+    keys = [k for step in local for batch in step for k in batch["key"]]
+    ordinals = {key: int(np.flatnonzero(index.keys == key)[0]) for key in keys}
+    plain = ShardReader(Index.load(str(shard_set)))
+    assert all(reader.image(o) == plain.image(o) for o in ordinals.values())
+    cached = sorted((tmp_path / "cache").rglob("*.tar"))
+    assert len(cached) == len({int(index.shard_of[o]) for o in ordinals.values()})
+
+
+def test_crop_fills_with_the_mean_and_keeps_the_shape() -> None:
+    image = torch.full((3, 30, 60), 200, dtype=torch.uint8)
+    for seed in range(20):
+        out = training_crop(image, np.random.default_rng(seed), (40, 40), 48, FILL)
+        assert out.shape == (3, 48, 48)
+        inside = (out == 200).all(0)
+        assert inside.any(0).sum() == 40
+        assert inside.any(1).sum() == 20  # 30 x 60 at long side 40
+        assert (out[:, ~inside] == torch.tensor(FILL, dtype=torch.uint8)[:, None]).all()
+    big = training_crop(image, np.random.default_rng(0), (200, 300), 48, FILL)
+    assert (big == 200).all()
+
+
+def flip_a_photo(root: Path) -> tuple[str, str]:
+    """Changes one byte in the middle of a training photo; returns its key and shard."""
+    index = Index.load(str(root))
+    ordinal = int(index.split("train")[11])
+    offset, size, _ = index.members["jpg"][ordinal]
+    shard = index.shards[int(index.shard_of[ordinal])].name
+    with open(root / shard, "r+b") as file:
+        file.seek(offset + size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 0xFF]))
+    return str(index.keys[ordinal]), shard
