@@ -178,9 +178,9 @@ def test_game_lets_offsets_climb_while_the_kernel_descends() -> None:
     climb, both = gradients(plain, batch()), gradients(game, batch())
     name = "handover.offset.conv.weight"
     assert torch.allclose(climb[name], both[name], atol=1e-6)
-    kernel = game.handover.kernel  # type: ignore[union-attr]
+    kernel = game.handover.kernel
     before = game(batch())[0]["loss"]
-    kernel.data.sub_(0.01 * both["handover.kernel"])  # type: ignore[union-attr, operator, arg-type]
+    kernel.data -= 0.01 * both["handover.kernel"]  # type: ignore[operator]
     assert game(batch())[0]["loss"] < before
 
 

@@ -1,0 +1,102 @@
+"""Class maps of one image or of a batch of one size: multi-scale, flipped, of all trained stages in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esol.models.cam_net import CamNet
+from esol.models.expansion import Expansion, Shrinkage
+
+
+@dataclass(frozen=True)
+class ClassMaps:
+    """Maps of the n classes that an image's labels name, each divided by its maximum.
+
+    classes: int64 (n,), class index without background; low: float32 (n, ceil(H/4), ceil(W/4)); full: (n, H, W).
+    """
+
+    classes: Tensor
+    low: Tensor
+    full: Tensor
+
+
+@torch.no_grad()
+def class_maps(
+    image: Tensor,
+    labels: Tensor,
+    net: CamNet,
+    expansion: Expansion | None = None,
+    shrinkage: Shrinkage | None = None,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
+    flip: bool = True,
+    long_side: int = 0,
+) -> list[dict[str, ClassMaps]]:
+    """Class maps of the stages that are given, {"cam": ..., "expand": ..., "shrink": ...} for each image.
+
+    image uint8 (B, 3, H, W); labels (B, C) multi-hot; long_side: of scale 1 in pixels, 0 = the image's own. relu,
+    summed over scales and flip, absent classes dropped, divided by the maximum + 1e-5 (IRN). One backbone pass a scale.
+    """
+    height, width = image.shape[2:]
+    sizes = {"low": (-(-height // 4), -(-width // 4)), "full": (height, width)}
+    present = [row.nonzero()[:, 0] for row in labels]
+    sums: list[dict[str, dict[str, Tensor]]] = [{} for _ in present]
+    for scale in scales:
+        inputs = _resize(image, scale * (long_side / max(height, width) if long_side else 1), net.backbone.stride)
+        aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
+        for stage, maps in stage_maps(inputs, net, expansion, shrinkage, flip).items():
+            # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.
+            corners = ((maps.shape[2] - 1) * net.backbone.stride, (maps.shape[3] - 1) * net.backbone.stride) == aligned
+            for own, chosen, one in zip(sums, present, maps, strict=True):
+                total = own.setdefault(stage, {})
+                for name, size in sizes.items():
+                    up = _enlarge(one[chosen], size, corners)
+                    total[name] = total[name] + up if name in total else up
+    return [
+        {stage: ClassMaps(chosen, **{k: _normalise(v) for k, v in total.items()}) for stage, total in own.items()}
+        for own, chosen in zip(sums, present, strict=True)
+    ]
+
+
+def stage_maps(
+    image: Tensor, net: CamNet, expansion: Expansion | None, shrinkage: Shrinkage | None, flip: bool
+) -> dict[str, Tensor]:
+    """relu'd maps of one scale by stage, float32 (B, C, h, w), summed over the image and its mirror image."""
+    x = net.features(torch.cat((image, image.flip(3))) if flip else image)
+    maps = {"cam": net.class_maps(x)}
+    if expansion is not None:
+        features = expansion.features(x)
+        maps["expand"] = expansion.class_maps(features)
+        if shrinkage is not None:
+            maps["shrink"] = shrinkage.class_maps(features)
+    return {stage: _unflip(F.relu(m.float())) if flip else F.relu(m.float()) for stage, m in maps.items()}
+
+
+def _unflip(maps: Tensor) -> Tensor:
+    straight, mirrored = maps.chunk(2)
+    return straight + mirrored.flip(3)
+
+
+def _resize(image: Tensor, factor: float, stride: int) -> Tensor:
+    """float (B, 3, H', W'), H' and W' the multiples of the stride plus one that are nearest to factor times the size.
+
+    At such sizes the features' outermost columns sit on the outermost pixels, so that maps mirror and enlarge without a
+    shift; at multiples of the stride they are half a stride off.
+    """
+    size = [max(1, round((factor * side - 1) / stride)) * stride + 1 for side in image.shape[2:]]
+    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _enlarge(maps: Tensor, size: tuple[int, int], corners: bool) -> Tensor:
+    if len(maps) == 0:  # an image without any class; interpolate refuses it
+        return maps.new_zeros(0, *size)
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=corners)[0]
+
+
+def _normalise(maps: Tensor) -> Tensor:
+    return maps / (maps.amax((1, 2), keepdim=True) + 1e-5) if len(maps) else maps
