@@ -1,16 +1,20 @@
-"""The `esol-shards` command."""
+"""The `esol-shards` command. What it needs is imported where it is used, so that --help is quick."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from esol.errors import EsolError
 
+if TYPE_CHECKING:
+    from shards.samples import Source
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0 done, 1 verify found damage, 2 an error that the message explains."""
+    """Runs the command; exit status 0 done, 1 verify found damage, 2 an error that the message explains."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -18,122 +22,194 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was finished, run the command again", file=sys.stderr)
+        print("interrupted: nothing was finished; run the command again", file=sys.stderr)
         return 130
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("esol-shards", description="Makes, indexes and checks WebDataset shards for esol.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    create = _command(
+        commands,
+        "create",
+        "Make a shard set from VOC, COCO, your own folder, or procedural scenes.",
+        "esol-shards create voc VOCdevkit/VOC2012 --masks SegmentationClassAug --out data/voc12",
+    )
+    kinds = create.add_subparsers(required=True, metavar="KIND")
+    for kind in (_add_voc, _add_coco, _add_folder, _add_synthetic):
+        _add_output(kind(kinds))
+    _add_index(commands)
+    _add_verify(commands)
+    return parser
+
+
 def _command(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("esol-shards", description="Make, index and check WebDataset shards for esol.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    create = _command(commands, "create", "Make a shard set.", "esol-shards create voc VOC2012 --out data/voc12")
-    kinds = create.add_subparsers(required=True, metavar="KIND")
-    _add_voc(kinds)
-    _add_synthetic(kinds)
     return parser
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder or URL (s3://...) to write to")
-    parser.add_argument(
-        "--samples-per-shard",
-        type=_positive,
-        default=128,
-        metavar="N",
-        help="128 photos are about 15 MB and a few minutes of an inference stage, whose unit of work is a shard (default: 128)",
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder or URL (s3://...) to write to")
+    add(
+        "--samples-per-shard", type=_positive, default=128, metavar="N", help="at most (default: 128; see docs/data.md)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the shard set in DIR")
+    add("--seed", type=_natural, default=0, metavar="N", help="of the order of the samples (default: 0)")
+    add("--overwrite", action="store_true", help="first remove the shard set that DIR holds")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _add_voc(kinds: argparse._SubParsersAction) -> None:
+def _add_voc(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = _command(
         kinds,
         "voc",
-        "PASCAL VOC 2012: labels from Annotations (all objects, difficult ones too, as IRN has it) or cls_labels.npy.",
+        "PASCAL VOC 2012. Labels are all objects of Annotations, difficult ones too (as in IRN).",
         "esol-shards create voc VOCdevkit/VOC2012 --masks SegmentationClassAug --out data/voc12",
     )
-    parser.add_argument("root", metavar="ROOT", help="folder or URL that holds JPEGImages, Annotations, ImageSets")
-    parser.add_argument(
+    add = parser.add_argument
+    add("root", metavar="ROOT", help="folder or URL with JPEGImages, Annotations, ImageSets")
+    add(
         "--split",
         action="append",
         default=[],
         metavar="NAME[=FILE]",
-        help="split to include, listed in FILE or in NAME.txt of --ids-dir; repeatable (default: train, train_aug, val if there)",
+        help="a split, listed in FILE or in the ids folder's NAME.txt; repeatable (default: train, train_aug, val if there)",
     )
-    parser.add_argument(
-        "--ids-dir", default="", metavar="DIR", help="where NAME.txt is (default: ROOT/ImageSets/Segmentation)"
+    add("--ids-dir", default="", metavar="DIR", help="where NAME.txt is (default: ROOT/ImageSets/Segmentation)")
+    add(
+        "--classes",
+        type=_names,
+        metavar="A,B",
+        help="only these, in this order; the rest is background (default: all 20)",
     )
-    parser.add_argument(
-        "--classes", type=_names, default=None, metavar="A,B,...", help="only these; the rest is background"
-    )
-    parser.add_argument(
-        "--labels", default="", metavar="FILE", help="cls_labels.npy; no code in it is run (default: Annotations)"
-    )
-    parser.add_argument(
+    add("--labels", default="", metavar="FILE", help="IRN's cls_labels.npy instead of Annotations; no code in it runs")
+    add(
         "--masks",
         default="SegmentationClass",
         metavar="FOLDER",
-        help='SegmentationClassAug with SBD\'s masks; "" for none; images may lack one (default: SegmentationClass)',
+        help='also: SegmentationClassAug, or "" for none; an image may lack its mask (default: SegmentationClass)',
     )
-    parser.add_argument(
-        "--long-side", type=_positive, default=0, metavar="N", help="re-encode larger photos to N pixels"
+    add(
+        "--long-side",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="re-encode larger photos to N pixels (default: never)",
     )
-    parser.add_argument("--drop-unlabelled", action="store_true", help="leave out images without any of the classes")
-    _add_output(parser)
+    add(
+        "--drop-unlabelled", action="store_true", help="leave out images without any of the classes (default: an error)"
+    )
     parser.set_defaults(run=_voc)
+    return parser
 
 
 def _voc(options: argparse.Namespace) -> int:
-    from shards.voc import CLASSES, voc_source
+    from shards import voc
 
-    source = voc_source(
+    source = voc.voc_source(
         options.root,
-        options.split,
-        options.classes or CLASSES,
-        options.labels,
-        options.masks,
-        options.ids_dir,
-        options.long_side,
-        options.drop_unlabelled,
+        splits=options.split,
+        classes=voc.CLASSES if options.classes is None else options.classes,
+        labels=options.labels,
+        masks=options.masks,
+        ids_dir=options.ids_dir,
+        long_side=options.long_side,
+        drop_unlabelled=options.drop_unlabelled,
     )
     return _create(source, options)
 
 
-def _add_synthetic(kinds: argparse._SubParsersAction) -> None:
+def _add_coco(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = _command(
+        kinds,
+        "coco",
+        "MS COCO instances. Crowd regions are left out; where objects overlap, the later annotation counts.",
+        "esol-shards create coco --images train2014 --annotations annotations/instances_train2014.json --split train\n"
+        "    --images val2014 --annotations annotations/instances_val2014.json --split val --out data/coco14",
+    )
+    add = parser.add_argument
+    add(
+        "--images",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="photos of the annotations; one DIR serves for all",
+    )
+    add("--annotations", action="append", required=True, metavar="FILE", help="instances json; repeatable")
+    add("--split", action="append", required=True, metavar="NAME", help="name of the split, one for each FILE")
+    add(
+        "--keep-unannotated",
+        action="store_true",
+        help="keep images without annotations: 82,783/40,504 of COCO 2014 (default: drop them, 82,081/40,137)",
+    )
+    parser.set_defaults(run=_coco)
+    return parser
+
+
+def _coco(options: argparse.Namespace) -> int:
+    from shards.coco import coco_source
+
+    source = coco_source(options.images, options.annotations, options.split, options.keep_unannotated)
+    return _create(source, options)
+
+
+def _add_folder(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = _command(
+        kinds,
+        "folder",
+        "Your own photos: ROOT/images, ROOT/labels.csv (image,labels[,split]; labels joined by ;),\n"
+        "and where you have them ROOT/masks/NAME.png and ROOT/classes.txt.",
+        "esol-shards create folder my-photos --out data/my-photos",
+    )
+    parser.add_argument("root", metavar="ROOT", help="folder or URL")
+    parser.add_argument(
+        "--long-side", type=_positive, default=0, metavar="N", help="re-encode larger photos to N pixels"
+    )
+    parser.set_defaults(run=_folder)
+    return parser
+
+
+def _folder(options: argparse.Namespace) -> int:
+    from shards.folder import folder_source
+
+    return _create(folder_source(options.root, options.long_side), options)
+
+
+def _add_synthetic(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = _command(
         kinds,
         "synthetic",
         "Procedural scenes with exact masks: each class has a small telling part and a plainer body.",
         "esol-shards create synthetic --train 1000 --val 200 --out data/synthetic",
     )
+    parser.add_argument("--train", type=_natural, default=1000, metavar="N", help="training images (default: 1000)")
+    parser.add_argument("--val", type=_natural, default=200, metavar="N", help="validation images (default: 200)")
     parser.add_argument(
-        "--train", type=int, default=1000, metavar="N", help="images of the train split (default: 1000)"
+        "--size", type=_positive, default=96, metavar="N", help="pixels of a side, from 32 (default: 96)"
     )
-    parser.add_argument("--val", type=int, default=200, metavar="N", help="images of the val split (default: 200)")
-    parser.add_argument("--size", type=_positive, default=96, metavar="N", help="pixels of a side (default: 96)")
-    _add_output(parser)
     parser.set_defaults(run=_synthetic)
+    return parser
 
 
 def _synthetic(options: argparse.Namespace) -> int:
@@ -142,11 +218,64 @@ def _synthetic(options: argparse.Namespace) -> int:
     return _create(synthetic_source(options.train, options.val, options.size, options.seed), options)
 
 
-def _create(source: object, options: argparse.Namespace) -> int:
+def _create(source: Source, options: argparse.Namespace) -> int:
     from shards.writer import create
 
-    create(source, options.out, options.samples_per_shard, options.seed, options.overwrite)  # type: ignore[arg-type]
+    create(source, options.out, options.samples_per_shard, options.seed, options.overwrite)
     return _describe(options.out)
+
+
+def _add_index(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "index",
+        "Index webdataset shards that something else has made: photo and json {labels, height, width} per sample.",
+        "esol-shards index data/theirs --classes classes.txt --split train=train.txt --split val=val.txt",
+    )
+    add = parser.add_argument
+    add("root", metavar="DIR", help="folder or URL with *.tar")
+    add("--classes", required=True, metavar="FILE", help="class names without background, one a line")
+    add(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="keys of a split, one a line; repeatable (default: all are train)",
+    )
+    add(
+        "--overwrite", action="store_true", help="replace index.json; damage that verify would find goes unnoticed then"
+    )
+    parser.set_defaults(run=_index)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from shards.verify import index_set
+
+    index_set(options.root, options.classes, options.split, options.overwrite)
+    return _describe(options.root)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "Read a whole shard set and list every damage by shard and key; exit status 1 if there is any.",
+        "esol-shards verify data/voc12",
+    )
+    parser.add_argument("root", metavar="DIR", help="folder or URL with index.json")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from shards.verify import verify
+
+    problems = verify(options.root)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{options.root}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    return _describe(options.root)
 
 
 def _describe(root: str) -> int:
@@ -155,7 +284,7 @@ def _describe(root: str) -> int:
     index = Index.load(root)
     masks = index.members.get("mask.png")
     size = sum(shard.bytes for shard in index.shards) / 1e6
-    print(f"{root}: {len(index)} images, {len(index.shards)} shards, {size:.0f} MB, {len(index.classes)} classes")
+    print(f"{root}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, {size:.0f} MB")
     for name, ordinals in index.splits.items():
         with_mask = 0 if masks is None else int((masks[ordinals, 0] >= 0).sum())
         print(f"  {name}: {len(ordinals)} images, {with_mask} with mask")

@@ -69,6 +69,12 @@ def pack(
     return sample  # type: ignore[return-value]  # webdataset's own __key__ is text
 
 
+def listing(headline: str, problems: Sequence[str]) -> str:
+    """A message with the first 20 problems, a line each."""
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n  ".join([headline, *problems[:20], *more])
+
+
 def check_labels(labels: Iterable[str], classes: Sequence[str], name: str) -> list[str]:
     """The labels in class order; DataError names one that is not a class, and the nearest that is."""
     labels = set(labels)

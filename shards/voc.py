@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from esol.errors import DataError
+from shards.inputs import list_files, read_bytes, read_lines
 from shards.samples import VOID, Source, check_labels, encode_mask, open_mask, pack
-from shards.writer import list_names, read_bytes
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -38,9 +39,12 @@ def voc_source(
     labels are dropped and other classes' pixels become background. An image that keeps no label is a DataError, unless
     drop_unlabelled leaves it out.
     """
-    classes = tuple(check_labels(classes, CLASSES, "--classes")) and tuple(classes)  # the caller's order counts
-    lists = {name: _read_list(folder, file) for name, folder, file in _lists(root, splits, ids_dir)}
-    photos, mask_names = list_names(root, "JPEGImages"), list_names(root, masks) if masks else set()
+    classes = tuple(classes)
+    if len(check_labels(classes, CLASSES, "--classes")) != len(classes) or not classes:
+        raise DataError(f"--classes: name every class once, got {', '.join(classes) or 'none'}")
+    root = root.rstrip("/")
+    lists = {name: _read_list(file) for name, file in _lists(root, splits, ids_dir).items()}
+    photos, mask_names = list_files(f"{root}/JPEGImages"), list_files(f"{root}/{masks}") if masks else set()
     vectors = read_cls_labels(labels) if labels else None
     known: dict[str, list[str]] = {}
     problems = []
@@ -65,11 +69,11 @@ def voc_source(
         table[CLASSES.index(name) + 1] = number
 
     def read(key: str) -> dict[str, bytes]:
-        photo = read_bytes(root, f"JPEGImages/{key}.jpg")
+        photo = read_bytes(f"{root}/JPEGImages/{key}.jpg")
         mask = None
         mask_name = f"{masks}/{key}.png"
         if f"{key}.png" in mask_names:
-            mask = read_bytes(root, mask_name)
+            mask = read_bytes(f"{root}/{mask_name}")
             if classes != CLASSES:
                 mask = _renumber(mask, mask_name, table)
         return pack(key, f"JPEGImages/{key}.jpg", photo, known[key], classes, mask, mask_name, long_side)
@@ -77,48 +81,37 @@ def voc_source(
     return Source(classes, lists, read)
 
 
-def _lists(root: str, splits: Sequence[str], ids_dir: str) -> list[tuple[str, str, str]]:
-    """(split, folder, file name) of the lists to read; without a wish, those of SPLITS that exist."""
-    home = ids_dir or f"{root.rstrip('/')}/ImageSets/Segmentation"
+def _lists(root: str, splits: Sequence[str], ids_dir: str) -> dict[str, str]:
+    """Split -> path of its list; without a wish, those of SPLITS that exist."""
+    home = (ids_dir or f"{root}/ImageSets/Segmentation").rstrip("/")
     if not splits:
-        there = list_names(home, "")
-        found = [(name, home, f"{name}.txt") for name in SPLITS if f"{name}.txt" in there]
+        there = list_files(home)
+        found = {name: f"{home}/{name}.txt" for name in SPLITS if f"{name}.txt" in there}
         if not found:
             raise DataError(
-                f"{home} holds none of {', '.join(f'{s}.txt' for s in SPLITS)}; name lists with --split NAME=FILE"
+                f"{home} holds none of train.txt, train_aug.txt, val.txt; give lists with --split NAME=FILE"
             )
         return found
-    lists = []
-    for split in splits:
-        name, given, file = split.partition("=")
-        folder, _, base = file.rpartition("/")
-        lists.append(
-            (name, folder or ("/" if file.startswith("/") else "."), base) if given else (name, home, f"{name}.txt")
-        )
-    return lists
+    return {name: file or f"{home}/{name}.txt" for name, _, file in (split.partition("=") for split in splits)}
 
 
-def _read_list(folder: str, file: str) -> list[str]:
+def _read_list(file: str) -> list[str]:
     """Keys of a list; its lines are ids or, as in some train_aug.txt, paths of photo and mask."""
-    try:
-        lines = read_bytes(folder, file).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{folder}/{file} is not a text file of image ids") from error
-    keys = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    keys = [Path(line.split()[0]).stem for line in read_lines(file)]
     if not keys:
-        raise DataError(f"{folder}/{file} lists no image")
-    if len(set(keys)) != len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise DataError(f"{folder}/{file} lists {twice} twice")
+        raise DataError(f"{file} lists no image")
+    for key, times in Counter(keys).items():
+        if times > 1:
+            raise DataError(f"{file} lists {key} {times} times")
     return keys
 
 
 def _labels_of(root: str, key: str) -> set[str]:
-    name = f"Annotations/{key}.xml"
+    name = f"{root}/Annotations/{key}.xml"
     try:
-        tree = ElementTree.fromstring(read_bytes(root, name))
+        tree = ElementTree.fromstring(read_bytes(name))
     except ElementTree.ParseError as error:
-        raise DataError(f"{root}/{name} is not valid XML: {error}") from error
+        raise DataError(f"{name} is not valid XML: {error}") from error
     return set(check_labels((o.findtext("name", "").strip() for o in tree.iter("object")), CLASSES, name))
 
 
@@ -156,8 +149,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 def read_cls_labels(path: str) -> dict[Any, np.ndarray]:
     """IRN's cls_labels.npy: image id (int, or PSA's text) -> float (20,). Admits arrays, never runs what a pickle holds."""
-    folder, _, name = path.rpartition("/")
-    file = io.BytesIO(read_bytes(folder or ("/" if path.startswith("/") else "."), name))
+    file = io.BytesIO(read_bytes(path))
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from esol.data.index import filesystem, is_local, scan_shard, write_index
+from esol.data.index import UNFINISHED, filesystem, is_local, scan_shard, write_index
 from esol.errors import DataError
 from esol.files import sync_folder
-from shards.samples import Source
+from shards.samples import Source, listing
 
 SAMPLES_PER_SHARD = 128
-_MARK = "creation-unfinished"  # beside shards that no index vouches for yet: a later run may remove those
 
 
 def create(
@@ -79,9 +78,7 @@ def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -
             if not problems:
                 records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
     if problems:
-        shown = sorted(problems)[:20]
-        more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise DataError(f"{len(problems)} images cannot be used; nothing was finished:\n  " + "\n  ".join(shown) + more)
+        raise DataError(listing(f"{len(problems)} images cannot be used; nothing was finished", sorted(problems)))
     return records
 
 
@@ -142,13 +139,14 @@ def _begin(out: str, overwrite: bool) -> None:
     shards = {name for name in names if name.startswith("shard-") and name.endswith((".tar", ".tar.tmp"))}
     if "index.json" in names and not overwrite:
         raise DataError(f"{out} already holds a shard set; choose another folder, or replace it with --overwrite")
-    if shards and not names & {"index.json", _MARK}:
+    if shards and not names & {"index.json", UNFINISHED}:
         raise DataError(
             f"{out} holds shards without index.json that this command did not write; choose another folder,"
             f" or index them: esol-shards index {out} --classes FILE"
         )
     fs.pipe_file(
-        f"{path}/{_MARK}", b"esol-shards create writes index.json last; without it these shards count for nothing\n"
+        f"{path}/{UNFINISHED}",
+        b"esol-shards create writes index.json last; without it these shards count for nothing\n",
     )
     if "index.json" in names:
         fs.rm_file(f"{path}/index.json")
@@ -158,27 +156,7 @@ def _begin(out: str, overwrite: bool) -> None:
 
 def _end(out: str) -> None:
     fs, path = filesystem(out)
-    fs.rm_file(f"{path}/{_MARK}")
-
-
-def read_bytes(root: str, name: str) -> bytes:
-    """A file below a local folder or URL; DataError names it where it cannot be read."""
-    fs, path = filesystem(root)
-    try:
-        return bytes(fs.cat_file(f"{path}/{name}"))
-    except FileNotFoundError:
-        raise DataError(f"{root.rstrip('/')}/{name} is missing") from None
-    except Exception as error:  # every storage back end has its own
-        raise DataError(f"cannot read {root.rstrip('/')}/{name}: {error}") from error
-
-
-def list_names(root: str, folder: str) -> set[str]:
-    """Names in ROOT/folder; empty where there is no such folder."""
-    fs, path = filesystem(root)
-    try:
-        return {Path(name).name for name in fs.ls(f"{path}/{folder}", detail=False)}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    fs.rm_file(f"{path}/{UNFINISHED}")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What a shard set holds: index.json, its checks, and the walk through a tar file that it is made from.
 
-A shard set is a folder (or fsspec URL) with shard-000000.tar, shard-000001.tar, ... and index.json. A sample with key K is
-the adjacent members K.jpg (.jpeg, .png, .webp), K.json = {"labels": [...], "height": H, "width": W} and, where there is
-one, K.mask.png (0 background, 1..C class, 255 void). The ordinal of a sample is its position counting through the shards.
+A shard set is a folder (or fsspec URL) with shard-000000.tar, shard-000001.tar, ... and index.json. A sample with key K
+is the adjacent members K.jpg (.jpeg, .png, .webp), K.json = {"labels": [...], "height": H, "width": W} and, where there
+is one, K.mask.png (0 background, 1..C class, 255 void). Its ordinal is its position counting through the shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -25,6 +25,7 @@ from esol.errors import DataError
 from esol.files import atomic_write
 
 FORMAT = "esol-shards 1"
+UNFINISHED = "creation-unfinished"  # stands in a folder while shards are written that no index vouches for yet
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # memory: within one process only; what is not named here (pipes, shells, chained URLs) is refused
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "sftp", "memory")
@@ -45,8 +46,8 @@ class Index:
     """A shard set's content, in arrays over the N sample ordinals (a few dozen bytes each; workers fork it).
 
     keys: unicode (N,); shard_of: int32 (N,) position in shards; first: int64 (S,), first ordinal of each shard;
-    splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file, size,
-    crc32, or -1 where a sample has no such member; hash: of classes, splits and shard contents, not of the place.
+    splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file,
+    size, crc32, or -1 where a sample has no such member; hash: of classes, splits, shard contents, not of the place.
     """
 
     root: str
@@ -65,29 +66,25 @@ class Index:
         root = os.fspath(root)
         fs, path = filesystem(root)
         place = f"{root.rstrip('/')}/index.json"
+        again = f"rebuild it with: esol-shards index {root} --classes FILE --overwrite"
         try:
             text = fs.cat_file(f"{path}/index.json")
         except FileNotFoundError:
-            hint = f"run: esol-shards index {root} --classes FILE" if _exists(fs, path) else "there is no such folder"
-            raise DataError(f"{place} is missing; {hint}") from None
+            raise DataError(f"{place} is missing; {_why_missing(fs, path, root)}") from None
         except Exception as error:  # every storage back end has its own
             raise DataError(f"cannot read {place}: {error}") from error
         try:
             tree = json.loads(text)
-        except ValueError as error:
-            raise DataError(
-                f"{place} is not valid JSON ({error}); rebuild it with: esol-shards index {root}"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place} is not valid JSON ({error}); {again}") from error
         found = tree.get("format") if isinstance(tree, dict) else None
         if found != FORMAT:
-            raise DataError(
-                f"{place} has format {found!r}, this version reads {FORMAT!r}; run: esol-shards index {root}"
-            )
+            raise DataError(f"{place} has format {found!r:.80}, this version reads {FORMAT!r}; {again}")
         try:
             return _parse(root, tree)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{place} is damaged: {what}; rebuild it with: esol-shards index {root}") from error
+            raise DataError(f"{place} is damaged: {what}; {again}") from error
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,7 +104,7 @@ class Index:
         raise DataError(f"{shard}: sample {self.keys[ordinal]} has no photo ({', '.join(PHOTO_EXTENSIONS)})")
 
     def check_files(self) -> None:
-        """Checks at no cost in reading that every shard is there with the size that the index says; DataError lists all."""
+        """Checks, without reading, that every shard is there in the size that the index says; DataError lists all."""
         fs, path = filesystem(self.root)
         problems = []
         for shard in self.shards:
@@ -159,13 +156,14 @@ def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
     try:
         if is_local(fs):
             with open(f"{path}/{name}", "rb") as file:
-                return _scan(file, name)
-        return _scan(io.BytesIO(fs.cat_file(f"{path}/{name}")), name)
+                return scan_tar(file, name)
+        return scan_tar(io.BytesIO(fs.cat_file(f"{path}/{name}")), name)
     except FileNotFoundError:
         raise DataError(f"{name} is missing in {os.fspath(root)}") from None
 
 
-def _scan(file: BinaryIO, name: str) -> dict[str, Any]:
+def scan_tar(file: Any, name: str) -> dict[str, Any]:
+    """scan_shard of an open binary file; name is for messages and the record."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -220,33 +218,24 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
     if not classes or not all(isinstance(c, str) and c for c in classes) or len(set(classes)) != len(classes):
         raise ValueError(f"classes must be different names, got {tree['classes']!r:.200}")
     shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
-    for shard in shards:
-        if shard.name != Path(shard.name).name:
+    if not shards:
+        raise ValueError("it lists no shard")
+    for shard, record in zip(shards, tree["shards"], strict=True):
+        if shard.name in ("", ".", "..") or shard.name != Path(shard.name).name:
             raise ValueError(f"shard {shard.name!r} is not a plain file name")
-    sizes = np.array([s.samples for s in shards], dtype=np.int64)
-    first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if len(shards) else sizes
-    total = int(sizes.sum())
-    keys: list[str] = []
-    members: dict[str, np.ndarray] = {}
-    for shard, start, record in zip(shards, first, tree["shards"], strict=True):
-        if len(record["keys"]) != shard.samples:
-            raise ValueError(f"{shard.name} has {shard.samples} samples but {len(record['keys'])} keys")
-        keys += record["keys"]
-        for ext, column in record["members"].items():
-            if len(column) != shard.samples:
-                raise ValueError(f"{shard.name} has {shard.samples} samples but {len(column)} {ext} members")
-            rows = np.array([row or (-1, -1, -1) for row in column], dtype=np.int64).reshape(-1, 3)
-            if (rows[:, 0] + rows[:, 1] > shard.bytes).any():
-                raise ValueError(f"{shard.name} has {ext} members beyond its {shard.bytes} bytes")
-            table = members.setdefault(ext, np.full((total, 3), -1, dtype=np.int64))
-            table[start : start + shard.samples] = rows
-    names = np.array(keys, dtype=np.str_)
-    if len(np.unique(names)) != total:
-        raise ValueError("a key appears twice")
+        for what, column in {"keys": record["keys"], **record["members"]}.items():
+            if not isinstance(column, list) or len(column) != shard.samples:
+                raise ValueError(f"{shard.name} must have as many {what} as samples, {shard.samples}")
+    names = np.array([str(key) for record in tree["shards"] for key in record["keys"]], dtype=np.str_)
+    found, times = np.unique(names, return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"key {found[times > 1][0]} appears twice")
+    total = len(names)
     splits = {name: np.array(ordinals, dtype=np.int64) for name, ordinals in tree["splits"].items()}
     for name, ordinals in splits.items():
-        if ordinals.size and (ordinals[0] < 0 or ordinals[-1] >= total or (np.diff(ordinals) <= 0).any()):
+        if ordinals.ndim != 1 or (ordinals < 0).any() or (ordinals >= total).any() or (np.diff(ordinals) <= 0).any():
             raise ValueError(f"split {name} must hold ascending ordinals below {total}")
+    sizes = np.array([s.samples for s in shards], dtype=np.int64)
     content = json.dumps([classes, {k: v.tolist() for k, v in sorted(splits.items())}, [s.sha256 for s in shards]])
     return Index(
         root=root,
@@ -254,11 +243,27 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
         shards=shards,
         keys=names,
         shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
-        first=first,
+        first=np.cumsum(sizes) - sizes,
         splits=splits,
-        members=members,
+        members=_member_tables(shards, tree["shards"], total),
         hash=hashlib.sha256(content.encode()).hexdigest(),
     )
+
+
+def _member_tables(shards: Sequence[Shard], records: Sequence[dict[str, Any]], total: int) -> dict[str, np.ndarray]:
+    members: dict[str, np.ndarray] = {}
+    start = 0
+    for shard, record in zip(shards, records, strict=True):
+        for ext, column in record["members"].items():
+            rows = np.array([(-1, -1, -1) if row is None else row for row in column], dtype=np.int64)
+            if rows.shape != (shard.samples, 3):
+                raise ValueError(f"{shard.name}: members {ext} must be [offset, size, crc32] or null")
+            there = np.array([row is not None for row in column])
+            if (rows[there] < 0).any() or (rows[there, 1] > shard.bytes - rows[there, 0]).any():
+                raise ValueError(f"{shard.name} has {ext} members outside its {shard.bytes} bytes")
+            members.setdefault(ext, np.full((total, 3), -1, dtype=np.int64))[start : start + shard.samples] = rows
+        start += shard.samples
+    return members
 
 
 def filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -279,8 +284,12 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def _exists(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+def _why_missing(fs: fsspec.AbstractFileSystem, path: str, root: str) -> str:
     try:
-        return bool(fs.exists(path))
-    except Exception:  # every storage back end has its own
-        return False
+        if fs.exists(f"{path}/{UNFINISHED}"):
+            return "its creation was interrupted: run the same esol-shards create again"
+        if not fs.exists(path):
+            return "there is no such folder"
+    except Exception:  # every storage back end has its own; the hint below still helps
+        pass
+    return f"run: esol-shards index {root} --classes FILE"
