@@ -52,7 +52,7 @@ class AccelerateEngine:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main = self.rank == 0
-        self.device: torch.device = self._accelerator.device
+        self.device: torch.device = torch.device("cpu") if cpu else self._accelerator.device
         self._check_world()
         # small agreements go over gloo even between GPUs: its waits are bounded and end in an error, not in an abort
         self._host: Any = None
@@ -79,6 +79,8 @@ class AccelerateEngine:
                 "accelerate launch was asked for several processes but started one (it does so with --cpu): "
                 "use accelerate launch --config_file launch/cpu.yaml --num_processes N"
             )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = " ".join(f"{name}={env.get(name, '(not set)')}" for name in names)
         try:
             return Accelerator(
                 cpu=cpu,
@@ -89,11 +91,9 @@ class AccelerateEngine:
                 ],
             )
         except (RuntimeError, ValueError) as error:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-            given = " ".join(f"{name}={env.get(name, '(not set)')}" for name in names)
             raise LaunchError(
-                f"the processes could not form a job ({given}), waited at most {self._config.timeout:g} minutes "
-                f"(engine.timeout): {_first_line(error)}"
+                f"the processes did not form a job within {self._config.timeout:g} minutes (engine.timeout); "
+                f"this one was given {given}. {_first_line(error)}"
             ) from error
 
     def _check_world(self) -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +19,9 @@ from torch import nn
 from esol.checkpoint import Checkpointer
 from esol.config import EngineConfig, TrainConfig
 from esol.engines import make_engine
-from esol.engines.base import Engine
-from esol.loop import StopSignal, train
+from esol.engines.base import Engine, gather_text
+from esol.errors import CheckpointError, DivergenceError, LaunchError
+from esol.loop import EXIT_STOPPED, Stopped, StopSignal, train
 from esol.optim import build_optimizer
 from esol.tasks.base import Batch, ParameterGroup, Task
 
@@ -28,7 +37,10 @@ class Toy(Task):
         self.head = nn.Linear(4, 2)
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
         self.drop = nn.Dropout(noise)
-        self.handover = self.head
+
+    @property
+    def handover(self) -> nn.Module:
+        return self.head
 
     def forward(self, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         features = self.drop(self.body(batch["image"].float() / 255).relu().mean((2, 3)))
@@ -72,23 +84,173 @@ def start(precision: str = "fp32", noise: float = 0.0, timeout: float = 0.5) -> 
     return engine, task
 
 
-def run(folder: Path, total: int, every: int, noise: float = 0.0, **more: object) -> Toy:
-    """Trains from the newest checkpoint in folder to step total."""
-    engine, task = start(noise=noise)
+def run(
+    folder: Path,
+    total: int,
+    every: int,
+    noise: float = 0.0,
+    micro: int = 1,
+    event: Callable[[Engine, int], None] = print,
+) -> None:
+    """Trains from the newest checkpoint in folder to step total; leaves with EXIT_STOPPED after a signal.
+
+    event: called with the step whose batch is drawn.
+    """
+    engine, _ = start(noise=noise)
     checkpointer = Checkpointer(folder, engine, fingerprint="f", config={"a": 1}, every=every, keep=2)
     resumed = checkpointer.resume()
     step = resumed.step if resumed else 0
+    stream = batches(engine, step, micro=micro)
+
+    def drawn() -> Iterator[list[Batch]]:
+        for number, item in enumerate(stream, step + 1):
+            event(engine, number)
+            yield item
+
     with StopSignal() as stop:
-        train(
-            engine,
-            batches(engine, step),
-            total,
-            CONFIG,
-            start_step=step,
-            checkpointer=checkpointer,
-            stop=stop,
-            log=lambda step, values: print(step, values, flush=True),
-            log_every=5,
-        )
+        try:
+            train(
+                engine,
+                drawn(),
+                total,
+                CONFIG,
+                start_step=step,
+                checkpointer=checkpointer,
+                stop=stop,
+                log=lambda step, values: print(step, values, flush=True),
+                log_every=5,
+            )
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            os._exit(EXIT_STOPPED)
     engine.close()
-    return task
+
+
+def sigterm_rank_1_twice(engine: Engine, step: int) -> None:
+    if engine.rank == 1 and step == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def collectives() -> dict[str, Any]:
+    engine = make_engine(EngineConfig(threads=1, timeout=0.5), seed=0)
+    values = torch.tensor([engine.rank, 5 + 2 * engine.rank])
+    found = {
+        "world": (engine.rank, engine.world_size, engine.is_main),
+        "sum": engine.reduce(values.double(), "sum").tolist(),
+        "mean": engine.reduce(values.double(), "mean").tolist(),
+        "max": engine.reduce(values.double(), "max").tolist(),
+        "gather": [v.tolist() for v in engine.gather(values)],
+        "text": gather_text(engine, "é from rank 1" if engine.rank else ""),
+        "any": (engine.any(engine.rank == 1), engine.any(False)),
+    }
+    engine.barrier("the end")
+    engine.close()
+    return found
+
+
+def diverge() -> tuple[str, bool]:
+    """Two good steps, then labels that are not numbers in the second micro-batch of rank 1."""
+    engine, _ = start()
+    stream = batches(engine, 1, micro=2)
+    for _ in range(2):
+        engine.train_step(next(stream), 0.1)
+    before = engine.model_state_dict()
+    poisoned = next(stream)
+    if engine.rank == 1:
+        poisoned[1]["labels"][0, 0] = float("nan")
+    try:
+        engine.train_step(poisoned, 0.1)
+    except DivergenceError as error:
+        after = engine.model_state_dict()
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    raise AssertionError("trained on a loss that is not finite")
+
+
+def fill_disk(folder: Path, broken: int) -> tuple[str, list[str]]:
+    """Saves after step 2, then again while one rank's files may not grow as large as they must."""
+    engine, _ = start()
+    checkpointer = Checkpointer(folder, engine, fingerprint="f", config={"a": 1})
+    stream = batches(engine, 0)
+    for _ in range(2):
+        engine.train_step(next(stream), 0.1)
+    checkpointer.save(2)
+    engine.train_step(next(stream), 0.1)
+    if engine.rank == broken:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        checkpointer.save(3)
+    except CheckpointError as error:
+        engine.barrier("the main rank's cleaning up")
+        return str(error), sorted(path.name for path in folder.iterdir())
+    raise AssertionError("a checkpoint without a rank's file")
+
+
+def die_in_step_3() -> str:
+    engine, _ = start()
+    stream = batches(engine, 0)
+    for step in (1, 2, 3):
+        if step == 3 and engine.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            engine.train_step(next(stream), 0.1)
+        except LaunchError as error:
+            return str(error)
+    raise AssertionError("trained without the other rank")
+
+
+def never_come() -> str:
+    """Rank 1 lives on but does not come to the barrier."""
+    engine = make_engine(EngineConfig(threads=1, timeout=0.03), seed=0)
+    other = int(engine.gather(torch.tensor([os.getpid()]))[1])
+    if engine.rank == 1:
+        signal.pause()
+    try:
+        engine.barrier("the class maps of rank 1")
+    except LaunchError as error:
+        return str(error)
+    finally:
+        os.kill(other, signal.SIGKILL)
+    raise AssertionError("passed a barrier alone")
+
+
+def launch_error() -> str:
+    try:
+        make_engine(EngineConfig(threads=1, timeout=0.03), seed=0)
+    except LaunchError as error:
+        return str(error)
+    raise AssertionError("started without the other process")
+
+
+def launch_error_of_a_group_of_one() -> str:
+    """As where a launcher's variables reach only half of what starts the group."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return launch_error()
+
+
+def run_and_be_killed(folder: Path, total: int, every: int, seed: int) -> None:
+    """A run in which both ranks die by SIGKILL at a random moment of their own.
+
+    Half the seeds kill at a moment of time, half at a file operation, because a save is short and must be hit as well.
+    """
+    generator = random.Random(f"{seed} {os.environ['RANK']}")
+    operations, step_to_die, delay = generator.randrange(1, 120), generator.randrange(1, 30), generator.uniform(0, 0.03)
+    kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+    drawn = 0
+
+    def count(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal operations
+        if name in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(folder) in str(arguments[0]):
+            operations -= 1
+            if not operations:
+                kill()
+
+    def draw(engine: Engine, step: int) -> None:
+        nonlocal drawn
+        drawn += 1
+        if seed % 2 and drawn == 1:
+            sys.addaudithook(count)
+        elif not seed % 2 and drawn == step_to_die:
+            threading.Timer(delay, kill).start()
+
+    run(folder, total, every, 0.3, 1, draw)

@@ -1,0 +1,129 @@
+"""Two real processes over gloo: agreement, equal numbers, and no rank ever left waiting."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from ranks import run_ranks
+
+from esol.loop import EXIT_STOPPED
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"step-{step}" / "state.pt", weights_only=True)["model"]
+
+
+def assert_identical(folder: Path, other: Path, step: int) -> None:
+    """Model, optimizer and scaler state, bit for bit."""
+    a, b = ((f / f"step-{step}" / "state.pt").read_bytes() for f in (folder, other))
+    assert a == b
+
+
+def test_collectives() -> None:
+    for rank, outcome in enumerate(run_ranks(2, toy.collectives)):
+        assert outcome.result == {
+            "world": (rank, 2, rank == 0),
+            "sum": [1.0, 12.0],
+            "mean": [0.5, 6.0],
+            "max": [1.0, 7.0],
+            "gather": [[0, 5], [1, 7]],
+            "text": ["", "é from rank 1"],
+            "any": (True, False),
+        }, outcome.output
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_ranks_train_like_one(tmp_path: Path, micro: int) -> None:
+    for count in (1, 2):
+        for outcome in run_ranks(count, toy.run, tmp_path / str(count), 20, 20, 0.0, micro):
+            assert outcome.exitcode == 0, outcome.output
+    one, two = (weights(tmp_path / str(count), 20) for count in (1, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
+    for micro in (1, 4):
+        (outcome,) = run_ranks(1, toy.run, tmp_path / str(micro), 20, 20, 0.0, micro)
+        assert outcome.exitcode == 0, outcome.output
+    one, four = (weights(tmp_path / str(micro), 20) for micro in (1, 4))
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], rtol=0, atol=1e-5)
+
+
+def test_loss_not_finite_on_one_rank_stops_both_before_the_step() -> None:
+    for outcome in run_ranks(2, toy.diverge):
+        message, unchanged = outcome.result
+        assert unchanged
+        assert "rank 1: loss nan for samples step3-image6, step3-image7" in message
+        assert "image5" not in message  # the healthy micro-batch
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_rank_that_cannot_write_fails_the_checkpoint_on_all(tmp_path: Path, broken: int) -> None:
+    for outcome in run_ranks(2, toy.fill_disk, tmp_path, broken):
+        message, left = outcome.result
+        assert f"rank {broken}: cannot write" in message
+        assert "File too large" in message
+        assert "the last good checkpoint is step-2" in message
+        assert left == ["latest", "step-2"]
+    for outcome in run_ranks(2, toy.run, tmp_path, 6, 6):
+        assert outcome.exitcode == 0, outcome.output
+
+
+def test_sigterm_to_one_rank_saves_on_all_and_resume_is_bit_identical(tmp_path: Path) -> None:
+    for outcome in run_ranks(2, toy.run, tmp_path / "unbroken", 12, 12, 0.3):
+        assert outcome.exitcode == 0, outcome.output
+    for outcome in run_ranks(2, toy.run, tmp_path / "broken", 12, 12, 0.3, 1, toy.sigterm_rank_1_twice):
+        assert outcome.exitcode == EXIT_STOPPED, outcome.output
+        assert "stopped after step 6 of 12" in outcome.output
+    for outcome in run_ranks(2, toy.run, tmp_path / "broken", 12, 12, 0.3):
+        assert outcome.exitcode == 0, outcome.output
+    assert_identical(tmp_path / "unbroken", tmp_path / "broken", 12)
+
+
+def test_more_ranks_than_saved_get_fresh_random_numbers_and_say_so(tmp_path: Path) -> None:
+    assert run_ranks(1, toy.run, tmp_path, 4, 4)[0].exitcode == 0
+    first, second = run_ranks(2, toy.run, tmp_path, 8, 8)
+    assert first.exitcode == second.exitcode == 0, first.output + second.output
+    assert "rank 1 draws fresh random numbers" in second.output
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    other, killed = run_ranks(2, toy.die_in_step_3)
+    assert killed.exitcode == -9
+    assert "rank 0 lost its peers while waiting for gradients" in other.result
+
+
+def test_a_silent_rank_ends_the_wait_with_what_was_waited_for() -> None:
+    waiting, silent = run_ranks(2, toy.never_come)
+    assert "waiting for the class maps of rank 1" in waiting.result
+    assert silent.exitcode == -9, silent.output
+
+
+def test_processes_that_do_not_form_a_job() -> None:
+    (alone,) = run_ranks(1, toy.launch_error, env={"WORLD_SIZE": "2"})
+    assert "WORLD_SIZE=2" in alone.result
+    assert "MASTER_ADDR=(not set)" in alone.result
+    (unaware,) = run_ranks(1, toy.launch_error_of_a_group_of_one, env={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    assert "WORLD_SIZE=2, but the engine sees 1 process" in unaware.result
+
+
+def test_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first, total, every = random.randrange(10**6), 260, 3
+    for outcome in run_ranks(2, toy.run, tmp_path / "unbroken", total, total, 0.3):
+        assert outcome.exitcode == 0, outcome.output
+    reached = []
+    for seed in range(first, first + 10):
+        outcomes = run_ranks(2, toy.run_and_be_killed, tmp_path / "killed", total, every, seed)
+        assert any(outcome.exitcode == -9 for outcome in outcomes), (seed, outcomes)
+        reached.append(max((int(path.name[5:]) for path in (tmp_path / "killed").glob("step-*[0-9]")), default=0))
+    with capsys.disabled():
+        print(f"\nkills with seeds {first}..{first + 9}, saved steps then: {reached} of {total}")
+    for outcome in run_ranks(2, toy.run, tmp_path / "killed", total, every, 0.3):
+        assert outcome.exitcode == 0, outcome.output
+    assert_identical(tmp_path / "unbroken", tmp_path / "killed", total)
