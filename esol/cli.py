@@ -38,7 +38,9 @@ def main() -> int:
     command.add_argument("run_dir", type=Path)
     command.set_defaults(run=_report)
 
-    command = commands.add_parser("replay", help="log a run's metrics.jsonl into MLflow, when tracking failed at the time")
+    command = commands.add_parser(
+        "replay", help="log a run's metrics.jsonl into MLflow, when tracking failed at the time"
+    )
     command.add_argument("run_dir", type=Path)
     command.add_argument("--uri", default="", help="MLflow tracking URI; default: the sqlite file beside the runs")
     command.set_defaults(run=_replay)

@@ -24,7 +24,14 @@ def progress(label: str, total: int, unit: str, visible: bool) -> Iterator[Advan
 
 def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:>9}"),
@@ -51,6 +58,10 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
             return
         last = now
         left = (now - begun) / max(done, 1) * (total - done)
-        print(f"{label}: {done}/{total} {unit}, {now - begun:.0f} s, {left:.0f} s left  {note}", file=sys.stderr, flush=True)
+        print(
+            f"{label}: {done}/{total} {unit}, {now - begun:.0f} s, {left:.0f} s left  {note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     yield advance

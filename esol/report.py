@@ -80,5 +80,7 @@ def results_table(run_dir: Path) -> str:
     rows = ["| stage | metric | value |", "|---|---|---|"]
     for stage, metrics in results.items():
         for name, value in metrics.items():
-            rows.append(f"| {stage} | {name} | {value:.4g} |" if isinstance(value, float) else f"| {stage} | {name} | {value} |")
+            rows.append(
+                f"| {stage} | {name} | {value:.4g} |" if isinstance(value, float) else f"| {stage} | {name} | {value} |"
+            )
     return "\n".join(rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
@@ -26,6 +29,15 @@ def decode(data: bytes, name: str) -> Tensor:
         return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
         raise DataError(f"{name}: the image cannot be decoded ({str(error).splitlines()[0]})") from error
+
+
+def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
+    """A mask's class numbers (H, W), 0 background and 255 void; DataError naming `name` where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
+            return np.array(png, dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{name}: the mask cannot be decoded ({error})") from error
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
