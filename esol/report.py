@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from esol.errors import EsolError
 
+SOURCES = ("cam", "expand", "shrink")
+_SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
 TILE = 200  # pixels, long side of a picture's tile
 _HEAT = np.array([[12, 7, 60], [86, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]], np.float32)
 
@@ -71,16 +73,39 @@ def _tile(pixels: Pixels) -> Image.Image:
 
 
 def results_table(run_dir: Path) -> str:
-    """The numbers of results.json as a Markdown table; EsolError where there is none."""
+    """The numbers of results.json as Markdown, with a verdict on expand and shrink; EsolError where there is none."""
     path = run_dir / "results.json"
     try:
-        results = json.loads(path.read_text())
+        results: dict[str, dict[str, float]] = json.loads(path.read_text())
     except OSError as error:
         raise EsolError(f"{path} cannot be read ({error.strerror}): is {run_dir} the folder of a run?") from error
-    rows = ["| stage | metric | value |", "|---|---|---|"]
-    for stage, metrics in results.items():
-        for name, value in metrics.items():
-            rows.append(
-                f"| {stage} | {name} | {value:.4g} |" if isinstance(value, float) else f"| {stage} | {name} | {value} |"
-            )
-    return "\n".join(rows)
+    seeds = results.pop("localize", {})
+    lines = ["| stage | metric | value |", "|---|---|---|"]
+    lines += [f"| {stage} | {name} | {value:.4g} |" for stage, own in results.items() for name, value in own.items()]
+    sources = [source for source in SOURCES if f"{source}_miou" in seeds]
+    if sources:
+        lines += ["", "| seeds | " + " | ".join(sources) + " |", "|---|" + "---|" * len(sources)]
+        for name in (key.removeprefix("cam_") for key in seeds if key.startswith("cam_")):
+            lines.append(f"| {name} | " + " | ".join(f"{seeds[f'{source}_{name}']:.4g}" for source in sources) + " |")
+        lines += ["", *verdicts(seeds)]
+    return "\n".join(lines)
+
+
+def verdicts(seeds: dict[str, float]) -> list[str]:
+    """One line each on whether Expansion raised recall and Shrinkage precision, whichever way it went."""
+    recall = "body_recall" if "cam_body_recall" in seeds else "recall"
+    lines = []
+    for source, before, aim in (("expand", "cam", recall), ("shrink", "expand", "precision")):
+        if f"{source}_miou" not in seeds:
+            continue
+        parts = []
+        for name, where in ((aim, "at the CAM's threshold"), ("miou", "at the best threshold of each")):
+            key = f"at_cam_{name}" if name == aim else name
+            old, new = seeds[f"{before}_{key}"], seeds[f"{source}_{key}"]
+            way = "up" if new > old else "down" if new < old else "unchanged"
+            parts.append(f"{_SPOKEN.get(name, name)} {way} {where} ({old:.1f} -> {new:.1f})")
+        helped = seeds[f"{source}_miou"] > seeds[f"{before}_miou"]
+        lines.append(
+            f"{source} against {before}: {'; '.join(parts)}: it {'helps' if helped else 'does not help'} here."
+        )
+    return lines

@@ -1,0 +1,71 @@
+"""The walls of the house: who may import what, what a quick command loads, how modules are named."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "esol").rglob("*.py"), *(ROOT / "shards").rglob("*.py")])
+HEAVY = ("torch", "torchvision", "mlflow", "accelerate", "deepspeed", "timm", "webdataset")
+WALLS = {
+    "accelerate": "esol/engines/",
+    "deepspeed": "esol/engines/",
+    "mlflow": "esol/tracking.py",
+    "webdataset": ("esol/data/stream.py", "shards/"),
+}
+NO_IO = ("esol/models/", "esol/localize/")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, at whatever depth."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_stay_behind_their_walls(path: Path) -> None:
+    name, found = str(path.relative_to(ROOT)), imports(path)
+    tops = {module.split(".")[0] for module in found}
+    for package, places in WALLS.items():
+        assert package not in tops or name.startswith(places), f"{name} imports {package}"
+    if name.startswith(NO_IO):
+        outside = {
+            m for m in found if m.startswith(("esol.data", "esol.engines", "esol.tracking", "esol.files", "shards"))
+        }
+        assert not outside, f"{name} knows of {outside}"
+    if name.startswith("esol/localize/"):
+        assert not tops & {"os", "io", "pathlib", "shutil"}
+    if name == "esol/loop.py":
+        assert not {m for m in found if m.startswith(("esol.stages", "esol.tasks.", "esol.models", "esol.fit"))} - {
+            "esol.tasks.base",
+            "esol.tasks.base.Batch",
+        }
+    if name == "esol/data/plan.py":
+        assert "torch" not in tops
+
+
+@pytest.mark.parametrize("command", ["esol.cli", "shards.cli", "esol.train"])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    code = (
+        f"import sys; sys.argv = ['x', '--help']\n"
+        f"try:\n    from {command} import main; main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        f"print('LOADED', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert "usage:" in done.stdout, done.stderr
+    assert done.stdout.rstrip().endswith("LOADED []"), done.stdout
+
+
+def test_no_module_of_esol_is_named_like_a_top_level_package() -> None:
+    """Launchers put esol/ itself first on the path, where such a module would shadow the package."""
+    taken = set(sys.stdlib_module_names) | {*HEAVY, "numpy", "yaml", "datasets", "evaluate", "PIL", "rich", "fsspec"}
+    names = {path.stem for path in (ROOT / "esol").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not names & taken
