@@ -1,0 +1,409 @@
+"""Tracking: metrics.jsonl in the run directory, and a second process that carries it into MLflow.
+
+The training process only appends lines to a file. `python -m esol.tracking` follows the file and makes every MLflow
+call; so MLflow (seconds of import and migrations, servers that die or never answer) can neither stop nor slow training,
+memory stays bounded, a server that comes back gets what it missed, and what is left is sent by `esol replay`.
+
+Records, one JSON object a line, all with "time" (seconds since the epoch):
+{"stage", "step", "metrics": {name: value}}; {"event": "run", "params", "tags", "identity"}; {"event": "begin", "stage",
+"resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values"};
+{"event": "artifact", "stage", "path", "folder"} with a path relative to the run directory. After a resume, steps past
+the checkpoint stand there twice; the later line counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from esol.config import Config, fingerprint
+from esol.errors import EsolError
+from esol.files import atomic_write
+
+_LOG = logging.getLogger(__name__)
+_JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
+_PERIOD = 5.0  # seconds between two looks at the file
+_PACKAGES = ("esol", "torch", "torchvision", "accelerate", "numpy", "webdataset", "mlflow")
+
+
+class Tracker:
+    """Notes what a run does, on the main rank; on the others every call does nothing. Used as a context manager.
+
+    index_hash: identity of the data; resume: interrupted stages go on in their MLflow runs; flush: seconds that the end
+    of the run waits for MLflow at most. No call raises because of MLflow or a full disk.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        is_main: bool,
+        index_hash: str,
+        world_size: int,
+        resume: bool = False,
+        flush: float = 30.0,
+    ) -> None:
+        self._config, self._active, self._resume, self._flush = config, is_main, resume, flush
+        self._tags = {"data_index": index_hash, "world_size": str(world_size)}
+        self._run_dir = Path(config.run_dir)
+        self._stage: str | None = None
+        self._status = "FINISHED"  # of the last stage
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Tracker:
+        if not self._active:
+            return self
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._run_dir / _JSONL, "ab+")
+        if self._file.tell() and _last_byte(self._run_dir / _JSONL) != b"\n":  # a killed process left half a line
+            self._file.write(b"\n")
+        settings = asdict(self._config)
+        params = {key: str(value) for key, value in _flat(settings)}
+        tags = {**self._tags, **_versions(), **_git()}
+        self._write({"event": "run", "params": params, "tags": tags, "identity": fingerprint(self._config)})
+        if self._config.tracking.uri != "none":
+            self._process = _start_follower(self._run_dir, self._config.tracking.uri, self._config.tracking.experiment)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._write({"event": "end", "stage": None, "status": _status(error) if error else self._status})
+        self._file.close()
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write(b"end\n")
+            process.stdin.close()
+        try:
+            process.wait(self._flush)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            print(
+                f"MLflow did not take everything of this run (see {self._run_dir / _MLFLOW_LOG}); nothing is lost. "
+                f"Send the rest when it answers again: esol replay {self._run_dir}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What is noted inside belongs to this stage's child run."""
+        self._stage = name
+        self._write({"event": "begin", "stage": name, "resume": self._resume})
+        self._status = "FINISHED"
+        try:
+            yield
+        except BaseException as error:
+            self._status = _status(error)
+            raise
+        finally:
+            self._write({"event": "end", "stage": name, "status": self._status})
+            self._stage = None
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Values of the running stage after optimizer step `step` (or at another whole-number position of a curve)."""
+        self._write({"stage": self._stage, "step": step, "metrics": _finite(values)})
+
+    def results(self, values: dict[str, float]) -> None:
+        """What the running stage came to; shown at the parent run as <stage>/<name> as well."""
+        self._write({"event": "results", "stage": self._stage, "values": _finite(values)})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file inside the run directory, put into `folder` of the running stage's artifacts."""
+        relative = str(Path(path).resolve().relative_to(self._run_dir.resolve()))
+        self._write({"event": "artifact", "stage": self._stage, "path": relative, "folder": folder})
+
+    def picture(self, path: Path) -> None:
+        """A picture file inside the run directory."""
+        self.artifact(path, "pictures")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self._active:
+            return
+        try:
+            self._file.write(json.dumps({"time": round(time.time(), 3), **record}).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            _LOG.warning("cannot write %s, this record is lost: %s", self._run_dir / _JSONL, error)
+
+
+def replay(run_dir: Path | str, uri: str = "") -> None:
+    """Sends what MLflow has not got yet of a run directory; uri "" is the run's own. EsolError where that fails."""
+    run_dir = Path(run_dir)
+    if not (run_dir / _JSONL).is_file():
+        raise EsolError(f"{run_dir} holds no {_JSONL}: give the run_dir of a run")
+    experiment = "esol"
+    with contextlib.suppress(OSError, KeyError, TypeError, yaml.YAMLError):
+        settings = yaml.safe_load((run_dir / "resolved.yaml").read_text())["tracking"]
+        experiment, uri = settings["experiment"], uri or settings["uri"]
+    follower = _Follower(run_dir, "" if uri == "none" else uri, experiment)
+    try:
+        sent = follower.send()
+    except Exception as error:
+        raise EsolError(f"MLflow at {follower.uri} failed, try again: {_first_line(error)}") from error
+    print(f"sent {sent} records of {run_dir} to {follower.uri}")
+
+
+def _start_follower(run_dir: Path, uri: str, experiment: str) -> subprocess.Popen[bytes] | None:
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "esol.tracking", str(run_dir.resolve()), uri, experiment]
+    try:
+        with open(run_dir / _MLFLOW_LOG, "ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=2,  # its warnings are the user's to see; MLflow's chatter goes into the log
+                stderr=log,
+                start_new_session=True,  # a signal to the job must not cut it off
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+    except OSError as error:
+        _LOG.warning("no MLflow tracking, %s has everything: %s", run_dir / _JSONL, error)
+        return None
+
+
+class _Follower:
+    """Sends the records of a run directory to MLflow in order, and remembers in mlflow.json how far it came."""
+
+    def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
+        self._run_dir, self._experiment = run_dir.resolve(), experiment
+        runs = self._run_dir.parent
+        self._artifacts = None if uri else (runs / "mlartifacts").as_uri()
+        self.uri = uri or f"sqlite:///{runs / 'mlflow.db'}"
+        self._client: Any = None
+        self._state: dict[str, Any] = {}
+
+    def send(self) -> int:
+        """Sends all whole lines that are new; returns how many. Raises what MLflow raises; can be called again then."""
+        if self._client is None:
+            self._connect()
+        with open(self._run_dir / _JSONL, "rb") as file:
+            file.seek(self._state["offset"])
+            data = file.read()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        sent = 0
+        # consecutive metrics of one stage become one call
+        for (stage, is_metrics), group in groupby(map(_parse, lines), key=lambda r: (r.get("stage"), "metrics" in r)):
+            for records in [list(group)] if is_metrics else [[record] for record in group]:
+                if is_metrics:
+                    self._log_metrics(self._run_of(stage), records)
+                else:
+                    self._send_event(records[0])
+                size = sum(record["bytes"] for record in records)
+                self._state["offset"] += size
+                sent += len(records)
+                atomic_write(self._run_dir / _STATE, json.dumps(self._state))
+        return sent
+
+    def _connect(self) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # read when MLflow is imported
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        client = MlflowClient(self.uri)
+        try:
+            state = json.loads((self._run_dir / _STATE).read_text())
+        except (OSError, ValueError):
+            state = {}
+        if state.get("uri") == self.uri and state["parent"]:
+            try:
+                client.get_run(state["parent"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                state = {}  # another store under the same address: everything again
+        if state.get("uri") != self.uri:
+            state = {"uri": self.uri, "offset": 0, "identity": "", "parent": "", "stages": {}}
+        experiment = client.get_experiment_by_name(self._experiment)
+        self._experiment_id = (
+            experiment.experiment_id if experiment else client.create_experiment(self._experiment, self._artifacts)
+        )
+        self._client, self._state = client, state
+
+    def _log_metrics(self, run: str, records: list[dict[str, Any]], prefix: str = "") -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(prefix + name, value, int(record["time"] * 1000), record.get("step", 0))
+            for record in records
+            for name, value in record["metrics"].items()
+            if value is not None
+        ]
+        for first in range(0, len(metrics), 1000):  # MLflow's limit for one call
+            self._client.log_batch(run, metrics=metrics[first : first + 1000])
+
+    def _run_of(self, stage: str | None) -> str:
+        return self._state["stages"][stage]["run"] if stage else self._state["parent"]
+
+    def _send_event(self, record: dict[str, Any]) -> None:
+        event, stage = record.get("event"), record.get("stage")
+        if event == "run":
+            self._run(record)
+        elif event == "begin":
+            self._begin(record)
+        elif event == "end":
+            self._client.set_terminated(self._run_of(stage), record["status"], int(record["time"] * 1000))
+            if stage:
+                self._state["stages"][stage]["open"] = record["status"] != "FINISHED"
+        elif event == "results":
+            values = [{**record, "metrics": record["values"]}]
+            self._log_metrics(self._run_of(stage), values, "result/")
+            self._log_metrics(self._state["parent"], values, f"{stage}/")
+        elif event == "artifact":
+            path = self._run_dir / record["path"]
+            if path.is_file():
+                self._client.log_artifact(self._run_of(stage), str(path), record["folder"] or None)
+            else:
+                _LOG.warning("%s is gone, MLflow does not get it", path)
+
+    def _run(self, record: dict[str, Any]) -> None:
+        """The parent run: one per run directory as long as the configuration means the same."""
+        from mlflow.entities import Param, RunTag
+
+        if not self._state["parent"] or self._state["identity"] != record["identity"]:
+            run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
+            self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
+            atomic_write(self._run_dir / _STATE, json.dumps(self._state))
+            params = [Param(key, value) for key, value in record["params"].items()]
+            for first in range(0, len(params), 100):  # MLflow's limit for one call
+                self._client.log_batch(run.info.run_id, params=params[first : first + 100])
+        parent = self._state["parent"]
+        self._client.update_run(parent, "RUNNING")
+        self._client.log_batch(parent, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+        if (self._run_dir / "resolved.yaml").is_file():
+            self._client.log_artifact(parent, str(self._run_dir / "resolved.yaml"))
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        """A stage's child run: a new one, or the interrupted one where the run resumes."""
+        former = self._state["stages"].get(record["stage"])
+        if former and former["open"] and record["resume"]:
+            self._client.update_run(former["run"], "RUNNING")
+            return
+        run = self._client.create_run(
+            self._experiment_id,
+            int(record["time"] * 1000),
+            {"mlflow.parentRunId": self._state["parent"], "stage": record["stage"]},
+            f"{self._run_dir.name} {record['stage']}",
+        )
+        self._state["stages"][record["stage"]] = {"run": run.info.run_id, "open": True}
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A record with its length in bytes; half a line that a killed process left is an empty one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = {}
+    return {**record, "bytes": len(line)}
+
+
+def _follow(run_dir: Path, uri: str, experiment: str) -> int:
+    """Sends until the training process says "end" or is gone, then once more; 1 where something stays unsent."""
+    os.nice(5)
+    with open(run_dir / f".{_STATE}.lock", "wb") as lock:
+        with contextlib.suppress(OSError):  # not every network file system has locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the follower of a killed run may still be sending
+        follower, warned, ended = _Follower(run_dir, uri, experiment), False, False
+        while True:
+            try:
+                follower.send()
+                if ended:
+                    return 0
+            except Exception as error:
+                _LOG.exception("MLflow at %s failed", follower.uri)
+                if not warned:
+                    warned = True
+                    print(
+                        f"MLflow at {follower.uri} fails ({_first_line(error)}); training goes on, {run_dir / _JSONL} "
+                        "has everything",
+                        flush=True,
+                    )
+                if ended:
+                    return 1
+            ended = bool(select.select([sys.stdin], [], [], _PERIOD)[0])
+            if ended:
+                signal.alarm(60)  # nobody may be left to end a call that never returns
+
+
+def _status(error: BaseException) -> str:
+    """MLflow's run status after leaving with an exception: KILLED where the user or a scheduler stopped the run."""
+    return "KILLED" if type(error).__name__ in ("Stopped", "KeyboardInterrupt") else "FAILED"
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+
+
+def _flat(tree: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{where}.{key}" if where else key
+        if isinstance(value, dict):
+            yield from _flat(value, path)
+        else:
+            yield path, value
+
+
+def _last_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {f"version.{name}": value for name, value in found.items()}
+
+
+def _git() -> dict[str, str]:
+    """Commit of the source tree, "-dirty" where tracked files were changed; empty where esol does not run from one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # else it is installed inside somebody else's repository
+        return {"git_commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    sys.exit(_follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
