@@ -94,7 +94,7 @@ def _add_voc(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=FILE]",
-        help="a split, listed in FILE or in the ids folder's NAME.txt; repeatable (default: train, train_aug, val if there)",
+        help="a split, listed in FILE or in NAME.txt of the ids; repeatable (default: train, train_aug, val if there)",
     )
     add("--ids-dir", default="", metavar="DIR", help="where NAME.txt is (default: ROOT/ImageSets/Segmentation)")
     add(

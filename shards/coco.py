@@ -32,9 +32,9 @@ def coco_source(
 ) -> Source:
     """One split per instances file; images: a folder for each, or one for all.
 
-    Classes are the categories by ascending id, numbered 1..C. Masks leave crowd regions out, and later annotations overwrite
-    earlier ones; labels are the categories of the annotations that are no crowd. Images without any are left out (82,081
-    and 40,137 of 2014's 82,783 and 40,504) unless keep_unannotated.
+    Classes are the categories by ascending id, numbered 1..C. Masks leave crowd regions out, and later annotations
+    overwrite earlier ones; labels are the categories of the annotations that are no crowd. Images without any are left
+    out (82,081 and 40,137 of 2014's 82,783 and 40,504 stay) unless keep_unannotated.
     """
     if len(annotations) != len(splits):
         raise DataError(f"{len(annotations)} --annotations need as many --split names, got {len(splits)}")
@@ -110,7 +110,7 @@ def _paint(entry: _Entry, number: dict[int, int]) -> np.ndarray:
     height, width = int(entry.info["height"]), int(entry.info["width"])
     levels = np.zeros((height, width), dtype=np.uint8)
     for annotation in entry.annotations:
-        shape = annotation.get("segmentation")
+        shape: Any = annotation.get("segmentation")
         try:
             if isinstance(shape, list):
                 coded = rle.merge(rle.frPyObjects(shape, height, width))

@@ -27,9 +27,9 @@ class _Row:
 def folder_source(root: str, long_side: int = 0) -> Source:
     """Reads ROOT/images, ROOT/labels.csv, ROOT/masks/<same name>.png and ROOT/classes.txt (a folder or URL).
 
-    labels.csv has the header image,labels or image,labels,split; labels are separated by semicolons; split is train where
-    none is given. Classes are the lines of classes.txt, else the labels of the csv, sorted. DataError lists every row and
-    file that does not fit.
+    labels.csv has the header image,labels or image,labels,split; labels are separated by semicolons; split is train
+    where none is given. Classes are the lines of classes.txt, else the labels of the csv, sorted. DataError lists
+    every row and file that does not fit.
     """
     root = root.rstrip("/")
     table = f"{root}/labels.csv"

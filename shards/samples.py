@@ -43,10 +43,11 @@ def pack(
     mask_name: str = "",
     long_side: int = 0,
 ) -> dict[str, bytes]:
-    """Checks a sample and returns it as webdataset writes it: {"__key__", "jpg", "json", "mask.png"}, and other extensions.
+    """Checks a sample and returns it as webdataset writes it: {"__key__", "jpg" (or png, webp), "json", "mask.png"}.
 
-    The photo's bytes stay as they are, unless its long side exceeds long_side > 0: then photo (Lanczos, JPEG quality 95) and
-    mask (nearest) are made smaller. DataError names photo (name) or mask (mask_name): unreadable, other size, unknown value.
+    The photo's bytes stay as they are, unless its long side exceeds long_side > 0: then photo (Lanczos, JPEG quality
+    95) and mask (nearest) are made smaller. DataError names photo (name) or mask (mask_name): unreadable, not of one
+    size, unknown value, unknown label.
     """
     image = open_image(photo, name)
     ext = _FORMATS.get(image.format or "")
@@ -152,7 +153,7 @@ def _text(size: tuple[int, int]) -> str:
 
 @lru_cache(maxsize=1)
 def _voc_colours() -> bytes:
-    """VOC's colour map: bit n of the three channels' eight bits comes from the number's bits 3n, 3n+1, 3n+2, mirrored."""
+    """VOC's colour map: bits 3n, 3n+1, 3n+2 of a number are bit 7-n of its red, green and blue."""
     number = np.arange(256)[:, None]
     colours = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):

@@ -1,9 +1,9 @@
 """Procedural scenes with exact masks, made so that a class activation map finds a part and misses the body.
 
-Each object is a small telling part (colours, pattern and shape that only its class has) on a larger plain body. Bodies draw
-shape, colour and texture from pools that all classes and the clutter share; each class only prefers some, so that a
-body is weak evidence. The background goes with the first object's class more often than not. All drawing is in integers
-at twice the size, so that every machine draws the same.
+Each object is a small telling part (colours, pattern and shape that only its class has) on a larger plain body. Bodies
+draw shape, colour and texture from pools that all classes and the clutter share; each class only prefers some, so that
+a body is weak evidence. The background goes with the first object's class more often than not. All drawing is in
+integers at twice the size, so that every machine draws the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from esol.errors import DataError
 from shards.samples import Source, encode_jpeg, encode_mask, encode_png, pack
 
 CLASSES = ("cactus", "fish", "mushroom", "rocket", "snail")
@@ -44,7 +45,9 @@ class _Placed:
 
 
 def synthetic_source(train: int, val: int, size: int = 96, seed: int = 0) -> Source:
-    """Splits train and val of size x size scenes; besides the usual members K.part.png, 255 where a telling part shows."""
+    """Splits train and val of size x size scenes; a further member K.part.png is 255 where a telling part shows."""
+    if size < 32:
+        raise DataError(f"--size {size}: the parts need at least 32 pixels")
     splits = {"train": [f"train_{i:06d}" for i in range(train)], "val": [f"val_{i:06d}" for i in range(val)]}
 
     def read(key: str) -> dict[str, bytes]:
@@ -72,7 +75,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     for kind in kinds:
         # fish swim, the others stand: the part's end is up (48), with a tilt
         upright = 48 if kind != 1 else int(rng.choice([0, 32]))
-        for _ in range(12):
+        for _ in range(12 if placed else 1000):  # no scene without an object
             spot = _spot(rng, side, (18, 27), (upright + int(rng.integers(-7, 8))) % 64)
             tip = (spot.x + spot.radius * _COS[spot.turn] // 1024, spot.y + spot.radius * _SIN[spot.turn] // 1024)
             seen = all(side // 16 < t < side - side // 16 for t in tip)
@@ -101,8 +104,8 @@ def _ground(rng: np.random.Generator, kind: int, side: int) -> np.ndarray:
     row = np.arange(side)[:, None, None]
     canvas = np.broadcast_to(top + (bottom - top) * row // side, (side, side, 3)).astype(np.int16)
     cell = max(2, side // 9)
-    coarse = rng.integers(-22, 23, (side // cell + 2, side // cell + 2))
-    at, rest = np.arange(side) // cell, np.arange(side) % cell
+    coarse = rng.integers(-22, 23, (side // cell + 2, side // cell + 2), dtype=np.int32)
+    at, rest = np.arange(side) // cell, (np.arange(side) % cell).astype(np.int32)
     rows = coarse[at] * (cell - rest)[:, None] + coarse[at + 1] * rest[:, None]
     canvas += ((rows[:, at] * (cell - rest) + rows[:, at + 1] * rest) // cell**2).astype(np.int16)[:, :, None]
     unit = max(1, side // 96)
@@ -122,9 +125,9 @@ def _ground(rng: np.random.Generator, kind: int, side: int) -> np.ndarray:
     return canvas
 
 
-def _frame(spot: _Placed, side: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The window around a spot, and object coordinates u, v in it (int32)."""
-    reach = spot.radius * 17 // 10 + 2
+def _frame(spot: _Placed, side: int, tenths: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """The window of so many tenths of a radius around a spot, and object coordinates u, v in it (int32)."""
+    reach = spot.radius * tenths // 10 + 2
     window = tuple(slice(max(0, centre - reach), min(side, centre + reach)) for centre in (spot.y, spot.x))
     dy, dx = (np.arange(s.start, s.stop, dtype=np.int32) - c for s, c in zip(window, (spot.y, spot.x), strict=True))
     cos, sin = (np.int32((f[spot.turn] * _UNIT * 64) // spot.radius) for f in (_COS, _SIN))  # 16 bits of fraction
@@ -134,7 +137,7 @@ def _frame(spot: _Placed, side: int) -> tuple[tuple[slice, slice], np.ndarray, n
 
 
 def _inside_body(shape: int, u: np.ndarray, v: np.ndarray, grow: int = 0) -> np.ndarray:
-    """The pool of body shapes: capsule, ellipse, egg, hull, bean; grow (1000ths of the radius) widens them for the outline."""
+    """The pool of body shapes: capsule, ellipse, egg, hull, bean; grow (1000ths of the radius) is for the outline."""
     if grow:
         u, v = u * _UNIT // (_UNIT + grow), v * _UNIT // (_UNIT + grow)
     along, across = np.abs(u), np.abs(v)
@@ -157,7 +160,7 @@ def _draw_body(
     shape, colour, texture = (
         kind if kind is not None and rng.random() < BODY_PREFERENCE else int(rng.integers(0, 5)) for _ in range(3)
     )
-    window, u, v = _frame(spot, len(canvas))
+    window, u, v = _frame(spot, len(canvas), 14)
     inside, outline = _inside_body(shape, u, v), _inside_body(shape, u, v, 70)
     paint = (_BODY_COLOURS[colour] + rng.integers(-14, 15, 3)).astype(np.int16)
     shade = 24 - (v * _COS[spot.turn] + u * _SIN[spot.turn]) // 29127  # light from above: 24 to -12 over the radius
@@ -178,7 +181,7 @@ def _draw_body(
 
 def _draw_part(canvas: np.ndarray, codes: np.ndarray, spot: _Placed, kind: int) -> None:
     """The part that only this class has, over the +u end of the body."""
-    window, u, v = _frame(spot, len(canvas))
+    window, u, v = _frame(spot, len(canvas), 17)
     u = u - 1000  # around the body's end
     ring = u**2 + v**2
     if kind == 0:  # flower: five petals and a heart

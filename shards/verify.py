@@ -7,7 +7,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
@@ -20,8 +20,8 @@ from shards.writer import progress
 def verify(root: str) -> list[str]:
     """Reads everything and returns one line for each problem, naming shard and key; empty where all is well.
 
-    Finds missing, surplus, empty, truncated and all-zero shards, changed bytes, samples or members that the index lacks or
-    has too many, undecodable photos, sizes and labels that do not fit, masks of another size or with unknown values.
+    Finds missing, surplus, empty, truncated and all-zero shards, changed bytes, samples or members that the index lacks
+    or has too many, undecodable photos, sizes and labels that do not fit, masks of another size or with unknown values.
     """
     try:
         index = Index.load(root)
@@ -60,6 +60,8 @@ def _check_shard(data: bytes, index: Index, number: int) -> list[str]:
         problems += _compare(record, index, number)
     for ordinal in range(int(index.first[number]), int(index.first[number]) + shard.samples):
         where = f"{shard.name}: sample {index.keys[ordinal]}"
+        if "json" in index.members:  # the outputs of inference stages mirror the keys without photos and labels
+            problems += _lacks({ext for ext, table in index.members.items() if table[ordinal, 0] >= 0}, where)
         members: dict[str, bytes] = {}
         for ext, table in index.members.items():
             offset, size, crc = table[ordinal].tolist()
@@ -104,6 +106,12 @@ def _compare(record: dict[str, Any], index: Index, number: int) -> list[str]:
     return sorted(problems)
 
 
+def _lacks(members: Collection[str], where: str) -> list[str]:
+    lacking = [] if "json" in members else ["json"]
+    lacking += [] if set(members) & set(PHOTO_EXTENSIONS) else ["photo"]
+    return [f"{where} has no {what}; its members: {', '.join(sorted(members))}" for what in lacking]
+
+
 def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: str) -> list[str]:
     """Problems of one sample's intact members: photo, json, masks, and whether they fit together."""
     problems: list[str] = []
@@ -138,8 +146,8 @@ def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: st
 def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrite: bool = False) -> None:
     """Writes index.json for webdataset shards that something else has made: all *.tar of a folder, sorted by name.
 
-    Every sample needs a photo and K.json with labels of the classes file (a name a line). splits: NAME=FILE, a key a line;
-    without any, all samples are the split train. DataError lists what does not fit, and nothing is written then.
+    Every sample needs a photo and K.json with labels of the classes file (a name a line). splits: NAME=FILE, a key a
+    line; without any, all samples are the split train. DataError lists what does not fit; nothing is written then.
     """
     root = root.rstrip("/")
     names = list_files(root)
@@ -151,6 +159,8 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
     if not tars:
         raise DataError(f"{root} holds no *.tar file")
     classes = read_lines(classes_file)
+    if not classes or len(set(classes)) != len(classes):
+        raise DataError(f"{classes_file} must name each class once, one a line")
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     with progress("shards", len(tars)) as advance:
@@ -167,6 +177,8 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
     ordinals: dict[str, Sequence[int]] = {}
     for split in splits:
         name, _, file = split.partition("=")
+        if not file:
+            raise DataError(f"--split {split}: write it as NAME=FILE")
         wanted = read_lines(file)
         place = {key: i for i, key in enumerate(keys)}
         problems += [f"{file}: no shard has key {key}" for key in wanted if key not in place]
@@ -181,7 +193,6 @@ def _check_foreign(data: bytes, record: dict[str, Any], classes: Sequence[str]) 
     for i, key in enumerate(record["keys"]):
         where = f"{record['name']}: sample {key}"
         rows = {ext: column[i] for ext, column in record["members"].items() if column[i] is not None}
-        if "json" not in rows or not rows.keys() & set(PHOTO_EXTENSIONS):
-            problems.append(f"{where} has no {'photo' if 'json' in rows else 'json'}; its members: {', '.join(rows)}")
+        problems += _lacks(rows.keys(), where)
         problems += check_sample({ext: data[o : o + n] for ext, (o, n, _) in rows.items()}, classes, where)
     return problems

@@ -148,13 +148,13 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_cls_labels(path: str) -> dict[Any, np.ndarray]:
-    """IRN's cls_labels.npy: image id (int, or PSA's text) -> float (20,). Admits arrays, never runs what a pickle holds."""
+    """IRN's cls_labels.npy: image id (int, or text as in PSA) -> float (20,); no code that a pickle holds is run."""
     file = io.BytesIO(read_bytes(path))
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
-        if shape != () or dtype != object:
+        if shape != () or dtype.kind != "O":
             raise ValueError(f"an array of {dtype} {shape} instead of a dict")
         held = _ArraysOnly(file, encoding="latin1").load()
         found = held.item() if isinstance(held, np.ndarray) else None

@@ -31,8 +31,8 @@ def create(
 ) -> None:
     """Writes all keys of the source's splits, shuffled by seed, into shards whose sizes differ by at most one.
 
-    The same source and seed give the same bytes. Every sample is checked before any problem is reported; DataError lists
-    them, and no index is written then. threads: that read and check samples, 0 = one per core.
+    The same source and seed give the same bytes. Every sample is read before any problem is reported; DataError lists
+    them all, and no index is written then. threads: that read and check samples, 0 = one per core.
     """
     splits = {name: set(keys) for name, keys in source.splits.items()}
     keys = sorted(set().union(*splits.values()))
@@ -87,8 +87,8 @@ def write_mirror_shard(
 ) -> dict[str, Any]:
     """Writes one tar file, whole or not at all, and returns its record for write_index.
 
-    samples: {"__key__": key, extension: bytes, ...}, e.g. "cam.npy". An inference stage gives its input's shard name and
-    keys, in order, so that its output mirrors the input. Same samples, same bytes. A file of that name is replaced.
+    samples: {"__key__": key, extension: bytes, ...}, e.g. "cam.npy". An inference stage gives its input's shard name
+    and keys, in order, so that its output mirrors the input. Same samples, same bytes. A file of that name is replaced.
     """
     fs, path = filesystem(os.fspath(out_dir))
     if is_local(fs):
