@@ -163,7 +163,7 @@ def _draw_body(
     window, u, v = _frame(spot, len(canvas), 14)
     inside, outline = _inside_body(shape, u, v), _inside_body(shape, u, v, 70)
     paint = (_BODY_COLOURS[colour] + rng.integers(-14, 15, 3)).astype(np.int16)
-    shade = 24 - (v * _COS[spot.turn] + u * _SIN[spot.turn]) // 29127  # light from above: 24 to -12 over the radius
+    shade = (24 - (v * _COS[spot.turn] + u * _SIN[spot.turn]) // 29127).astype(np.int16)  # light from above: 24 to -12 over the radius
     if texture == 1:
         shade -= 14 * (u % 360 < 120)
     elif texture == 2:
@@ -173,8 +173,8 @@ def _draw_body(
     elif texture == 4:
         shade -= 14 * ((u % 320 - 160) ** 2 + (v % 320 - 160) ** 2 < 90**2)
     view = canvas[window]
-    view[outline] = paint // 2
-    view[inside] = paint + shade[inside][:, None]
+    np.copyto(view, paint // 2, where=outline[:, :, None])
+    np.copyto(view, paint + shade[:, :, None], where=inside[:, :, None])
     if codes is not None and kind is not None:
         codes[window][outline] = 2 * (kind + 1)
 
@@ -201,6 +201,6 @@ def _draw_part(canvas: np.ndarray, codes: np.ndarray, spot: _Placed, kind: int) 
     else:  # shell: rings
         inside, first, colours = ring < 450**2, (ring // 42000) % 2 == 0, ((96, 46, 140), (250, 206, 92))
     view = canvas[window]
-    view[inside & first] = colours[0]
-    view[inside & ~first] = colours[1]
+    paint = np.where(first[:, :, None], *np.array(colours, dtype=np.int16))
+    np.copyto(view, paint, where=inside[:, :, None])
     codes[window][inside] = 2 * (kind + 1) + 1

@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A shard set's content, in arrays over the N sample ordinals (a few dozen bytes each; workers fork it).
+    """A shard set's content, in arrays over the N sample ordinals (some 200 bytes a sample; workers fork it).
 
     keys: unicode (N,); shard_of: int32 (N,) position in shards; first: int64 (S,), first ordinal of each shard;
     splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file,
