@@ -163,7 +163,8 @@ def _draw_body(
     window, u, v = _frame(spot, len(canvas), 14)
     inside, outline = _inside_body(shape, u, v), _inside_body(shape, u, v, 70)
     paint = (_BODY_COLOURS[colour] + rng.integers(-14, 15, 3)).astype(np.int16)
-    shade = (24 - (v * _COS[spot.turn] + u * _SIN[spot.turn]) // 29127).astype(np.int16)  # light from above: 24 to -12 over the radius
+    # light from above: from 24 to -12 over the radius
+    shade = (24 - (v * _COS[spot.turn] + u * _SIN[spot.turn]) // 29127).astype(np.int16)
     if texture == 1:
         shade -= 14 * (u % 360 < 120)
     elif texture == 2:
