@@ -42,7 +42,6 @@ from esol.files import atomic_write
 _LOG = logging.getLogger(__name__)
 _JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
 _PERIOD = 5.0  # seconds between two looks at the file
-_PACKAGES = ("esol", "torch", "torchvision", "accelerate", "numpy", "webdataset", "mlflow")
 
 
 class Tracker:
@@ -73,10 +72,11 @@ class Tracker:
             return self
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._file = open(self._run_dir / _JSONL, "ab+")
-        if self._file.tell() and _last_byte(self._run_dir / _JSONL) != b"\n":  # a killed process left half a line
-            self._file.write(b"\n")
-        settings = asdict(self._config)
-        params = {key: str(value) for key, value in _flat(settings)}
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a killed process left half a line
+                self._file.write(b"\n")
+        params = {key: str(value) for key, value in _flat(asdict(self._config))}
         tags = {**self._tags, **_versions(), **_git()}
         self._write({"event": "run", "params": params, "tags": tags, "identity": fingerprint(self._config)})
         if self._config.tracking.uri != "none":
@@ -135,8 +135,9 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file inside the run directory, put into `folder` of the running stage's artifacts."""
-        relative = str(Path(path).resolve().relative_to(self._run_dir.resolve()))
-        self._write({"event": "artifact", "stage": self._stage, "path": relative, "folder": folder})
+        if self._active:
+            relative = str(Path(path).resolve().relative_to(self._run_dir.resolve()))
+            self._write({"event": "artifact", "stage": self._stage, "path": relative, "folder": folder})
 
     def picture(self, path: Path) -> None:
         """A picture file inside the run directory."""
@@ -172,11 +173,10 @@ def replay(run_dir: Path | str, uri: str = "") -> None:
 def _start_follower(run_dir: Path, uri: str, experiment: str) -> subprocess.Popen[bytes] | None:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "esol.tracking", str(run_dir.resolve()), uri, experiment]
     try:
         with open(run_dir / _MLFLOW_LOG, "ab") as log:
             return subprocess.Popen(
-                command,
+                [sys.executable, "-m", "esol.tracking", str(run_dir.resolve()), uri, experiment],
                 stdin=subprocess.PIPE,
                 stdout=2,  # its warnings are the user's to see; MLflow's chatter goes into the log
                 stderr=log,
@@ -206,20 +206,23 @@ class _Follower:
         with open(self._run_dir / _JSONL, "rb") as file:
             file.seek(self._state["offset"])
             data = file.read()
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
         sent = 0
-        # consecutive metrics of one stage become one call
-        for (stage, is_metrics), group in groupby(map(_parse, lines), key=lambda r: (r.get("stage"), "metrics" in r)):
-            for records in [list(group)] if is_metrics else [[record] for record in group]:
-                if is_metrics:
-                    self._log_metrics(self._run_of(stage), records)
-                else:
-                    self._send_event(records[0])
-                size = sum(record["bytes"] for record in records)
-                self._state["offset"] += size
-                sent += len(records)
-                atomic_write(self._run_dir / _STATE, json.dumps(self._state))
+        records = map(_parse, data[: data.rfind(b"\n") + 1].splitlines(keepends=True))
+        try:  # consecutive metrics of one stage become one call
+            for (stage, metrics), group in groupby(records, key=lambda r: (r.get("stage"), "metrics" in r)):
+                for batch in [list(group)] if metrics else [[record] for record in group]:
+                    if metrics:
+                        self._log_metrics(self._run_of(stage), batch)
+                    else:
+                        self._send_event(batch[0])
+                    self._state["offset"] += sum(record["bytes"] for record in batch)
+                    sent += len(batch)
+        finally:
+            self._save_state()
         return sent
+
+    def _save_state(self) -> None:
+        atomic_write(self._run_dir / _STATE, json.dumps(self._state))
 
     def _connect(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # read when MLflow is imported
@@ -291,7 +294,7 @@ class _Follower:
         if not self._state["parent"] or self._state["identity"] != record["identity"]:
             run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
             self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
-            atomic_write(self._run_dir / _STATE, json.dumps(self._state))
+            self._save_state()
             params = [Param(key, value) for key, value in record["params"].items()]
             for first in range(0, len(params), 100):  # MLflow's limit for one call
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
@@ -314,6 +317,7 @@ class _Follower:
             f"{self._run_dir.name} {record['stage']}",
         )
         self._state["stages"][record["stage"]] = {"run": run.info.run_id, "open": True}
+        self._save_state()
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -371,15 +375,9 @@ def _flat(tree: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
-def _last_byte(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1)
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in ("esol", "torch", "torchvision", "accelerate", "numpy", "webdataset", "mlflow"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {f"version.{name}": value for name, value in found.items()}

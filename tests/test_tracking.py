@@ -1,0 +1,188 @@
+"""Tracking into a real sqlite store, and with servers that are dead or never answer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esol.config import ClassifyConfig, Config, DataConfig, TrackingConfig
+from esol.errors import EsolError
+from esol.loop import Stopped
+from esol.tracking import Tracker, replay
+
+
+def make(
+    runs: Path, name: str = "run", uri: str = "", resume: bool = False, flush: float = 60, lr: float = 0.1
+) -> Tracker:
+    config = Config(
+        run_dir=str(runs / name),
+        data=DataConfig(root="x" * 7000),  # longer than any MLflow takes for a parameter
+        classify=ClassifyConfig(lr=lr),
+        tracking=TrackingConfig(uri=uri),
+    )
+    return Tracker(config, True, "data-hash", 2, resume, flush)
+
+
+def note(tracker: Tracker, steps: int = 3) -> None:
+    """What a stage notes: metrics, results and a picture."""
+    with tracker.stage("classify"):
+        for step in range(1, steps + 1):
+            tracker.metrics(step, {"loss": 1 / step, "area": float("nan")})
+        picture = Path(tracker._config.run_dir) / "pictures" / "classify.png"
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes(b"a picture")
+        tracker.picture(picture)
+        tracker.results({"miou": 47.5})
+
+
+def records(runs: Path, name: str = "run") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def runs_in(store: Path) -> tuple[Any, list[Any], list[Any]]:
+    """A client, the parent runs and their children in the sqlite store of a runs folder, oldest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("esol")
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    return client, [run for run in found if run not in children], children
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder after one run through the follower process into the default store."""
+    runs = tmp_path_factory.mktemp("runs")
+    with make(runs) as tracker:
+        (runs / "run" / "resolved.yaml").write_text("seed: 0\n")
+        note(tracker)
+    return runs
+
+
+@pytest.fixture
+def store(tracked: Path, tmp_path: Path) -> Path:
+    """A runs folder with an empty experiment in an MLflow database that is already migrated."""
+    source = (tracked / "mlflow.db").read_bytes()
+    (tmp_path / "mlflow.db").write_bytes(source)
+    client, parents, children = runs_in(tmp_path)
+    for run in [*parents, *children]:
+        client.delete_run(run.info.run_id)
+    return tmp_path
+
+
+def test_run_arrives_in_mlflow(tracked: Path, capfd: pytest.CaptureFixture) -> None:
+    client, (parent,), (child,) = runs_in(tracked)
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    assert parent.data.params["classify.lr"] == "0.1"
+    assert parent.data.params["data.root"].startswith("xxx")
+    assert {"data_index", "world_size", "version.torch", "git_commit"} <= parent.data.tags.keys()
+    assert parent.data.metrics == {"classify/miou": 47.5}
+    history = client.get_metric_history(child.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert child.data.metrics["result/miou"] == 47.5
+    assert "area" not in child.data.metrics  # not a number
+    assert [a.path for a in client.list_artifacts(child.info.run_id, "pictures")] == ["pictures/classify.png"]
+    assert [a.path for a in client.list_artifacts(parent.info.run_id)] == ["resolved.yaml"]
+    assert records(tracked)[2]["metrics"] == {"loss": 1.0, "area": None}
+
+
+def test_interrupted_stage_goes_on_in_its_run_and_a_repeated_one_gets_its_own(store: Path) -> None:
+    def be_stopped() -> None:
+        with make(store, uri="off") as tracker, tracker.stage("classify"):
+            tracker.metrics(1, {"loss": 1.0})
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        be_stopped()
+    replay(store / "run")
+    _, (parent,), (child,) = runs_in(store)
+    assert (parent.info.status, child.info.status) == ("KILLED", "KILLED")
+    with make(store, uri="off", resume=True) as tracker:
+        note(tracker)
+    with make(store, uri="off") as tracker:
+        note(tracker, steps=1)
+    with make(store, uri="off", lr=0.2) as tracker:  # another configuration is another pipeline
+        note(tracker)
+    replay(store / "run")
+    client, parents, children = runs_in(store)
+    assert [run.data.params["classify.lr"] for run in parents] == ["0.1", "0.2"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in children] == [parents[i].info.run_id for i in (0, 0, 1)]
+    assert {run.info.status for run in [*parents, *children]} == {"FINISHED"}
+    assert children[0].info.run_id == child.info.run_id
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "loss")] == [1, 1, 2, 3]
+
+
+def test_replay_sends_what_is_missing_and_passes_half_a_line(store: Path, capsys: pytest.CaptureFixture) -> None:
+    with make(store, uri="off") as tracker:
+        note(tracker)
+    with open(store / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "classify", "st')  # killed while writing
+    replay(store / "run")
+    replay(store / "run")
+    with make(store, uri="off") as tracker:
+        note(tracker, steps=1)
+    replay(store / "run")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["9", "0", "8"]
+    _, _, children = runs_in(store)
+    assert [child.data.metrics["loss"] for child in children] == [1 / 3, 1.0]
+    with pytest.raises(EsolError, match=r"holds no metrics\.jsonl"):
+        replay(store)
+
+
+@pytest.fixture(params=["closed port", "never answers"])
+def broken_uri(request: pytest.FixtureRequest) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if request.param == "never answers":
+            listener.listen(100)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.timeout(60)
+def test_broken_server_neither_stops_nor_loses_anything(
+    store: Path, broken_uri: str, capfd: pytest.CaptureFixture
+) -> None:
+    with make(store, uri=broken_uri, flush=4) as tracker:
+        note(tracker, steps=2000)
+    assert [r["step"] for r in records(store) if "step" in r] == list(range(1, 2001))
+    assert f"esol replay {store / 'run'}" in capfd.readouterr().err
+    with pytest.raises(EsolError, match=broken_uri):
+        replay(store / "run", "http://127.0.0.1:9" if "never" in broken_uri else broken_uri)
+    replay(store / "run", f"sqlite:///{store / 'mlflow.db'}")
+    client, _, (child,) = runs_in(store)
+    assert len(client.get_metric_history(child.info.run_id, "loss")) == 2000
+
+
+def test_other_ranks_do_nothing(tmp_path: Path) -> None:
+    tracker = make(tmp_path)
+    tracker._active = False
+    with tracker:
+        with tracker.stage("classify"):
+            tracker.metrics(1, {"loss": 1.0})
+        tracker.results({})
+        tracker.picture(tmp_path / "nothing.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with make(tmp_path, uri="off") as tracker, open("/dev/full", "ab", buffering=0) as full:
+        file, tracker._file = tracker._file, full
+        tracker.metrics(1, {"loss": 1.0})
+        tracker._file = file
+        tracker.metrics(2, {"loss": 1.0})
+    assert "No space left on device" in caplog.text
+    assert [record["step"] for record in records(tmp_path) if "step" in record] == [2]
+
+
+def test_training_process_never_imports_mlflow() -> None:
+    code = "import sys, esol.tracking; assert not {'mlflow', 'torch'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
