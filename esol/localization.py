@@ -199,7 +199,7 @@ def _results(curves: dict[str, ThresholdCurve], classes: tuple[str, ...]) -> tup
             at_cam = curves[f"{source}_body"].at(best["cam"].threshold)
             results[f"{source}_at_cam_body_recall"] = _foreground_recall(at_cam)
         for name, iou in zip(("background", *classes), score.iou, strict=True):
-            results[f"{source}_iou_{name}"] = float(iou)
+            results[f"{source}_iou_{name}"] = 100 * float(iou)
     return results, {source: score.threshold for source, score in best.items()}
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from esol.errors import EsolError
+from esol.palette import voc_palette
 
 SOURCES = ("cam", "expand", "shrink")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
@@ -18,16 +19,6 @@ TILE = 200  # pixels, long side of a picture's tile
 _HEAT = np.array([[12, 7, 60], [86, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]], np.float32)
 
 Pixels = NDArray[np.uint8]
-
-
-def voc_palette() -> Pixels:
-    """The (256, 3) colours of PASCAL VOC's masks, by its bit-shuffling rule (VOC devkit)."""
-    ids = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
 
 
 def heat(image: Pixels, values: NDArray[np.floating]) -> Pixels:

@@ -69,7 +69,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
         run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(run_dir / "resolved.yaml", configuration.to_yaml(config))
     engine.barrier(f"the run directory {run_dir}")
-    with Tracker(config, engine.is_main, index.hash, engine.world_size) as tracker, StopSignal() as stop:
+    with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
             run_stages(context, only)

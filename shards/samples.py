@@ -8,12 +8,12 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from esol.errors import DataError
+from esol.palette import voc_palette
 
 VOID = 255
 _FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -126,7 +126,7 @@ def open_mask(data: bytes, name: str, size: tuple[int, int] | None, classes: int
 def encode_mask(levels: np.ndarray) -> bytes:
     """PNG with VOC's colours as palette, from uint8 (H, W)."""
     image = Image.fromarray(np.ascontiguousarray(levels))
-    image.putpalette(_voc_colours())
+    image.putpalette(voc_palette().tobytes())
     return encode_png(image)
 
 
@@ -149,13 +149,3 @@ def _smaller(image: Image.Image, size: tuple[int, int]) -> bytes:
 
 def _text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-@lru_cache(maxsize=1)
-def _voc_colours() -> bytes:
-    """VOC's colour map: bits 3n, 3n+1, 3n+2 of a number are bit 7-n of its red, green and blue."""
-    number = np.arange(256)[:, None]
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    for bit in range(8):
-        colours |= (((number >> (3 * bit + np.arange(3))) & 1) << (7 - bit)).astype(np.uint8)
-    return colours.tobytes()

@@ -1,0 +1,136 @@
+"""The main line as users start it: real processes, a tiny synthetic set, every launcher."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TINY = """
+model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
+data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
+classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
+expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
+shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
+localize: {scales: [1.0], batch: 4}
+engine: {threads: 1}
+checkpoint: {every: 3}
+tracking: {every: 2, pictures: 3}
+"""
+PLAIN = [sys.executable]
+TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]
+
+
+def launch(launcher: list[str], config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, str(ROOT / "esol/train.py"), "--config", str(config), *arguments]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP"))}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=config.parent)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, shard_set: Path) -> Path:
+    path = tmp_path_factory.mktemp("main_line") / "tiny.yaml"
+    path.write_text(f"run_dir: runs/one\n{TINY}".replace("data: {", f"data: {{root: {shard_set}, "))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(config: Path) -> Path:
+    """The run directory of one process."""
+    done = launch(PLAIN, config)
+    assert done.returncode == 0, done.stderr
+    return config.parent / "runs/one"
+
+
+def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:
+    results = json.loads((one / "results.json").read_text())
+    assert list(results) == ["classify", "expand", "shrink", "localize"]
+    assert {"cam_miou", "expand_miou", "shrink_miou", "cam_at_cam_body_recall"} <= results["localize"].keys()
+    assert 0 < results["localize"]["cam_miou"] < 100
+    assert "kernel_channels: 16" in (one / "resolved.yaml").read_text()
+    assert {p.name for p in (one / "pictures").iterdir()} == {f"{stage}.png" for stage in results}
+    with Image.open(one / "pictures/localize.png") as picture:
+        assert picture.width > 6 * 200  # photo, three maps, seeds, truth
+    records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    logged = [r for r in records if r.get("stage") == "classify" and "metrics" in r]
+    assert [r["step"] for r in logged] == list(range(2, 13, 2))
+    assert {"lr", "loss", "images_per_second", "data_wait_seconds", "peak_memory_mib"} <= logged[0]["metrics"].keys()
+
+
+def test_mlflow_has_a_parent_and_a_child_per_stage(one: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{one.parent / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("esol").experiment_id])
+    children = {r.data.tags["stage"]: r for r in runs if "mlflow.parentRunId" in r.data.tags}
+    parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    assert set(children) == {"classify", "expand", "shrink", "localize"}
+    assert {r.data.tags["mlflow.parentRunId"] for r in children.values()} == {parent.info.run_id}
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    assert parent.data.params["model.kernel_channels"] == "16"
+    assert parent.data.tags["data_index"]
+    assert [p.path for p in client.list_artifacts(children["expand"].info.run_id, "pictures")] == [
+        "pictures/expand.png"
+    ]
+
+
+def test_localized_shards_mirror_the_input(one: Path, shard_set: Path) -> None:
+    made, given = Index.load(str(one / "localize")), Index.load(str(shard_set))
+    assert made.keys.tolist() == given.keys[given.split("val")].tolist()
+    reader = ShardReader(made)
+    source = ShardReader(given)
+    peaks = []
+    for ordinal in range(len(made)):
+        original = int(np.flatnonzero(given.keys == made.keys[ordinal])[0])
+        with np.load(io.BytesIO(reader.read(ordinal, "maps.npz")), allow_pickle=False) as maps:
+            assert maps["classes"].tolist() == np.flatnonzero(source.labels(original)).tolist()
+            assert maps["full"].shape == (len(maps["classes"]), 64, 64)
+            assert maps["stride4"].shape == (len(maps["classes"]), 16, 16)
+            peaks.append(int(maps["full"].max(initial=0)))
+    assert max(peaks) == 255  # the best class of an image reaches its maximum, unless relu left nothing of it
+
+
+def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, one: Path) -> None:
+    again = launch(PLAIN, config)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before with these settings, skipped") == 4
+    changed = launch(PLAIN, config, "--set", "shrink.area=0.5", "--set", "data.workers=0")
+    assert changed.stdout.count("settings, skipped") == 2  # classify, expand; how many workers read changes nothing
+    assert "shrink: runs again, shrink.area: 0.1 -> 0.5" in changed.stdout
+    assert "localize: runs again, its input shrink changed" in changed.stdout
+    stale = launch(PLAIN, config, "--set", "expand.alpha=2", "--stages", "shrink")
+    assert stale.returncode == 2
+    assert "error: expand in runs/one has other settings (expand.alpha: 1.0 -> 2.0): run it again" in stale.stderr
+    early = launch(PLAIN, config, "--set", "run_dir=runs/none", "--stages", "expand")
+    assert early.returncode == 2
+    assert "expand needs classify, which has not finished in runs/none: add it to --stages" in early.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher", [TWO_RANKS, [*ACCELERATE, "1"], [*ACCELERATE, "2"]], ids=["torchrun", "one", "two"]
+)
+def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher: list[str]) -> None:
+    run_dir = f"runs/{abs(hash(tuple(launcher)))}"
+    done = launch(
+        launcher, config, "--set", f"run_dir={run_dir}", "--set", "tracking.uri=none", "--set", "shrink.area=0.5"
+    )
+    assert done.returncode == 0, done.stderr
+    other = config.parent / run_dir
+    for stage in ("classify", "expand", "shrink"):
+        ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
+        worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
+        assert worst < 1e-5, f"{stage}: {worst}"
+    a, b = (json.loads((d / "results.json").read_text())["localize"] for d in (one, other))
+    assert a["cam_miou"] == pytest.approx(b["cam_miou"], abs=0.2)
