@@ -1,0 +1,67 @@
+"""The main line over several seeds: seeds' mIoU after each stage, and the time that it took.
+
+    ESOL_WEIGHTS=weights python -m benchmarks.main_line --config configs/voc-animals.yaml --seeds 0 1 2
+
+Runs esol/train.py once per seed (finished stages of an earlier call are kept), then prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.common import machine, table
+from esol import config as configuration
+from esol.report import SOURCES
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("classify", "expand", "shrink", "localize")
+COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_cam_recall", "body_recall")
+
+
+def run(config: str, seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """results.json of one seed."""
+    run_dir = f"{configuration.load(config, overrides).run_dir}-seed{seed}"
+    options = [part for text in (*overrides, f"seed={seed}", f"run_dir={run_dir}") for part in ("--set", text)]
+    subprocess.run([sys.executable, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
+    return json.loads(Path(run_dir, "results.json").read_text())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
+    args = parser.parse_args()
+    results = {seed: run(args.config, seed, args.overrides) for seed in args.seeds}
+
+    print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}\n")
+    seeds = [r["localize"] for r in results.values()]
+    columns = [name for name in COLUMNS if f"cam_{name}" in seeds[0]]
+    rows: list[list[object]] = []
+    for seed, own in results.items():
+        for source in SOURCES:
+            if f"{source}_miou" in own["localize"]:
+                rows.append([source, seed, *(own["localize"][f"{source}_{name}"] for name in columns)])
+    for source in SOURCES:
+        if f"{source}_miou" in seeds[0]:
+            rows.append([source, "mean ± sd", *(spread([s[f"{source}_{name}"] for s in seeds]) for name in columns)])
+    for source, before in (("expand", "cam"), ("shrink", "expand")):
+        if f"{source}_miou" in seeds[0]:
+            gains = [spread([s[f"{source}_{name}"] - s[f"{before}_{name}"] for s in seeds]) for name in columns]
+            rows.append([f"{source} - {before}", "mean ± sd", *gains])
+    print(table(("seeds of", "seed", *columns), rows))
+    times = [[seed, *(own[s]["seconds"] if s in own else 0.0 for s in STAGES)] for seed, own in results.items()]
+    print("\n" + table(("seed", *(f"{s}, s" for s in STAGES), "all, min"), [[*t, sum(t[1:]) / 60] for t in times]))
+
+
+if __name__ == "__main__":
+    main()
