@@ -45,6 +45,12 @@ def localize(context: Context, folder: Path) -> Results:
     shards = np.unique(index.shard_of[ordinals])
     nets = _trained(context)
     _discard_foreign(context, folder)
+    if len(shards) < engine.world_size:
+        fit = -(-len(ordinals) // engine.world_size)
+        context.say(
+            f"localize: the split lies in {len(shards)} shards, fewer than {engine.world_size} processes, so some wait; "
+            f"create the set again with --samples-per-shard {fit} or fewer to use all"
+        )
     mine = shards[engine.rank :: engine.world_size]
     total = int(np.isin(index.shard_of[ordinals], mine).sum())
     with progress("localize", total, "images of this process", engine.is_main) as advance:
