@@ -48,7 +48,7 @@ def localize(context: Context, folder: Path) -> Results:
     if len(shards) < engine.world_size:
         fit = -(-len(ordinals) // engine.world_size)
         context.say(
-            f"localize: the split lies in {len(shards)} shards, fewer than {engine.world_size} processes, so some wait; "
+            f"localize: the split lies in {len(shards)} shards, fewer than {engine.world_size} processes: some wait; "
             f"create the set again with --samples-per-shard {fit} or fewer to use all"
         )
     mine = shards[engine.rank :: engine.world_size]

@@ -30,7 +30,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -83,9 +82,7 @@ class Tracker:
             self._process = _start_follower(self._run_dir, self._config.tracking.uri, self._config.tracking.experiment)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._active:
             return
         self._write({"event": "end", "stage": None, "status": _status(error) if error else self._status})
@@ -103,12 +100,9 @@ class Tracker:
             process.kill()
             process.wait()
         if process.returncode:
-            print(
-                f"MLflow did not take everything of this run (see {self._run_dir / _MLFLOW_LOG}); nothing is lost. "
-                f"Send the rest when it answers again: esol replay {self._run_dir}",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"MLflow did not take everything of this run (see {self._run_dir / _MLFLOW_LOG}); nothing is lost. "
+            text += f"Send the rest when it answers again: esol replay {self._run_dir}"
+            print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -153,9 +147,8 @@ class Tracker:
             _LOG.warning("cannot write %s, this record is lost: %s", self._run_dir / _JSONL, error)
 
 
-def replay(run_dir: Path | str, uri: str = "") -> None:
+def replay(run_dir: Path, uri: str = "") -> None:
     """Sends what MLflow has not got yet of a run directory; uri "" is the run's own. EsolError where that fails."""
-    run_dir = Path(run_dir)
     if not (run_dir / _JSONL).is_file():
         raise EsolError(f"{run_dir} holds no {_JSONL}: give the run_dir of a run")
     experiment = "esol"
