@@ -59,10 +59,11 @@ def main() -> None:
             wall, cpu = time.perf_counter() - begun, _cpu(follower) - start_cpu
     plain, with_tracking = statistics.median(seconds[False]), statistics.median(seconds[True])
     call, follow = sum(calls) / number, cpu / number
-    print(machine())
-    print(
-        f"{number} tracked steps, {len(METRICS)} values every {args.every}, {args.threads} threads, {wall:.0f} s in all\n"
+    head = (
+        f"{number} tracked steps, {len(METRICS)} values every {args.every}, {args.threads} threads, {wall:.0f} s in all"
     )
+    print(machine())
+    print(head + "\n")
     print("| what | per step | share of a step |\n|---|---|---|")
     print(f"| step without tracking, median | {plain * 1e3:.2f} ms | |")
     print(f"| step with tracking, median | {with_tracking * 1e3:.2f} ms | {with_tracking / plain - 1:+.2%} |")
