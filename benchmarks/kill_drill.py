@@ -81,7 +81,8 @@ def main() -> int:
         try:
             code = process.wait(moment)
         except subprocess.TimeoutExpired:
-            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's have own groups
+            # torchrun gives its workers process groups of their own
+            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
                 victim.kill()
             process.wait()
             kills += 1
