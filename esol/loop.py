@@ -21,8 +21,8 @@ from esol.tasks.base import Batch
 
 EXIT_STOPPED = 75
 """Exit code after a signal and a saved checkpoint: EX_TEMPFAIL of sysexits.h, "try again later", which neither Python
-(1), esol's own errors (2) nor a signal's death (128 + n) gives. A scheduler script requeues on it. torchrun and accelerate
-launch do not pass it on."""
+(1), esol's own errors (2) nor a signal's death (128 + n) gives. A scheduler script requeues on it. torchrun and
+accelerate launch report 1 instead."""
 
 MAX_SKIPPED = 20  # fp16 scaling halves at each skip: from 2**16 this many leave nothing that could still overflow
 
