@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from esol.config import differing
 from esol.engines.base import Engine, gather_text
 from esol.errors import CheckpointError
 from esol.files import atomic_write, sha256, sync_folder
@@ -125,7 +126,7 @@ class Checkpointer:
                 _LOG.warning("%s; passing over it", problem)
                 continue
             if manifest["fingerprint"] != self._fingerprint:
-                keys = ", ".join(_differing(manifest["config"], self._config)) or "an input"
+                keys = ", ".join(key for key, *_ in differing(manifest["config"], self._config)) or "an input"
                 raise CheckpointError(
                     f"{path} was made with another configuration ({keys} differ): "
                     f"go back to that one, or start afresh in another run_dir"
@@ -182,14 +183,3 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     """The finished checkpoints, oldest first."""
     found = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
     return sorted((int(number), path) for number, path in found if number.isdecimal())
-
-
-def _differing(a: Any, b: Any, where: str = "") -> list[str]:
-    """Paths of the keys in which two JSON trees differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            path
-            for key in sorted(a.keys() | b.keys())
-            for path in _differing(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-        ]
-    return [] if a == b else [where]

@@ -342,3 +342,13 @@ def semantic(value: Any) -> Any:
     if not is_dataclass(value):
         return value
     return {f.name: semantic(getattr(value, f.name)) for f in fields(value) if not f.metadata.get("runtime")}
+
+
+def differing(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys at which two trees of plain values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += differing(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    return [] if old == new else [(where, old, new)]

@@ -240,7 +240,8 @@ def draw(
     index, reader, config = context.index, context.reader, context.config
     split = index.split(config.data.score_split)
     count = min(config.tracking.pictures, len(split))
-    rows, headings = [], []
+    rows: list[tuple[str, list[Any]]] = []
+    headings: list[str] = []
     for module in (net, expansion, shrinkage):
         if module is not None:
             module.eval()

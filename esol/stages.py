@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from esol import fit, localization
-from esol.config import Config, fingerprint, semantic
+from esol.config import Config, differing, fingerprint, semantic
 from esol.context import Context, Results
 from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write, sha256
@@ -184,16 +184,6 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], consumed: di
     ]
     changed += [f"its input {name} changed" for name in consumed if manifest["consumed"].get(name) != consumed[name]]
     return "; ".join(changed) or "its outputs were missing or changed"
-
-
-def differing(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys at which two trees of plain values differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            found += differing(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-        return found
-    return [] if old == new else [(where, old, new)]
 
 
 def _add_results(path: Path, stage: str, results: Results) -> None:

@@ -15,7 +15,9 @@ def plan_of(samples: int = 1000, global_batch: int = 24, seed: int = 3) -> Plan:
     return Plan(ordinals, (ordinals // 40).astype(np.int32), seed, global_batch)
 
 
-def global_batches(plan: Plan, ranks: int, workers: int, start: int, stop: int, micro_batch: int = 0) -> list[list[int]]:
+def global_batches(
+    plan: Plan, ranks: int, workers: int, start: int, stop: int, micro_batch: int = 0
+) -> list[list[int]]:
     """What all ranks together read at each step, put together from what each data worker of each rank yields."""
     batches: list[list[int]] = [[] for _ in range(start, stop)]
     for rank in range(ranks):
@@ -44,7 +46,7 @@ def test_each_sample_once_per_epoch_up_to_the_remainder() -> None:
     left_out = set()
     for epoch in range(3):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        seen = sum(global_batches(plan, 1, 1, steps.start, steps.stop), [])
+        seen = [o for batch in global_batches(plan, 1, 1, steps.start, steps.stop) for o in batch]
         assert len(seen) == len(set(seen)) == 1000 - 1000 % 24
         assert set(seen) <= set(plan.ordinals.tolist())
         left_out |= set(plan.ordinals.tolist()) - set(seen)

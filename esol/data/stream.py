@@ -1,21 +1,23 @@
-"""Training batches: a plan's samples through webdataset's pipeline and loader, in the plan's order.
+"""Training batches: a plan's samples through webdataset's pipeline in data workers, in the plan's order.
 
 The plan replaces webdataset's own shard lists, splitting and shuffling, none of which keeps an order over different
-numbers of workers or an exact epoch; its pipeline stages and loader run on top unchanged.
+numbers of workers or an exact epoch; its pipeline stages run on top unchanged.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 os.environ["WDS_SECURE"] = "1"  # no shell from a URL, no code from an archive; read when webdataset is imported
 
 import torch
 import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from esol.config import DataConfig
 from esol.data.plan import Plan, Share, sample_rng
@@ -25,12 +27,13 @@ from esol.errors import DataError, EsolError
 from esol.tasks.base import Batch
 
 LOADER_MINUTES = 10  # a micro-batch that takes longer than this is an error, not a wait
+STOP_SECONDS = 30  # that a data worker lives on after a signal to end
 
 Sample = dict[str, Any]
 
 
 @dataclass(eq=False)
-class PlannedSamples(IterableDataset):  # type: ignore[type-arg]
+class PlannedSamples(IterableDataset):
     """The source stage: which samples one data worker of one rank takes, in order."""
 
     reader: ShardReader
@@ -74,20 +77,26 @@ def training_stream(
         wds.batched(share.micro_batch, collation_fn=collate),
     )
     workers = config.workers
-    loader = wds.WebLoader(
-        pipeline,
-        batch_size=None,
-        num_workers=workers,
-        timeout=LOADER_MINUTES * 60 if workers else 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread if workers else None,
+    loader = iter(
+        DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            timeout=LOADER_MINUTES * 60 if workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_set_up_worker if workers else None,
+        )
     )
-    step: list[Batch] = []
-    for batch in _clear_errors(loader):
-        step.append(batch)
-        if len(step) == share.per_step:
-            yield step
-            step = []
+    try:
+        step: list[Batch] = []
+        for batch in _clear_errors(loader):
+            step.append(batch)
+            if len(step) == share.per_step:
+                yield step
+                step = []
+    finally:
+        if workers:  # now, not when the last reference goes: a traceback may hold one until the process ends
+            loader._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def collate(examples: list[Sample]) -> Sample:
@@ -106,8 +115,18 @@ def collate(examples: list[Sample]) -> Sample:
     }
 
 
-def _one_thread(worker: int) -> None:
+def _set_up_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers and terminals signal the whole group: the main process decides, and needs workers to finish the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    """Gives the main process STOP_SECONDS to be done with this worker; a later signal does not prolong it."""
+    if left := signal.alarm(STOP_SECONDS):
+        signal.alarm(left)
 
 
 def _clear_errors(loader: Any) -> Iterator[Any]:

@@ -58,6 +58,7 @@ class AccelerateEngine:
         self._host: Any = None
         if self.world_size > 1 and dist.get_backend() != "gloo":
             self._host = dist.new_group(backend="gloo", timeout=self._timeout)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; whoever wants speed takes bf16
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         if (

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,35 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
         assert worst < 1e-5, f"{stage}: {worst}"
     a, b = (json.loads((d / "results.json").read_text())["localize"] for d in (one, other))
     assert a["cam_miou"] == pytest.approx(b["cam_miou"], abs=0.2)
+
+
+def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path) -> None:
+    """Schedulers signal data workers too; they must not take the main process down before it has saved."""
+    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "classify.duration=120 steps"]
+    assert launch(PLAIN, config, *options, "--set", "run_dir=runs/whole").returncode == 0
+    options += ["--set", "run_dir=runs/broken", "--set", "checkpoint.every=50"]
+    command = [*PLAIN, str(ROOT / "esol/train.py"), "--config", str(config), *options]
+    log = config.parent / "runs/broken/metrics.jsonl"
+    process = subprocess.Popen(command, cwd=config.parent, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    while not log.exists() or '"step": 20' not in log.read_text():
+        assert process.poll() is None, "ended before the signal"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: stopped after step" in output
+    assert "go on with --resume" in output
+    resumed = launch(PLAIN, config, *options, "--resume")
+    assert "classify: resumed after step" in resumed.stdout
+    weights = [config.parent / "runs" / name / "classify/model.safetensors" for name in ("whole", "broken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) -> None:
+    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "run_dir=runs/other"]
+    nowhere = launch(PLAIN, config, *options, "--set", "data.root=nowhere")
+    assert nowhere.returncode == 2
+    assert "error: nowhere/index.json is missing" in nowhere.stderr
+    odd = launch(TWO_RANKS, config, *options, "--set", "classify.global_batch=9")
+    assert odd.returncode != 0
+    assert "global_batch = 9 cannot be shared by 2 processes: set global_batch to" in odd.stderr
