@@ -45,12 +45,8 @@ def localize(context: Context, folder: Path) -> Results:
     shards = np.unique(index.shard_of[ordinals])
     nets = _trained(context)
     _discard_foreign(context, folder)
-    if len(shards) < engine.world_size:
-        fit = -(-len(ordinals) // engine.world_size)
-        context.say(
-            f"localize: the split lies in {len(shards)} shards, fewer than {engine.world_size} processes: some wait; "
-            f"create the set again with --samples-per-shard {fit} or fewer to use all"
-        )
+    if advice := advice_on_shards(len(shards), len(ordinals), engine.world_size):
+        context.say(advice)
     mine = shards[engine.rank :: engine.world_size]
     total = int(np.isin(index.shard_of[ordinals], mine).sum())
     with progress("localize", total, "images of this process", engine.is_main) as advance:
@@ -76,6 +72,16 @@ def localize(context: Context, folder: Path) -> Results:
     _write_curves(context, folder, curves)
     draw(context, "localize", *nets, thresholds=thresholds)
     return results
+
+
+def advice_on_shards(shards: int, samples: int, world_size: int) -> str:
+    """What to say where processes outnumber shards, else nothing: a shard is the unit of work here."""
+    if shards >= world_size:
+        return ""
+    return (
+        f"localize: the split lies in {shards} shards, fewer than {world_size} processes: some have nothing to do. To use "
+        f"all, create the set again with --samples-per-shard {max(1, samples // world_size)} or fewer"
+    )
 
 
 def _trained(context: Context) -> tuple[CamNet, Expansion | None, Shrinkage | None]:

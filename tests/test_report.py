@@ -1,0 +1,58 @@
+"""Tables, verdicts and pictures of a run, and what localize says about its shards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esol.errors import EsolError
+from esol.localization import advice_on_shards
+from esol.palette import voc_palette
+from esol.report import heat, paint, results_table, sheet, verdicts
+
+SEEDS = {
+    "cam_miou": 40.0, "expand_miou": 38.0, "shrink_miou": 42.0,
+    "cam_at_cam_recall": 50.0, "expand_at_cam_recall": 60.5, "shrink_at_cam_recall": 55.0,
+    "cam_at_cam_precision": 60.0, "expand_at_cam_precision": 45.0, "shrink_at_cam_precision": 44.0,
+}  # fmt: skip
+
+
+def test_verdicts_say_what_happened_whichever_way_it_went() -> None:
+    expand, shrink = verdicts(SEEDS)
+    assert "recall up at the CAM's threshold (50.0 -> 60.5); mIoU down" in expand
+    assert expand.endswith("it does not help here.")
+    assert "precision down at the CAM's threshold (45.0 -> 44.0); mIoU up" in shrink
+    assert shrink.endswith("it helps here.")
+    assert verdicts({"cam_miou": 40.0}) == []
+
+
+def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, "localize": SEEDS}))
+    table = results_table(tmp_path)
+    assert "| classify | loss | 0.1235 |" in table
+    assert "| miou | 40 | 38 | 42 |" in table
+    with pytest.raises(EsolError, match=r"nowhere/results.json cannot be read .*the folder of a run\?"):
+        results_table(tmp_path / "nowhere")
+
+
+def test_pictures() -> None:
+    assert voc_palette()[[0, 1, 15, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [192, 128, 128], [224, 224, 192]]
+    photo = np.full((10, 20, 3), 100, np.uint8)
+    shown = heat(photo, np.linspace(0, 1, 200).reshape(10, 20))
+    assert shown.shape == photo.shape
+    assert shown.astype(int).sum(2)[0, 0] < shown.astype(int).sum(2)[-1, -1]  # brighter where the map is higher
+    mask = np.zeros((10, 20), np.uint8)
+    mask[:, 10:] = 1
+    painted = paint(photo, mask).astype(int)
+    assert (painted[:, 10:, 0] > painted[:, 10:, 1]).all()  # class 1 is red
+    assert (painted[:, :10, 0] == painted[:, :10, 1]).all()
+    picture = sheet([("one", [photo, shown]), ("two", [photo, shown])], ["a", "b"])
+    assert picture.width > 2 * 200
+    assert picture.height > 2 * 100
+
+
+def test_more_processes_than_shards_names_the_size_to_re_shard_to() -> None:
+    assert advice_on_shards(4, 100, 4) == ""
+    assert "lies in 3 shards, fewer than 8 processes" in advice_on_shards(3, 100, 8)
+    assert "--samples-per-shard 12 or fewer" in advice_on_shards(3, 100, 8)
