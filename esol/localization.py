@@ -79,8 +79,8 @@ def advice_on_shards(shards: int, samples: int, world_size: int) -> str:
     if shards >= world_size:
         return ""
     return (
-        f"localize: the split lies in {shards} shards, fewer than {world_size} processes: some have nothing to do. To use "
-        f"all, create the set again with --samples-per-shard {max(1, samples // world_size)} or fewer"
+        f"localize: the split lies in {shards} shards, fewer than {world_size} processes: some have nothing to do. "
+        f"To use all, create the set again with --samples-per-shard {max(1, samples // world_size)} or fewer"
     )
 
 
