@@ -42,9 +42,7 @@ def _key(
 class DataConfig:
     """Where the shards are and how an image becomes a training crop (as IRN: long side, then crop)."""
 
-    root: str = _key(
-        path=True, runtime=True
-    )  # (its content hash counts, not its place) folder or URL that holds index.json
+    root: str = _key(path=True, runtime=True)  # folder or URL that holds index.json; its content counts, not its place
     train_split: str = _key("train")
     score_split: str = _key("train")  # has masks; the split that seeds are made for and scored on
     long_side: tuple[int, int] = _key((320, 640), low=16, high=8192, unit="pixels")  # drawn uniformly
@@ -59,9 +57,7 @@ class ModelConfig:
     """The classification network. kernel_channels 0 is the plain CAM network: classifier straight on the backbone."""
 
     backbone: str = _key("resnet50")  # resnet50, resnet101, small, or timm:<name>
-    weights: str = _key(
-        "", path=True, runtime=True
-    )  # (its content hash counts) .safetensors file; "" = download; "none" = random initial weights
+    weights: str = _key("", path=True, runtime=True)  # .safetensors; "" = download; "none" = random. Its content counts
     output_stride: Literal[8, 16, 32] = _key(16)
     freeze: Literal["none", "stem", "all"] = _key("stem")  # stem: stem and first two stages (IRN); batch norm always
     kernel_channels: int = _key(256, low=0, high=8192, unit="channels")  # of W1, the expansion sampler's kernel
@@ -93,10 +89,14 @@ class ClassifyConfig(TrainConfig):
 class ExpandConfig(TrainConfig):
     """The expansion sampler: offsets that maximise the classification loss (paper, section Expansion)."""
 
+    duration: str = _key("100 steps")  # the loss has no upper bound: steps, lr and alpha are one budget
+    lr: float = _key(0.05, low=0, high=100)
+    momentum: float = _key(0.0, low=0, high=1)  # with it all offsets run one way and the maps shift
+    poly_power: float = _key(0.0, low=0, high=10)
     alpha: float = _key(1.0, low=0, high=1000)  # weight of the inverse loss
     classes: Literal["all", "present"] = _key("all")  # whose loss is maximised
     bound: float = _key(1.0, low=0, high=64, unit="feature-grid pixels")  # r in r*tanh(o/r); 0 = free offsets
-    clip: float = _key(0.0, low=0, high=1)  # beta of feature clipping; 0 = off
+    clip: float = _key(0.3, low=0, high=1)  # beta of feature clipping; 0 = off
     game: bool = _key(False)  # W1 and V minimise while the offsets maximise
 
 
@@ -104,8 +104,10 @@ class ExpandConfig(TrainConfig):
 class ShrinkConfig(TrainConfig):
     """The shrinkage sampler: offsets (and kernel) that keep the classification and lose area."""
 
+    duration: str = _key("250 steps")
+    lr: float = _key(0.02, low=0, high=100)
     area: float = _key(0.1, low=0, high=1000)  # lambda, weight of the area loss
-    clip: float = _key(0.0, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
+    clip: float = _key(0.3, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
     bound: float = _key(1.0, low=0, high=64, unit="feature-grid pixels")
     kernel: Literal["identity", "copy", "box"] = _key("box")  # where W2 starts
     learn_kernel: bool = _key(True)
