@@ -96,7 +96,7 @@ class ExpandConfig(TrainConfig):
     alpha: float = _key(1.0, low=0, high=1000)  # weight of the inverse loss
     classes: Literal["all", "present"] = _key("all")  # whose loss is maximised
     bound: float = _key(1.0, low=0, high=64, unit="feature-grid pixels")  # r in r*tanh(o/r); 0 = free offsets
-    clip: float = _key(0.3, low=0, high=1)  # beta of feature clipping; 0 = off
+    clip: float = _key(0.2, low=0, high=1)  # beta of feature clipping; 0 = off
     game: bool = _key(False)  # W1 and V minimise while the offsets maximise
 
 
@@ -107,7 +107,7 @@ class ShrinkConfig(TrainConfig):
     duration: str = _key("250 steps")
     lr: float = _key(0.02, low=0, high=100)
     area: float = _key(0.1, low=0, high=1000)  # lambda, weight of the area loss
-    clip: float = _key(0.3, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
+    clip: float = _key(0.2, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
     bound: float = _key(1.0, low=0, high=64, unit="feature-grid pixels")
     kernel: Literal["identity", "copy", "box"] = _key("box")  # where W2 starts
     learn_kernel: bool = _key(True)

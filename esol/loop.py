@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import signal
 import sys
@@ -18,6 +19,8 @@ from esol.engines.base import Engine
 from esol.errors import DivergenceError
 from esol.optim import learning_rate
 from esol.tasks.base import Batch
+
+_LOG = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75
 """Exit code after a signal and a saved checkpoint: EX_TEMPFAIL of sysexits.h, "try again later", which neither Python
@@ -98,7 +101,10 @@ def train(
                 "train with engine.precision bf16 or fp32, or lower lr"
             )
         images = sum(len(batch["key"]) for batch in microbatches)
-        meter.add(result.losses, images, waited, time.perf_counter() - began, result.skipped)
+        damaged = [reason for batch in microbatches for reason in batch.get("skipped", ())]
+        for reason in damaged:
+            _LOG.warning("step %d: another sample stands in for a damaged one: %s", step, reason)
+        meter.add(result.losses, images, waited, time.perf_counter() - began, result.skipped, len(damaged))
         if step % log_every == 0 or step == total_steps or result.stop:
             values = meter.collect()
             if engine.is_main:
@@ -116,7 +122,7 @@ class _Meter:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._skipped = 0
+        self._skipped = self._damaged = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -124,7 +130,9 @@ class _Meter:
         self._steps = self._images = 0
         self._waited = self._seconds = 0.0
 
-    def add(self, losses: dict[str, Tensor], images: int, waited: float, seconds: float, skipped: bool) -> None:
+    def add(
+        self, losses: dict[str, Tensor], images: int, waited: float, seconds: float, skipped: bool, damaged: int
+    ) -> None:
         for name, value in losses.items():
             self._losses[name] = self._losses[name] + value if name in self._losses else value.clone()
         self._steps += 1
@@ -132,6 +140,7 @@ class _Meter:
         self._waited += waited
         self._seconds += seconds
         self._skipped += skipped
+        self._damaged += damaged
 
     def collect(self) -> dict[str, float]:
         """Reduced over all ranks, which must all call it: losses are means, waits and memory the worst rank's."""
@@ -140,10 +149,12 @@ class _Meter:
         losses = self._engine.reduce(losses, "mean")
         worst = torch.tensor([self._waited / self._steps, self._seconds / self._steps, *_memory(self._engine.device)])
         waited, seconds, resident, cuda = self._engine.reduce(worst.double(), "max").tolist()
+        damaged = self._engine.reduce(torch.tensor([self._damaged]), "sum")
         images = self._images / self._steps * self._engine.world_size  # ranks have equal shares
         values = dict(zip(names, losses.tolist(), strict=True))
         values |= {"images_per_second": images / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
         values |= {"peak_memory_mib": resident, "skipped_steps": float(self._skipped)}
+        values["damaged_samples"] = float(damaged)
         if self._engine.device.type == "cuda":
             values["peak_cuda_memory_mib"] = cuda
         self._clear()

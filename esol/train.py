@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def run(args: argparse.Namespace) -> int:
         return _run(config, args.stages.split(",") if args.stages else None, args.resume)
     except EsolError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        what = f"{error.filename or args.config}: {error.strerror}"
+        print(f"error: {what}; when that is mended, go on with --resume", file=sys.stderr, flush=True)
         return 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -12,12 +12,14 @@ class Batch(TypedDict):
     """One micro-batch as the data stream yields it.
 
     image: uint8 (B, 3, H, W), RGB 0..255, not normalised (the network knows its own mean and deviation);
-    labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys.
+    labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys; skipped: what was wrong with the
+    damaged samples for which others stand in (data.damaged = skip).
     """
 
     image: Tensor
     labels: Tensor
     key: list[str]
+    skipped: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
