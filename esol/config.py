@@ -57,7 +57,7 @@ class ModelConfig:
     """The classification network. kernel_channels 0 is the plain CAM network: classifier straight on the backbone."""
 
     backbone: str = _key("resnet50")  # resnet50, resnet101, small, or timm:<name>
-    weights: str = _key("", path=True, runtime=True)  # .safetensors; "" = download; "none" = random. Its content counts
+    weights: str = _key("", path=True, runtime=True)  # .safetensors, .pth; "" = download; "none" = random
     output_stride: Literal[8, 16, 32] = _key(16)
     freeze: Literal["none", "stem", "all"] = _key("stem")  # stem: stem and first two stages (IRN); batch norm always
     kernel_channels: int = _key(256, low=0, high=8192, unit="channels")  # of W1, the expansion sampler's kernel

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from esol.errors import DataError
 from esol.palette import voc_palette
@@ -93,6 +93,8 @@ def open_image(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # odd EXIF blocks, big images: neither is damage
             image = Image.open(io.BytesIO(data))
             image.load()
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: unreadable image (of no known format); {len(data)} bytes") from error
     except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
         raise DataError(f"{name}: unreadable image ({error}); {len(data)} bytes") from error
     return image

@@ -84,10 +84,11 @@ def test_class_maps_with_and_without_w1() -> None:
         assert (logits.dtype, logits.shape) == (torch.float32, (2, 3))
 
 
-def test_local_weights_are_loaded_without_their_classifier(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "write"), [("safetensors", save_file), ("pth", torch.save)])
+def test_local_weights_are_loaded_without_their_classifier(tmp_path: Path, suffix: str, write: Any) -> None:
     source = backbone(backbone="timm:regnety_002").body.net.state_dict()  # type: ignore[union-attr]
-    path = tmp_path / "weights.safetensors"
-    save_file({**source, "head.fc.weight": torch.zeros(1000, 368), "head.fc.bias": torch.zeros(1000)}, path)
+    path = tmp_path / f"weights.{suffix}"
+    write({**source, "head.fc.weight": torch.zeros(1000, 368), "head.fc.bias": torch.zeros(1000)}, path)
     loaded = backbone(backbone="timm:regnety_002", weights=str(path)).body.net.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(loaded[k], source[k]) for k in source)
 
@@ -104,8 +105,11 @@ def test_weight_errors_say_file_key_and_remedy(tmp_path: Path, monkeypatch: pyte
         backbone(backbone="resnet50", weights="/nowhere")
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"not a tensor file")
-    with pytest.raises(WeightsError, match=r"cannot be read as \.safetensors"):
+    with pytest.raises(WeightsError, match=r"cannot be read as \.safetensors or"):
         backbone(backbone="resnet50", weights=str(path))
+    torch.save({"conv1.weight": path}, tmp_path / "code.pth")  # anything but tensors is refused, not run
+    with pytest.raises(WeightsError, match=r"code.pth cannot be read as .*Weights only load failed"):
+        backbone(backbone="resnet50", weights=str(tmp_path / "code.pth"))
     state = backbone(backbone="timm:regnety_002").body.net.state_dict()  # type: ignore[union-attr]
     state["stem.conv.weight"] = torch.zeros(1)
     state["extra"] = torch.zeros(1)

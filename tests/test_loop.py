@@ -48,8 +48,15 @@ class Saves:
 
 
 def batches() -> Iterator[list[dict[str, Any]]]:
+    yield [{"key": ["a", "b"], "skipped": ["shard-0.tar, sample z: damaged"]}, {"key": ["c"]}]
     while True:
         yield [{"key": ["a", "b"]}, {"key": ["c"]}]
+
+
+def test_damaged_samples_are_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    logged, _ = run(Answers(), 10)
+    assert [logged[step]["damaged_samples"] for step in (5, 10)] == [1, 1]  # of the stage so far
+    assert "step 1: another sample stands in for a damaged one: shard-0.tar, sample z" in caplog.text
 
 
 def run(engine: Answers, total: int, stop: StopSignal | None = None, start: int = 0) -> tuple[dict, list[int]]:

@@ -6,6 +6,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
     body = nn.Sequential(OrderedDict((k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")))
     source = getattr(models, f"ResNet{config.backbone[6:]}_Weights").IMAGENET1K_V1  # what IRN starts from
     if pretrained and config.weights != "none":
-        expected = f"torchvision's {source.url.rsplit('/', 1)[-1]} saved as .safetensors"
+        expected = f"torchvision's {source.url.rsplit('/', 1)[-1]}"
         _load(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
 
@@ -184,7 +185,7 @@ def _load(
         except Exception as error:  # hubs raise dozens of types
             raise WeightsError(
                 f"cannot download the weights of model.backbone = {config.backbone} ({type(error).__name__}: {error}). "
-                f"Put {expected} somewhere and give model.weights=/path/to/it.safetensors, or model.weights=none"
+                f"Put {expected} somewhere and give model.weights=/path/to/it (.safetensors or .pth), or none"
             ) from error
     wanted = net.state_dict()
     found = {key: value for key, value in found.items() if not key.startswith(heads)}
@@ -210,10 +211,12 @@ def _read(path: Path, expected: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        if path.suffix in (".pth", ".pt"):  # torchvision's own format
+            return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path)
     except FileNotFoundError as error:
         raise WeightsError(f"model.weights = {path}: no such file; put {expected} there") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise WeightsError(
-            f"model.weights = {path} cannot be read as .safetensors: {error}; expected is {expected}"
+            f"model.weights = {path} cannot be read as .safetensors or .pth: {error}; expected is {expected}"
         ) from error
