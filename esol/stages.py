@@ -23,6 +23,9 @@ from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write, sha256
 
 
+HEADLINE = ("loss", "images_per_second", "cam_miou", "expand_miou", "shrink_miou", "seconds")  # results.json has all
+
+
 @dataclass(frozen=True)
 class Stage:
     """One row of the table.
@@ -117,7 +120,8 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
                 _add_results(context.run_dir / "results.json", stage.name, results)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")
-        context.say(f"{stage.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results.items()))
+        headline = {k: v for k, v in results.items() if k in HEADLINE}
+        context.say(f"{stage.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in headline.items()))
 
 
 def _weights(context: Context, stage: Stage) -> dict[str, Any]:
