@@ -22,7 +22,6 @@ from esol.context import Context, Results
 from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write, sha256
 
-
 HEADLINE = ("loss", "images_per_second", "cam_miou", "expand_miou", "shrink_miou", "seconds")  # results.json has all
 
 
@@ -31,8 +30,8 @@ class Stage:
     """One row of the table.
 
     consumes: earlier stages that it reads, where they are part of the run; settings: what of the config shapes its
-    result; run(context, folder): does the work on every rank, writes its outputs and returns its results, the same on
-    every rank; produces: files below its folder, by pattern, whose content is its result.
+    result; run(context, folder): does the work on every rank, writes its outputs and returns its results (the main
+    rank's count); produces: files below its folder, by pattern, whose content is its result.
     """
 
     name: str
@@ -45,7 +44,9 @@ class Stage:
 def _training(name: str) -> Callable[[Config], dict[str, Any]]:
     def settings(config: Config) -> dict[str, Any]:
         sections = {"data": config.data, "model": config.model, name: getattr(config, name)}
-        return {**{k: semantic(v) for k, v in sections.items()}, **_common(config)}
+        settings = {**{k: semantic(v) for k, v in sections.items()}, **_common(config)}
+        del settings["data"]["score_split"]  # scoring another split is no reason to train again
+        return settings
 
     return settings
 

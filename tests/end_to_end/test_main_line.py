@@ -108,6 +108,8 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, on
     again = launch(PLAIN, config)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before with these settings, skipped") == 4
+    other_split = launch(PLAIN, config, "--set", "data.score_split=train", "--stages", "classify")
+    assert "classify: done before with these settings, skipped" in other_split.stdout
     changed = launch(PLAIN, config, "--set", "shrink.area=0.5", "--set", "data.workers=0")
     assert changed.stdout.count("settings, skipped") == 2  # classify, expand; how many workers read changes nothing
     assert "shrink: runs again, shrink.area: 0.1 -> 0.5" in changed.stdout
