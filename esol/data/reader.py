@@ -36,15 +36,28 @@ class ShardReader:
 
     def read(self, ordinal: int, ext: str) -> bytes:
         """The member's bytes; DataError naming shard and key where it is missing or damaged."""
-        shard = int(self.index.shard_of[ordinal])
-        if ext not in self.index.members or self.index.members[ext][ordinal, 0] < 0:
-            raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
-        offset, size, crc = (int(v) for v in self.index.members[ext][ordinal])
-        data = os.pread(self._open(shard), size, offset)
-        if len(data) != size or zlib.crc32(data) != crc:
-            how = "ends before it" if len(data) != size else "holds other bytes than were indexed"
-            raise DataError(f"{self.name(ordinal)}: the shard {how} (.{ext}); run esol-shards verify {self.index.root}")
-        return data
+        return self._read(ordinal, (ext,))[0]
+
+    def _read(self, ordinal: int, extensions: tuple[str, ...]) -> list[bytes]:
+        """Several members of a sample; they lie side by side, so one read gets them all."""
+        members = []
+        for ext in extensions:
+            if ext not in self.index.members or self.index.members[ext][ordinal, 0] < 0:
+                raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
+            members.append(self.index.members[ext][ordinal].tolist())
+        begin = min(offset for offset, _, _ in members)
+        end = max(offset + size for offset, size, _ in members)
+        data = os.pread(self._open(int(self.index.shard_of[ordinal])), end - begin, begin)
+        found = []
+        for ext, (offset, size, crc) in zip(extensions, members, strict=True):
+            member = data[offset - begin : offset - begin + size]
+            if len(member) != size or zlib.crc32(member) != crc:
+                how = "ends before it" if len(member) != size else "holds other bytes than were indexed"
+                raise DataError(
+                    f"{self.name(ordinal)}: the shard {how} (.{ext}); run esol-shards verify {self.index.root}"
+                )
+            found.append(member)
+        return found
 
     def image(self, ordinal: int) -> bytes:
         """The photo's bytes as they were when the shard was made."""
@@ -52,9 +65,16 @@ class ShardReader:
 
     def labels(self, ordinal: int) -> NDArray[np.float32]:
         """Multi-hot labels (C,); DataError where a label is not one of the index's classes."""
-        names = json.loads(self.read(ordinal, "json"))["labels"]
+        return self._multi_hot(ordinal, self.read(ordinal, "json"))
+
+    def image_and_labels(self, ordinal: int) -> tuple[bytes, NDArray[np.float32]]:
+        """Both in one read, for training."""
+        image, record = self._read(ordinal, (self.index.image_ext(ordinal), "json"))
+        return image, self._multi_hot(ordinal, record)
+
+    def _multi_hot(self, ordinal: int, record: bytes) -> NDArray[np.float32]:
         multi_hot = np.zeros(len(self.index.classes), np.float32)
-        for name in names:
+        for name in json.loads(record)["labels"]:
             if name not in self.index.classes:
                 close = difflib.get_close_matches(str(name), self.index.classes, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
