@@ -25,7 +25,7 @@ data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
 classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
 expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
 shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
-localize: {scales: [1.0], batch: 4}
+localize: {scales: [1.0], batch: 4, write: cam}
 engine: {threads: 1}
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3}
