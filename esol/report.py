@@ -95,8 +95,11 @@ def verdicts(seeds: dict[str, float]) -> list[str]:
             old, new = seeds[f"{before}_{key}"], seeds[f"{source}_{key}"]
             way = "up" if new > old else "down" if new < old else "unchanged"
             parts.append(f"{_SPOKEN.get(name, name)} {way} {where} ({old:.1f} -> {new:.1f})")
-        helped = seeds[f"{source}_miou"] > seeds[f"{before}_miou"]
-        lines.append(
-            f"{source} against {before}: {'; '.join(parts)}: it {'helps' if helped else 'does not help'} here."
+        key = f"at_cam_{aim}"
+        done = (
+            "does what it is for"
+            if seeds[f"{source}_{key}"] > seeds[f"{before}_{key}"]
+            else "does not do what it is for"
         )
+        lines.append(f"{source} against {before}: {'; '.join(parts)}. It {done} here.")
     return lines

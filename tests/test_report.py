@@ -21,9 +21,9 @@ SEEDS = {
 def test_verdicts_say_what_happened_whichever_way_it_went() -> None:
     expand, shrink = verdicts(SEEDS)
     assert "recall up at the CAM's threshold (50.0 -> 60.5); mIoU down" in expand
-    assert expand.endswith("it does not help here.")
+    assert expand.endswith("It does what it is for here.")
     assert "precision down at the CAM's threshold (45.0 -> 44.0); mIoU up" in shrink
-    assert shrink.endswith("it helps here.")
+    assert shrink.endswith("It does not do what it is for here.")
     assert verdicts({"cam_miou": 40.0}) == []
 
 
