@@ -96,7 +96,7 @@ def _trained(context: Context) -> tuple[CamNet, Expansion | None, Shrinkage | No
 
 def _discard_foreign(context: Context, folder: Path) -> None:
     """Removes what a run with other settings left in the folder."""
-    mark = folder / "unfinished.json"
+    mark = folder / "fingerprint.json"  # of the settings that the shards beside it were made with
     if context.engine.is_main:
         stamp = json.dumps({"fingerprint": context.fingerprint})
         if not mark.exists() or mark.read_text() != stamp:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from esol.errors import ConfigError, DataError
 
-BLOCK = 16  # shards whose samples are shuffled together: 4,096 samples at the default shard size
+BLOCK = 16  # shards whose samples are shuffled together: 2,048 samples at the default shard size
 
 
 @dataclass(frozen=True, eq=False)
