@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PLAIN_SECONDS = 10.0  # between two plain lines
+PLAIN_SECONDS = 10.0  # between two plain lines at most; every tenth of the work has one as well
 Advance = Callable[[int, str], None]
 
 
@@ -49,14 +49,14 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
 
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
     begun = time.monotonic()
-    last = begun
+    last, tenths = begun, 0
 
     def advance(done: int, note: str) -> None:
-        nonlocal last
+        nonlocal last, tenths
         now = time.monotonic()
-        if now - last < PLAIN_SECONDS and done < total:
+        if now - last < PLAIN_SECONDS and done * 10 // total == tenths:
             return
-        last = now
+        last, tenths = now, done * 10 // total
         left = (now - begun) / max(done, 1) * (total - done)
         print(
             f"{label}: {done}/{total} {unit}, {now - begun:.0f} s, {left:.0f} s left  {note}",

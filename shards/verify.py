@@ -12,9 +12,9 @@ from typing import Any
 
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
 from esol.errors import DataError
+from esol.progress import progress
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.samples import check_labels, listing, open_image, open_mask, upright_size
-from shards.writer import progress
 
 
 def verify(root: str) -> list[str]:
@@ -30,7 +30,7 @@ def verify(root: str) -> list[str]:
     names = {shard.name for shard in index.shards}
     tars = {name for name in list_files(root) if "/" not in name and name.endswith(".tar")}
     problems = [f"{name} is not in index.json" for name in sorted(tars - names)]
-    with progress("samples", len(index)) as advance:
+    with progress("verify", len(index), "samples", visible=True) as advance:
         for number, shard in enumerate(index.shards):
             try:
                 data = read_bytes(f"{root.rstrip('/')}/{shard.name}")
@@ -38,7 +38,7 @@ def verify(root: str) -> list[str]:
                 problems.append(f"{shard.name}: {error}")
             else:
                 problems += _check_shard(data, index, number)
-            advance(shard.samples)
+            advance(int(index.first[number]) + shard.samples, shard.name)
     return problems
 
 
@@ -163,15 +163,15 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
         raise DataError(f"{classes_file} must name each class once, one a line")
     records: list[dict[str, Any]] = []
     problems: list[str] = []
-    with progress("shards", len(tars)) as advance:
-        for name in tars:
+    with progress("index", len(tars), "shards", visible=True) as advance:
+        for number, name in enumerate(tars):
             data = read_bytes(f"{root}/{name}")
             try:
                 records.append(scan_tar(io.BytesIO(data), name))
                 problems += _check_foreign(data, records[-1], classes)
             except DataError as error:
                 problems.append(str(error))
-            advance(1)
+            advance(number + 1, name)
     keys = [key for record in records for key in record["keys"]]
     problems += [f"key {key} appears {times} times" for key, times in Counter(keys).items() if times > 1]
     ordinals: dict[str, Sequence[int]] = {}

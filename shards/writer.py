@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from esol.data.index import UNFINISHED, filesystem, is_local, scan_shard, write_index
 from esol.errors import DataError
 from esol.files import sync_folder
+from esol.progress import progress
 from shards.samples import Source, listing
 
 SAMPLES_PER_SHARD = 128
@@ -59,7 +58,7 @@ def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -
     records = []
     with (
         ThreadPoolExecutor(threads or os.cpu_count()) as pool,
-        progress("images", sum(map(len, parts))) as advance,
+        progress("create", sum(map(len, parts)), "images", visible=True) as advance,
     ):
 
         def attempt(key: str) -> dict[str, bytes] | None:
@@ -69,10 +68,12 @@ def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -
                 problems.append(str(error))
                 return None
 
+        done = 0
         for number, part in enumerate(parts):
             samples = []
             for sample in pool.map(attempt, part):  # at most one shard's samples are in memory
-                advance(1)
+                done += 1
+                advance(done, "")
                 if sample is not None:
                     samples.append(sample)
             if not problems:
@@ -157,26 +158,3 @@ def _begin(out: str, overwrite: bool) -> None:
 def _end(out: str) -> None:
     fs, path = filesystem(out)
     fs.rm_file(f"{path}/{UNFINISHED}")
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A rich progress bar on a terminal, a plain line every tenth elsewhere; yields the function that advances it."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda n: bar.advance(task, n)
-        return
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        before, done = done, done + n
-        if before * 10 // total != done * 10 // total:
-            print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
-
-    yield advance
