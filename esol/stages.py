@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from esol import fit, localization
-from esol.config import Config, differing, fingerprint, semantic
+from esol.config import Config
 from esol.context import Context, Results
 from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write, sha256
+from esol.schema import differing, fingerprint, semantic
 
 HEADLINE = ("loss", "images_per_second", "cam_miou", "expand_miou", "shrink_miou", "seconds")  # results.json has all
 

@@ -34,9 +34,10 @@ from typing import Any
 
 import yaml
 
-from esol.config import Config, fingerprint
+from esol.config import Config
 from esol.errors import EsolError
 from esol.files import atomic_write
+from esol.schema import fingerprint
 
 _LOG = logging.getLogger(__name__)
 _JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"

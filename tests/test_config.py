@@ -7,6 +7,7 @@ import pytest
 
 from esol import config
 from esol.errors import ConfigError
+from esol.schema import fingerprint
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -83,8 +84,8 @@ def test_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_fingerprint_ignores_what_does_not_change_results(tmp_path: Path) -> None:
     base = load(tmp_path, "")
     other = dataclasses.replace(base, data=dataclasses.replace(base.data, workers=7, root="elsewhere"))
-    assert config.fingerprint(base.data) == config.fingerprint(other.data)
-    assert config.fingerprint(base.data) != config.fingerprint(dataclasses.replace(base.data, crop=64))
+    assert fingerprint(base.data) == fingerprint(other.data)
+    assert fingerprint(base.data) != fingerprint(dataclasses.replace(base.data, crop=64))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

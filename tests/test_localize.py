@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.config import ExpandConfig, ModelConfig, ShrinkConfig, build
+from esol.config import ExpandConfig, ModelConfig, ShrinkConfig
 from esol.localize.class_maps import class_maps
 from esol.localize.seeds import best_class, seed
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
+from esol.schema import build
 
 
 def networks() -> tuple[CamNet, Expansion, Shrinkage]:

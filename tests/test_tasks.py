@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from esol.config import ClassifyConfig, ExpandConfig, ModelConfig, ShrinkConfig, build
+from esol.config import ClassifyConfig, ExpandConfig, ModelConfig, ShrinkConfig
 from esol.errors import ConfigError
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage, clip_features
+from esol.schema import build
 from esol.tasks.base import Batch, Task
 from esol.tasks.classify import Classify
 from esol.tasks.expand import Expand
