@@ -37,8 +37,8 @@ def key(
 def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
     """Makes the dataclass `cls` from plain YAML values; `where` is the path for messages.
 
-    base: an instance whose values stand where the tree has none. A section inside a section has as its base what its
-    field's default_factory gives, so that one dataclass can have other defaults in each place.
+    base: an instance whose values stand where the tree has none. A section whose default_factory is not its own class
+    has what that gives as its base, so that one dataclass can have other defaults in each place.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'config'}: expected keys below it, got {tree!r}")
@@ -56,7 +56,10 @@ def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
     for name, spec in known.items():
         path = f"{where}.{name}" if where else name
         if is_dataclass(hints[name]):
-            own = getattr(base, name) if base is not None else spec.default_factory()  # type: ignore[operator]
+            if base is not None:
+                own = getattr(base, name)
+            else:
+                own = None if spec.default_factory is hints[name] else spec.default_factory()  # type: ignore[operator]
             values[name] = build(hints[name], tree.get(name, {}), path, own)
         elif name not in values and base is not None:
             values[name] = getattr(base, name)
