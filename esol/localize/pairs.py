@@ -55,7 +55,7 @@ def _path(offset: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 
 
 class _BoundaryAffinity(torch.autograd.Function):
-    """Keeps two bytes a pair, which pixel was the highest: at radius 10 a pixel has 152 pairs of 2 to 28 points."""
+    """Keeps two bytes a pair, which pixel was the highest: at radius 10 a pixel has 152 pairs of 2 to 22 points."""
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, radius: int) -> Tensor:
@@ -101,24 +101,35 @@ class _BoundaryAffinity(torch.autograd.Function):
 def feature_affinity(features: Tensor, radius: int) -> Tensor:
     """exp(-mean over the channels of |f_i - f_j|) (PSA): features (B, C, h, w) -> pairs (B, K, h, w).
 
-    Computed in float32, in float64 for float64 features. The differences are computed again for the gradient: they are
-    K times the features.
+    Computed in float32, in float64 for float64 features. The differences, K times the features, are not kept: the
+    gradient computes them again, some channels at a time.
     """
     wide = features if features.dtype == torch.float64 else features.float()
     affinity: Tensor = _FeatureAffinity.apply(wide, radius)
     return affinity
 
 
+def _blocks(features: Tensor) -> list[slice]:
+    """Channels at a time: few enough for a processor's cache (three to eight times faster), enough to fill a GPU."""
+    most = 2**19 if features.device.type == "cpu" else 2**24
+    step = max(1, most // max(1, features[:, 0].numel()))
+    return [slice(start, start + step) for start in range(0, features.shape[1], step)]
+
+
 class _FeatureAffinity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, radius: int) -> Tensor:
-        offsets, (batch, _, height, width) = pair_offsets(radius), features.shape
-        affinity = features.new_zeros(batch, len(offsets), height, width)
-        for k, offset in enumerate(offsets):
-            first, second = pair_windows(offset, height, width)
-            affinity[:, k][first] = (features[first] - features[second]).abs_().mean(1).neg_().exp_()
+        batch, channels, height, width = features.shape
+        windows = [pair_windows(offset, height, width) for offset in pair_offsets(radius)]
+        affinity = features.new_zeros(batch, len(windows), height, width)
+        for block in _blocks(features):
+            some = features[:, block]
+            for k, (first, second) in enumerate(windows):
+                affinity[:, k][first] += (some[first] - some[second]).abs_().sum(1)
+        for k, (first, _) in enumerate(windows):
+            affinity[:, k][first] = (affinity[:, k][first] / -channels).exp_()
         ctx.save_for_backward(features, affinity)
-        ctx.radius = radius
+        ctx.windows = windows
         return affinity
 
     @staticmethod
@@ -127,11 +138,12 @@ class _FeatureAffinity(torch.autograd.Function):
         features, affinity = ctx.saved_tensors
         gradient = torch.zeros_like(features)
         pull = upstream * affinity / features.shape[1]
-        for k, offset in enumerate(pair_offsets(ctx.radius)):
-            first, second = pair_windows(offset, *features.shape[2:])
-            change = (features[first] - features[second]).sign_().mul_(pull[:, k : k + 1][first])
-            gradient[first] -= change
-            gradient[second] += change
+        for block in _blocks(features):
+            some, towards = features[:, block], gradient[:, block]
+            for k, (first, second) in enumerate(ctx.windows):
+                change = (some[first] - some[second]).sign_().mul_(pull[:, k : k + 1][first])
+                towards[first] -= change
+                towards[second] += change
         return gradient, None
 
 
