@@ -174,7 +174,7 @@ def test_walk_equals_the_dense_matrix(size: tuple[int, int], radius: int, beta: 
         got = random_walk(maps[None], affinity, radius, beta, steps)[0]
         want = plain_walk(maps, affinity[0], radius, beta, steps)
         for ours, theirs in zip(got, want, strict=True):
-            assert error(ours, theirs) < 1e-5
+            assert error(ours, theirs) < 2e-5
 
 
 def test_walk_of_a_batch_equals_one_by_one_and_repeats_to_the_bit() -> None:
