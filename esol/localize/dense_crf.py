@@ -27,9 +27,10 @@ class DenseCrf:
     0 leaves the kernel out. Kernels are normalised symmetrically, and a pixel counts among its own neighbours. Raises
     ValueError for another image, or for deviations so small that the lattice points cannot be numbered in 63 bits.
 
-    Memory: 0.2 to 0.4 kB per pixel for photos at bilateral 50/5, 0.8 kB while the lattices are built (pure noise, with 6
-    lattice points per pixel: 1.2 and 1.6 kB). infer adds 8 bytes per pixel and label, and 0.3 kB per pixel (noise: 1 kB)
-    for any number of labels. The spatial lattices of the four latest sizes stay cached (64 bytes per pixel at sxy 3).
+    Memory: 0.2 to 0.4 kB per pixel for photos at bilateral 50/5, 0.8 kB while the lattices are built (pure noise, with
+    6 lattice points per pixel: 1.2 and 1.6 kB). infer adds 8 bytes per pixel and label, and 0.3 kB per pixel (noise:
+    1 kB) for any number of labels. The spatial lattices of the four latest sizes stay cached (64 bytes per pixel at
+    sxy 3).
     """
 
     @torch.no_grad()
