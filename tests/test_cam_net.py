@@ -73,6 +73,39 @@ def test_input_is_normalised_inside() -> None:
     assert torch.allclose(net(image), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "finest"),
+    [
+        ("small", (32, 64, 96, 128, 128), 2),
+        ("resnet50", (64, 256, 512, 1024, 2048), 4),
+        ("timm:regnety_002", (32, 24, 56, 152, 368), 2),
+        ("timm:test_resnet", (32, 32, 48, 192, 96), 2),
+        ("timm:tf_efficientnet_lite0", (16, 24, 40, 112, 1280), 2),
+        ("timm:test_convnext", (24, 32, 48, 64), 4),
+    ],
+)
+def test_pyramid_ends_at_the_features(name: str, channels: tuple[int, ...], finest: int) -> None:
+    net = backbone(backbone=name, freeze="all")
+    assert tuple(c for c, _ in net.levels) == channels
+    assert (net.levels[0][1], net.levels[-1][1]) == (finest, 16)
+    image = torch.randint(0, 256, (1, 3, 97, 65), dtype=torch.uint8)
+    levels = net.pyramid(image)
+    assert torch.equal(levels[-1], net(image))
+    assert [level.shape[1] for level in levels] == list(channels)
+    assert not any(level.requires_grad for level in levels)
+
+
+def test_pyramid_learns_and_is_asked_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = backbone(freeze="none")
+    sum(level.mean() for level in net.pyramid(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None for p in net.parameters())
+    monkeypatch.delattr("timm.models.regnet.RegNet.forward_intermediates")
+    without = backbone(backbone="timm:regnety_002")
+    assert without(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 368, 2, 2)
+    with pytest.raises(ConfigError, match=r"model\.backbone: timm's RegNet has no forward_intermediates"):
+        _ = without.levels
+
+
 def test_class_maps_with_and_without_w1() -> None:
     for kernel_channels in (0, 16):
         net = CamNet(backbone(), num_classes=3, kernel_channels=kernel_channels)

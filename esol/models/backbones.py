@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,10 +22,50 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PLAIN = ("resnet50", "resnet101", "small")
 
 
+class Chain(nn.Sequential):
+    """Layers in a row; a feature level ends at each child named in `ends`, the last one at the last child."""
+
+    def __init__(self, layers: OrderedDict[str, nn.Module], ends: tuple[str, ...]) -> None:
+        super().__init__(layers)
+        self.ends = ends
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """The features of every level, finest first."""
+        levels = []
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.ends:
+                levels.append(x)
+        return levels
+
+
+class TimmFeatures(nn.Module):
+    """A timm network up to its head."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features that the head would pool."""
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """The features of every level, finest first; the last are forward's, which some networks widen once more."""
+        if not hasattr(self.net, "forward_intermediates"):
+            raise ConfigError(
+                f"model.backbone: timm's {type(self.net).__name__} has no forward_intermediates, and so no "
+                "feature levels for psa and irn: choose another network or leave these stages out"
+            )
+        last, levels = self.net.forward_intermediates(x)  # type: ignore[operator]
+        return [*levels[:-1], last]
+
+
 class Backbone(nn.Module):
     """A feature network that normalises its own input and never updates batch norm statistics.
 
     channels: of the features; stride: input pixels per feature pixel; mean, std: of its normalisation, on a 0..1 scale.
+    levels: (channels, stride) of each level of the pyramid, finest first; the last level is the features.
     freeze: "all" lets nothing learn and stores no activations; "stem" keeps `stem` parameters fixed. Batch norm uses
     its running statistics always; its scale and shift learn with the stage they are in, as IRN has it.
     """
@@ -34,7 +75,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Chain | TimmFeatures,
         freeze: str,
         stem: Callable[[str], bool],
         mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -71,9 +112,24 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """uint8 or float (B, 3, H, W), RGB 0..255 -> features (B, channels, ceil(H/stride), ceil(W/stride))."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = (image.to(self.mean.dtype) - self.mean) / self.std
-            # Activations in this format are about twice as fast on a CPU; the weights may stay as files have them.
-            return self.body(x.contiguous(memory_format=torch.channels_last))
+            return self.body(self._normalised(image))
+
+    def pyramid(self, image: Tensor) -> list[Tensor]:
+        """What forward takes -> the features of every level, finest first; ConfigError where there are no levels."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.body.pyramid(self._normalised(image))
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        side = 64
+        with torch.no_grad():
+            features = self.pyramid(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.mean.device))
+        return tuple((level.shape[1], round(side / level.shape[2])) for level in features)
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        x = (image.to(self.mean.dtype) - self.mean) / self.std
+        # Activations in this format are about twice as fast on a CPU; the weights may stay as files have them.
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def build_backbone(config: ModelConfig, pretrained: bool = True) -> Backbone:
@@ -85,8 +141,9 @@ def build_backbone(config: ModelConfig, pretrained: bool = True) -> Backbone:
     if config.backbone == "small":
         if pretrained and config.weights not in ("", "none"):
             raise WeightsError(f"model.weights = {config.weights}: the small backbone has no weights; use none")
-        body: nn.Module = small(config.output_stride)
-        return Backbone(body, config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4.")))
+        return Backbone(
+            small(config.output_stride), config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4."))
+        )
     if config.backbone in ("resnet50", "resnet101"):
         return _resnet(config, pretrained)
     if config.backbone.startswith("timm:"):
@@ -94,7 +151,7 @@ def build_backbone(config: ModelConfig, pretrained: bool = True) -> Backbone:
     raise ConfigError(f"model.backbone = {config.backbone!r}: must be one of {', '.join(PLAIN)} or timm:<name>")
 
 
-def small(output_stride: int) -> nn.Sequential:
+def small(output_stride: int) -> Chain:
     """Five 3x3 convolutions with group norm, 3 -> 32 -> 64 -> 96 -> 128 -> 128 channels; trains from scratch."""
     widths = (32, 64, 96, 128, 128)
     strides = {8: (2, 2, 2, 1, 1), 16: (2, 2, 2, 2, 1), 32: (2, 2, 2, 2, 2)}[output_stride]
@@ -103,7 +160,8 @@ def small(output_stride: int) -> nn.Sequential:
     for width, stride in zip(widths, strides, strict=True):
         layers += [nn.Conv2d(previous, width, 3, stride, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
         previous = width
-    return nn.Sequential(*layers)
+    named = OrderedDict((str(i), layer) for i, layer in enumerate(layers))
+    return Chain(named, tuple(str(i) for i in range(2, len(layers), 3)))
 
 
 def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
@@ -115,21 +173,13 @@ def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
     )
     if config.output_stride == 16:
         net.layer4[0].conv2.stride = net.layer4[0].downsample[0].stride = (1, 1)
-    body = nn.Sequential(OrderedDict((k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")))
+    layers = OrderedDict((k, m) for k, m in net.named_children() if k not in ("avgpool", "fc"))
+    body = Chain(layers, ("maxpool", "layer1", "layer2", "layer3", "layer4"))
     source = getattr(models, f"ResNet{config.backbone[6:]}_Weights").IMAGENET1K_V1  # what IRN starts from
     if pretrained and config.weights != "none":
         expected = f"torchvision's {source.url.rsplit('/', 1)[-1]}"
         _load(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
-
-
-class _TimmFeatures(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.forward_features(x)  # type: ignore[operator]
 
 
 def _timm(config: ModelConfig, pretrained: bool) -> Backbone:
@@ -168,7 +218,7 @@ def _timm(config: ModelConfig, pretrained: bool) -> Backbone:
     if config.freeze == "stem" and end < 0:
         raise ConfigError(f"model.freeze = stem: timm does not say what the stem of {name} is; use all or none")
     stem = {f"net.{n}" for n in names[: end + 1]}
-    return Backbone(_TimmFeatures(net), config.freeze, stem.__contains__, about["mean"], about["std"])
+    return Backbone(TimmFeatures(net), config.freeze, stem.__contains__, about["mean"], about["std"])
 
 
 def _load(

@@ -1,0 +1,60 @@
+"""Features of one image on grids of several strides: feature (i, j) of stride s looks at pixel (i * s, j * s)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pad_to_grid(image: Tensor, stride: int) -> Tensor:
+    """(B, 3, H, W), its last row and column repeated until both sides are a multiple of the stride plus one.
+
+    At such sizes the features look where this module says, whatever the network's padding. Networks that TensorFlow
+    trained (timm's tf_*) pad by the image's size: at multiples of the stride they look half a stride or more beside it.
+    """
+    height, width = image.shape[2:]
+    rows, columns = (
+        (torch.arange(n + (1 - n) % stride, device=image.device).clamp(max=n - 1)) for n in (height, width)
+    )
+    return image[:, :, rows][..., columns] if len(rows) > height or len(columns) > width else image
+
+
+def regrid(features: Tensor, stride: int, target: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Features (B, C, h, w) of one stride on the grid of another, one a multiple of the other, cut or padded to size.
+
+    A finer grid is subsampled, a coarser one enlarged bilinearly, both without a shift; beyond the last feature it is
+    repeated. size None: as many rows and columns as there are without padding.
+    """
+    if stride < target:
+        features = features[..., :: target // stride, :: target // stride]
+    elif stride > target:
+        height, width = ((n - 1) * (stride // target) + 1 for n in features.shape[2:])
+        features = F.interpolate(features, (height, width), mode="bilinear", align_corners=True)
+    if size is None:
+        return features
+    features = features[..., : size[0], : size[1]]
+    below, right = size[0] - features.shape[2], size[1] - features.shape[3]
+    return F.pad(features, (0, right, 0, below), mode="replicate") if below or right else features
+
+
+def fuse(
+    conv: nn.Conv2d, features: Sequence[Tensor], strides: Sequence[int], target: int, size: tuple[int, int]
+) -> Tensor:
+    """The 1x1 convolution of all features, concatenated on the grid of stride target: (B, conv's channels, *size).
+
+    strides: of the features, in rising order. Every grid is projected first and then enlarged, which is linear, so that
+    the numbers are the same and the work of a coarse level is that of its own grid.
+    """
+    total, start = None, 0
+    for stride, group in groupby(zip(features, strides, strict=True), key=lambda pair: pair[1]):
+        x = torch.cat([feature for feature, _ in group], 1)
+        part = F.conv2d(x, conv.weight[:, start : start + x.shape[1]])
+        start += x.shape[1]
+        part = regrid(part, stride, target, size)
+        total = part if total is None else total + part
+    assert total is not None
+    return total if conv.bias is None else total + conv.bias[:, None, None]
