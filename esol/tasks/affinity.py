@@ -54,8 +54,8 @@ class Affinity(Task):
 def affinity_losses(affinity: Tensor, pairs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy per image of its background, foreground and different pairs: three (B,).
 
-    affinity a (B, K, h, w) in 0..1; pairs: the three masks of `pair_labels`. The mean over the image's pairs of the kind
-    of -log(a + 1e-5), for different ones of -log(1 - a + 1e-5); 0 where it has none. Source: PSA, IRN.
+    affinity a (B, K, h, w) in 0..1; pairs: the three masks of `pair_labels`. The mean over the pairs of a kind of
+    -log(a + 1e-5), for different ones of -log(1 - a + 1e-5); 0 where there are none. Source: PSA, IRN.
     """
     background, foreground, different = pairs
     each = -torch.log(torch.where(different, 1 - affinity, affinity) + 1e-5)
