@@ -1,6 +1,6 @@
 """The random walk against IRN's dense squared matrix: error, time, memory, growth with the image. One core.
 
-python -m benchmarks.random_walk [--dense-squarings 8]   prints Markdown tables. Five minutes and 2 GB for the dense one.
+python -m benchmarks.random_walk [--dense-squarings 8]   prints Markdown tables; 5 to 10 minutes, 2 GB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import machine, table
+from benchmarks.common import interleaved, machine, table
 from esol.localize.pairs import boundary_affinity, pair_offsets, pair_windows
 from esol.localize.random_walk import random_walk
 
@@ -83,15 +83,15 @@ def exact_walk(maps: Tensor, affinity: Tensor) -> Tensor:
 def against_dense(squarings: int) -> None:
     """Errors, times and memory at the size of a VOC photo."""
     maps, affinity = scene(*VOC_GRID)
-    exact = exact_walk(maps, affinity)
-    ours = random_walk(maps, affinity, RADIUS, BETA)
-    found: dict[str, list[Any]] = {"dense": [], "ours": seconds(lambda: random_walk(maps, affinity, RADIUS, BETA), 10)}
+    walk = partial(random_walk, maps, affinity, RADIUS, BETA)
+    exact, ours = exact_walk(maps, affinity), walk()
+    found: dict[str, list[Any]] = {"dense": [], "ours": [once(walk) for _ in range(10)]}
     start = time.perf_counter()
     memory = rise(lambda: found["dense"].extend(dense_walk(maps, affinity, squarings)))
     slow = time.perf_counter() - start
     dense, squaring = found["dense"]
-    fast = statistics.median(found["ours"] + seconds(lambda: random_walk(maps, affinity, RADIUS, BETA), 10))
-    rows = [["this walk", *errors(ours, exact), fast, "1", extra_memory(*VOC_GRID)]]
+    fast = statistics.median(found["ours"] + [once(walk) for _ in range(10)])
+    rows = [["this walk", *errors(ours, exact), fast, "1", f"{extra_memory(*VOC_GRID):.1f}"]]
     if squarings == SQUARINGS:
         how = "every squaring measured"
         rows.append(["dense", *errors(dense, exact), slow, f"{slow / fast:.0f}", memory])
@@ -102,10 +102,8 @@ def against_dense(squarings: int) -> None:
         rows.append(["dense", "not run", "not run", slow, f"{slow / fast:.0f}", memory])
     print(f"{VOC_GRID[0]} x {VOC_GRID[1]}, radius {RADIUS}, beta {BETA}, 256 steps, {CLASSES} classes; dense: {how}.")
     print("Errors against 256 single steps in float64: largest / largest value, mean / mean value. Memory: how far the")
-    print(
-        "resident memory of the process (for this walk a fresh one) rose, at its highest, above what it was before.\n"
-    )
-    print(table(["float32", "largest error", "mean error", "seconds", "times slower", "extra memory, MB"], rows), "\n")
+    print("highest resident memory of the process (this walk: a fresh one) rises above that before, to 0.5 MiB.\n")
+    print(table(["float32", "largest error", "mean error", "seconds", "times slower", "extra memory, MiB"], rows), "\n")
 
 
 def errors(got: Tensor, want: Tensor) -> list[float]:
@@ -114,31 +112,31 @@ def errors(got: Tensor, want: Tensor) -> list[float]:
     return [float(off.max() / want.abs().max()), float(off.mean() / want.abs().mean())]
 
 
-def seconds(function: Callable[[], object], repeats: int) -> list[float]:
-    """Wall time of each call."""
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - start)
-    return found
+def once(function: Callable[[], object]) -> float:
+    """Wall time in seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def growth() -> None:
-    """Time and memory by image size."""
+    """Time and memory by image size, the sizes in turn."""
+    sides = (128, 256, 384, 512, 768, 1024, 4096)
+    cases = {side: partial(random_walk, *scene(side // 4, side // 4), RADIUS, BETA) for side in sides}
+    found = interleaved({str(side): partial(once, case) for side, case in cases.items()}, rounds=7)
     rows = []
-    for image in (128, 256, 384, 512, 768, 1024, 4096):
-        grid = image // 4
-        maps, affinity = scene(grid, grid)
-        walk = partial(random_walk, maps, affinity, RADIUS, BETA)
-        took = statistics.median(seconds(walk, 9 if grid < 400 else 3))
-        rows.append([image, f"{grid} x {grid}", took, 1e6 * took / grid**2, extra_memory(grid, grid)])
-    print(f"By side of a square image (grid: a quarter of it), {CLASSES} classes; memory as above.\n")
-    print(table(["image", "grid", "seconds", "microseconds per grid pixel", "extra memory, MB"], rows))
+    for side in sides:
+        grid, took = side // 4, found[str(side)]
+        middle, least = (1e6 * value / grid**2 for value in (statistics.median(took), min(took)))
+        memory = f"{extra_memory(grid, grid):.1f}"
+        rows.append([side, f"{grid} x {grid}", statistics.median(took), middle, least, memory])
+    print(f"By side of a square image (grid: a quarter of it), {CLASSES} classes, 7 rounds; memory as above.\n")
+    headings = ["image", "grid", "seconds", "microseconds per grid pixel", "in the fastest round", "extra memory, MiB"]
+    print(table(headings, rows))
 
 
 def extra_memory(height: int, width: int) -> float:
-    """MB by which a fresh process grows while it walks."""
+    """MiB by which a fresh process grows while it walks."""
     # Every block over 64 kB goes back to the system when it is freed: none is left over from before to be used unseen.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     try:
@@ -157,7 +155,7 @@ def _walk_and_watch(height: int, width: int) -> float:
 
 
 def rise(function: Callable[[], object]) -> float:
-    """MB by which this process's resident memory rises above what it was, at its highest (Linux)."""
+    """MiB by which this process's resident memory rises above what it was, at its highest (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
     before = _status("VmRSS")
     function()
