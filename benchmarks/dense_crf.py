@@ -2,10 +2,10 @@
 
     python -m benchmarks.dense_crf --photos DIR [--count 20]
 
-Needs pydensecrf2. Takes the first JPEGs of DIR by name. Scores are synthetic but shaped like a photo's: per label a smooth random field
-(one knot per 48 pixels) minus the colour's distance to that of a random pixel, so that blobs follow colour borders
-roughly and cross them often; seeded by the photo's number. Hard label maps are two thresholds of the same scores, as in
-IRN: where the best class stays below one (label 0) differs between the two sets.
+Needs pydensecrf2. Takes the first JPEGs of DIR by name. Scores are synthetic but shaped like a photo's: per label a
+smooth random field (one knot per 48 pixels) minus the colour's distance to that of a random pixel, so that blobs follow
+colour borders roughly and cross them often; seeded by the photo's number. Hard label maps are two thresholds of the
+same scores, as in IRN: where the best class stays below one (label 0) differs between the two sets.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,9 +131,17 @@ def seconds(function: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def cold(photo: Tensor, sets: list[Tensor], kernels: dict[str, float]) -> None:
-    dense_crf._spatial_kernel.cache_clear()
+def call(photo: Tensor, sets: list[Tensor], kernels: dict[str, float]) -> None:
+    Theirs(photo, sets, kernels).infer()
+
+
+def own(photo: Tensor, sets: list[Tensor], kernels: dict[str, float]) -> None:
     DenseCrf(photo, **kernels).infer(sets)
+
+
+def own_cold(photo: Tensor, sets: list[Tensor], kernels: dict[str, float]) -> None:
+    dense_crf._spatial_kernel.cache_clear()
+    own(photo, sets, kernels)
 
 
 def speed(paths: list[Path], size: tuple[int, int] | None, name: str, rounds: int) -> list[list[object]]:
@@ -144,11 +153,11 @@ def speed(paths: list[Path], size: tuple[int, int] | None, name: str, rounds: in
         sets = unaries(photo, name, labels, seed)
         ours, theirs = DenseCrf(photo, **kernels), Theirs(photo, sets, kernels)
         cases: dict[str, Callable[[], object]] = {
-            "theirs": lambda p=photo, s=sets: Theirs(p, s, kernels).infer(),
-            "ours": lambda p=photo, s=sets: DenseCrf(p, **kernels).infer(s),
-            "theirs, inference": lambda t=theirs: t.infer(),
-            "ours, inference": lambda o=ours, s=sets: o.infer(s),
-            "ours, cold": lambda p=photo, s=sets: cold(p, s, kernels),
+            "theirs": partial(call, photo, sets, kernels),
+            "ours": partial(own, photo, sets, kernels),
+            "theirs, inference": theirs.infer,
+            "ours, inference": partial(ours.infer, sets),
+            "ours, cold": partial(own_cold, photo, sets, kernels),
         }
         found.append(interleaved({key: seconds(case) for key, case in cases.items()}, rounds))
     rows: list[list[object]] = []
