@@ -30,19 +30,19 @@ from esol.data.index import Index
 from esol.data.plan import Plan, sample_rng, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import collate, training_stream
-from esol.data.transforms import decode, training_crop
+from esol.data.transforms import Crop, decode, training_crop
 
 FILL = (124, 116, 104)
 BATCH = 16
 
 
-def bare(reader: ShardReader, ordinals: Any, config: DataConfig) -> Callable[[], float]:
+def bare(reader: ShardReader, ordinals: Any, crop: Crop) -> Callable[[], float]:
     photos = [(str(reader.index.keys[o]), reader.image(o)) for o in ordinals]
 
     def run() -> float:
         begun = time.perf_counter()
         for key, data in photos:
-            training_crop(decode(data, key), sample_rng(0, 0, key), config.long_side, config.crop, FILL)
+            training_crop(decode(data, key), sample_rng(0, 0, key), crop, FILL)
         return len(photos) / (time.perf_counter() - begun)
 
     return run
@@ -57,7 +57,7 @@ def rate(batches: Iterator[Any], count: int) -> float:
     return (count - 1) * BATCH / (time.perf_counter() - begun)
 
 
-def slots(index: Index, config: DataConfig) -> Iterator[Any]:
+def slots(index: Index, crop: Crop) -> Iterator[Any]:
     """One slot stream: shards in seeded order, each read in sequence, its samples shuffled in memory."""
 
     def shuffled(samples: Iterator[Any]) -> Iterator[Any]:
@@ -71,7 +71,7 @@ def slots(index: Index, config: DataConfig) -> Iterator[Any]:
 
     def example(sample: dict[str, Any]) -> dict[str, Any]:
         key = sample["__key__"]
-        image = training_crop(decode(sample["jpg"], key), sample_rng(0, 0, key), config.long_side, config.crop, FILL)
+        image = training_crop(decode(sample["jpg"], key), sample_rng(0, 0, key), crop, FILL)
         return {"image": image, "labels": torch.zeros(len(index.classes))}
 
     def opened() -> Iterator[dict[str, Any]]:  # webdataset's secure setting opens no paths itself
@@ -105,16 +105,18 @@ def main() -> None:
     torch.set_num_threads(1)
     index = Index.load(args.data)
     reader = ShardReader(index)
-    config = DataConfig(root=args.data, long_side=tuple(args.long_side), crop=args.crop, workers=1)
+    config, crop = DataConfig(root=args.data, workers=1), Crop(args.crop, tuple(args.long_side))
     ordinals = index.split(args.split)
     plan = Plan(ordinals, index.shard_of[ordinals], 0, BATCH)
     steps = args.images // BATCH
     share = share_of(0, 1, BATCH, 0)
     found = interleaved(
         {
-            "bare": bare(reader, plan.epoch_order(0)[: args.images], config),
-            "stream": lambda: rate((b[0] for b in training_stream(reader, plan, share, 0, steps, config, FILL)), steps),
-            "slots": lambda: rate(slots(index, config), steps),
+            "bare": bare(reader, plan.epoch_order(0)[: args.images], crop),
+            "stream": lambda: rate(
+                (b[0] for b in training_stream(reader, plan, share, 0, steps, crop, config, FILL)), steps
+            ),
+            "slots": lambda: rate(slots(index, crop), steps),
         },
         args.rounds,
     )

@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import machine, table
@@ -23,11 +24,13 @@ STAGES = ("classify", "expand", "shrink", "localize")
 COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_cam_recall", "body_recall")
 
 
-def run(config: str, seed: int, overrides: list[str]) -> dict[str, dict[str, float]]:
+def run(
+    config: str, seed: int, overrides: list[str], launcher: Sequence[str] = (sys.executable,)
+) -> dict[str, dict[str, float]]:
     """results.json of one seed."""
     run_dir = f"{configuration.load(config, overrides).run_dir}-seed{seed}"
     options = [part for text in (*overrides, f"seed={seed}", f"run_dir={run_dir}") for part in ("--set", text)]
-    subprocess.run([sys.executable, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
+    subprocess.run([*launcher, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
     return json.loads(Path(run_dir, "results.json").read_text())
 
 
@@ -41,7 +44,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
-    results = {seed: run(args.config, seed, args.overrides) for seed in args.seeds}
+    overrides = [*args.overrides, f"stages=[{', '.join(STAGES)}]"]
+    results = {seed: run(args.config, seed, overrides) for seed in args.seeds}
 
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}\n")
     seeds = [r["localize"] for r in results.values()]

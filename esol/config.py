@@ -18,6 +18,10 @@ import yaml
 from esol.errors import ConfigError
 from esol.schema import build, key
 
+MAIN_LINE = ("classify", "expand", "shrink", "localize", "seed_masks")
+PSA = ("psa_labels", "psa", "psa_masks")
+IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -141,7 +145,7 @@ class SaliencyConfig:
     source: Literal["none", "shards", "folder", "spectral-residual"] = key("none")  # the last: a classical stand-in
     folder: str = key("", path=True)  # KEY.png, 8-bit gray, for source folder
     floor: float = key(0.2, low=0, high=1)  # class scores below it count as 0
-    conflict: float = key(0.9, low=0, high=1)  # void where two channels or more exceed it
+    conflict: float = key(0.9, low=0, high=1)  # void where more than two channels exceed it
 
     def check(self, where: str) -> None:
         if (self.source == "folder") != bool(self.folder):
@@ -150,8 +154,9 @@ class SaliencyConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How scores become pseudo masks."""
+    """How scores become pseudo masks: background where no class score is above the threshold, then the CRF."""
 
+    threshold: float = key(0.25, low=0, high=1)
     crf: CrfConfig = field(default_factory=CrfConfig)
     unary: Literal["hard", "soft"] = key("hard")  # what the CRF starts from: the mask, or the scores as probabilities
     certainty: float = key(0.7, low=0.01, high=0.99, unit="probability of a hard label")
@@ -159,9 +164,9 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class SeedMasksConfig(MaskConfig):
-    """Seeds as pseudo masks, without any affinity."""
+    """Seeds as pseudo masks, without any affinity; a score is the class map."""
 
-    threshold: float = key(0.15, low=0, high=1)  # background where no class map is above it
+    threshold: float = key(0.15, low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class WalkConfig(MaskConfig):
     """The random walk of PSA and IRN, and how its result becomes masks."""
 
     radius: int = key(5, low=2, high=64, unit="grid pixels")
-    beta: float = key(10.0, low=0, high=1000)  # power of the affinities
+    beta: float = key(10.0, low=0.01, high=1000)  # power of the affinities
     steps: int = key(256, low=1, high=65536)
 
 
@@ -209,10 +214,11 @@ class PsaConfig(PairConfig):
 
 @dataclass(frozen=True)
 class PsaMasksConfig(WalkConfig):
-    """Walk on AffinityNet's affinities, with the background as a map of its own."""
+    """Walk on AffinityNet's affinities, the background a map of its own; a score is a class over class + background."""
 
+    threshold: float = key(0.5, low=0, high=1)  # the strongest of all maps wins, as in PSA
     alpha: float = key(16.0, low=0, high=1000)  # background (1 - best)^alpha
-    beta: float = key(8.0, low=0, high=1000)  # power of the affinities
+    beta: float = key(8.0, low=0.01, high=1000)  # power of the affinities
     crf: CrfConfig = field(default_factory=lambda: PSA_CRF)
 
 
@@ -241,9 +247,7 @@ class IrnConfig(PairConfig):
 
 @dataclass(frozen=True)
 class IrnMasksConfig(WalkConfig):
-    """Walk of the class maps, boundaries taken out, on IRNet's affinities."""
-
-    threshold: float = key(0.25, low=0, high=1)  # background where no walked map, over the image's maximum, is above it
+    """Walk of the class maps, boundaries taken out, on IRNet's affinities; a score is over the image's maximum."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,7 @@ class Config:
 
     run_dir: str = key(path=True, runtime=True)
     seed: int = key(0, low=0, high=2**31 - 1)
-    stages: tuple[str, ...] = key(("classify", "expand", "shrink", "localize", "seed_masks"), runtime=True)
+    stages: tuple[str, ...] = key((*MAIN_LINE, *PSA, *IRN), runtime=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)

@@ -3,66 +3,109 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import save
 
 from esol import localization
 from esol.checkpoint import Checkpointer
-from esol.config import TrainConfig, parse_duration
+from esol.config import PairConfig, TrainConfig, parse_duration
 from esol.context import Context, Results
 from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
+from esol.data.transforms import Crop
 from esol.files import atomic_write
+from esol.inference import StageShards
 from esol.loop import train
+from esol.models.backbones import Backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
-from esol.networks import WEIGHTS, build_net, trained_expansion, trained_net
+from esol.networks import WEIGHTS, affinity_net, build_net, irn_net, trained_expansion, trained_net
 from esol.optim import build_optimizer
 from esol.progress import progress
+from esol.tasks.affinity import Affinity
 from esol.tasks.base import Task
 from esol.tasks.classify import Classify
 from esol.tasks.expand import Expand
+from esol.tasks.irn import Irn
 from esol.tasks.shrink import Shrink
 
 
 def classify(context: Context, folder: Path) -> Results:
     """The CAM network on image-level labels."""
     net = build_net(context, pretrained=True)
-    config = context.config.classify
-    return _fit(context, "classify", Classify(net, config), config, folder, net)
+    return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net)
 
 
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context)
-    config = context.config.expand
-    task = Expand(net, config)
-    return _fit(context, "expand", task, config, folder, net, task.handover)
+    task = Expand(net, context.config.expand)
+    return _fit_cam(context, "expand", task, folder, net, task.handover)
 
 
 def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
     net = trained_net(context)
     expansion = trained_expansion(context, net)
-    config = context.config.shrink
-    task = Shrink(net, expansion, config)
-    return _fit(context, "shrink", task, config, folder, net, expansion, task.handover)
+    task = Shrink(net, expansion, context.config.shrink)
+    return _fit_cam(context, "shrink", task, folder, net, expansion, task.handover)
+
+
+def psa(context: Context, folder: Path) -> Results:
+    """AffinityNet on the labels of psa_labels."""
+    net = affinity_net(context)
+    return _fit_pairs(context, "psa", Affinity(net, context.config.psa), folder, net.backbone)
+
+
+def irn(context: Context, folder: Path) -> Results:
+    """IRNet on the labels of irn_labels."""
+    net = irn_net(context)
+    return _fit_pairs(context, "irn", Irn(net, context.config.irn), folder, net.backbone)
+
+
+def _fit_cam(
+    context: Context,
+    name: str,
+    task: Task,
+    folder: Path,
+    net: CamNet,
+    expansion: Expansion | None = None,
+    shrinkage: Shrinkage | None = None,
+) -> Results:
+    data = context.config.data
+    results = _fit(context, name, task, folder, net.backbone, data.train_split, Crop(data.crop, data.long_side))
+    if context.engine.is_main:
+        localization.draw(context, name, net, expansion, shrinkage)
+    return results
+
+
+def _fit_pairs(context: Context, name: str, task: Task, folder: Path, backbone: Backbone) -> Results:
+    """Photos and label maps of the mask split, cropped together."""
+    config: PairConfig = getattr(context.config, name)
+    labels = StageShards(context, f"{name}_labels")
+    crop = Crop(config.crop, scale=config.scale)
+    split = context.config.data.mask_split
+    return _fit(context, name, task, folder, backbone, split, crop, lambda o: labels.label_map(o, "label.png"))
 
 
 def _fit(
     context: Context,
     name: str,
     task: Task,
-    config: TrainConfig,
     folder: Path,
-    net: CamNet,
-    expansion: Expansion | None = None,
-    shrinkage: Shrinkage | None = None,
+    backbone: Backbone,
+    split: str,
+    crop: Crop,
+    target: Callable[[int], NDArray[np.uint8]] | None = None,
 ) -> Results:
     """Trains the task over all ranks and writes its handover; the last logged values are the results."""
     engine, settings = context.engine, context.config
-    ordinals = context.index.split(settings.data.train_split)
+    config: TrainConfig = getattr(settings, name)
+    ordinals = context.index.split(split)
     plan = Plan(ordinals, context.index.shard_of[ordinals], settings.seed, config.global_batch)
     share = share_of(engine.rank, engine.world_size, config.global_batch, settings.engine.micro_batch)
     count, unit = parse_duration(config.duration, f"{name}.duration")
@@ -78,7 +121,8 @@ def _fit(
         keep=settings.checkpoint.keep,
     )
     start = _start(context, name, checkpoints)
-    batches = training_stream(context.reader, plan, share, start, total, settings.data, _mean_colour(net))
+    fill = _mean_colour(backbone)
+    batches = training_stream(context.reader, plan, share, start, total, crop, settings.data, fill, target)
     last: Results = {}
     with progress(name, total, "steps", engine.is_main) as advance:
 
@@ -104,7 +148,6 @@ def _fit(
         kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         atomic_write(folder / WEIGHTS, save({key: value.contiguous() for key, value in kept.items()}))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        localization.draw(context, name, net, expansion, shrinkage)
     return {key: value for key, value in last.items() if key != "lr"}
 
 
@@ -123,7 +166,7 @@ def _start(context: Context, name: str, checkpoints: Checkpointer) -> int:
     return found.step
 
 
-def _mean_colour(net: CamNet) -> tuple[int, int, int]:
+def _mean_colour(backbone: Backbone) -> tuple[int, int, int]:
     """RGB 0..255, what surrounds photos that are smaller than the crop: normalisation turns it into zeros."""
-    red, green, blue = net.backbone.mean.flatten().round().int().tolist()
+    red, green, blue = backbone.mean.flatten().round().int().tolist()
     return red, green, blue

@@ -16,23 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from esol import fit, localization
+from esol import affinity_labels, displacement, fit, localization, masks
 from esol.config import Config
 from esol.context import Context, Results
 from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write, sha256
 from esol.schema import differing, fingerprint, semantic
 
-HEADLINE = ("loss", "images_per_second", "cam_miou", "expand_miou", "shrink_miou", "seconds")  # results.json has all
+HEADLINE = {"loss", "images_per_second", "labelled", "right", "cam_miou", "expand_miou", "shrink_miou", "seconds"}
+HEADLINE |= {"threshold", "plain_miou", "crf_miou"}  # results.json has all
 
 
 @dataclass(frozen=True)
 class Stage:
     """One row of the table.
 
-    consumes: earlier stages that it reads, where they are part of the run; settings: what of the config shapes its
-    result; run(context, folder): does the work on every rank, writes its outputs and returns its results (the main
-    rank's count); produces: files below its folder, by pattern, whose content is its result.
+    consumes: earlier stages that it reads; optional: those of them that it can do without; settings: what of the config
+    shapes its result; run(context, folder): does the work on every rank, writes its outputs and returns its results
+    (the main rank's count); produces: files below its folder, by pattern, whose content is its result.
     """
 
     name: str
@@ -40,35 +41,61 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     run: Callable[[Context, Path], Results]
     produces: str
+    optional: tuple[str, ...] = ()
 
 
 def _training(name: str) -> Callable[[Config], dict[str, Any]]:
     def settings(config: Config) -> dict[str, Any]:
-        sections = {"data": config.data, "model": config.model, name: getattr(config, name)}
-        settings = {**{k: semantic(v) for k, v in sections.items()}, **_common(config)}
-        del settings["data"]["score_split"]  # scoring another split is no reason to train again
-        return settings
+        data = semantic(config.data)
+        del data["score_split"], data["mask_split"]  # other masks are no reason to train again
+        return {"data": data, "model": semantic(config.model), name: semantic(getattr(config, name)), **_common(config)}
 
     return settings
 
 
-def _localize(config: Config) -> dict[str, Any]:
-    return {"localize": semantic(config.localize), "data": {"score_split": config.data.score_split}, **_common(config)}
+def _pairs(name: str) -> Callable[[Config], dict[str, Any]]:
+    def settings(config: Config) -> dict[str, Any]:
+        data = {"mask_split": config.data.mask_split, "damaged": config.data.damaged}
+        return {"data": data, "model": semantic(config.model), name: semantic(getattr(config, name)), **_common(config)}
+
+    return settings
+
+
+def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
+    def settings(config: Config) -> dict[str, Any]:
+        splits = {"mask_split": config.data.mask_split, "score_split": config.data.score_split}
+        own = {section: semantic(getattr(config, section)) for section in sections}
+        return {"data": splits, **own, **_common(config)}
+
+    return settings
 
 
 def _common(config: Config) -> dict[str, Any]:
     return {"seed": config.seed, "engine": semantic(config.engine)}
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("classify", (), _training("classify"), fit.classify, "model.safetensors"),
-        Stage("expand", ("classify",), _training("expand"), fit.expand, "model.safetensors"),
-        Stage("shrink", ("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
-        Stage("localize", ("classify", "expand", "shrink"), _localize, localization.localize, "index.json"),
-    )
-}
+_TABLE = (
+    Stage("classify", (), _training("classify"), fit.classify, "model.safetensors"),
+    Stage("expand", ("classify",), _training("expand"), fit.expand, "model.safetensors"),
+    Stage("shrink", ("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
+    Stage(
+        "localize",
+        ("classify", "expand", "shrink"),
+        _inference("localize"),
+        localization.localize,
+        "index.json",
+        optional=("expand", "shrink"),
+    ),
+    Stage("seed_masks", ("localize",), _inference("seed_masks", "saliency"), masks.seed_masks, "index.json"),
+    Stage("psa_labels", ("localize",), _inference("psa_labels"), affinity_labels.psa_labels, "index.json"),
+    Stage("psa", ("classify", "psa_labels"), _pairs("psa"), fit.psa, "model.safetensors"),
+    Stage("psa_masks", ("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, "index.json"),
+    Stage("irn_labels", ("localize",), _inference("irn_labels"), affinity_labels.irn_labels, "index.json"),
+    Stage("irn", ("classify", "irn_labels"), _pairs("irn"), fit.irn, "model.safetensors"),
+    Stage("irn_mean", ("irn",), _inference(), displacement.irn_mean, "model.safetensors"),
+    Stage("irn_masks", ("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, "index.json"),
+)
+STAGES = {stage.name: stage for stage in _TABLE}
 
 
 def chosen(config: Config, only: Sequence[str] | None) -> list[Stage]:
@@ -81,8 +108,8 @@ def chosen(config: Config, only: Sequence[str] | None) -> list[Stage]:
             raise ConfigError(f"--stages {name}: the config's stages are {', '.join(config.stages)}")
     names = config.stages if only is None else only
     for name in config.stages:
-        needed = STAGES[name].consumes if name != "localize" else ("classify",)
-        missing = [n for n in needed if n not in config.stages]
+        needed = set(STAGES[name].consumes) - set(STAGES[name].optional)
+        missing = [n for n in STAGES if n in needed and n not in config.stages]
         if missing:
             raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
     return [stage for stage in STAGES.values() if stage.name in names]
@@ -128,7 +155,7 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
 
 def _weights(context: Context, stage: Stage) -> dict[str, Any]:
     """The initial weights count by content, not by place."""
-    if stage.name != "classify":
+    if stage.name not in ("classify", "psa", "irn"):
         return {}
     weights = context.config.model.weights
     return {"weights": sha256(Path(weights)) if Path(weights).is_file() else weights}

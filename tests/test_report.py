@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from esol.errors import EsolError
-from esol.localization import advice_on_shards
+from esol.inference import advice_on_shards
 from esol.palette import voc_palette
 from esol.report import heat, paint, results_table, sheet, verdicts
 
@@ -53,6 +53,6 @@ def test_pictures() -> None:
 
 
 def test_more_processes_than_shards_names_the_size_to_re_shard_to() -> None:
-    assert advice_on_shards(4, 100, 4) == ""
-    assert "lies in 3 shards, fewer than 8 processes" in advice_on_shards(3, 100, 8)
-    assert "--samples-per-shard 12 or fewer" in advice_on_shards(3, 100, 8)
+    assert advice_on_shards("localize", 4, 100, 4) == ""
+    assert "lies in 3 shards, fewer than 8 processes" in advice_on_shards("localize", 3, 100, 8)
+    assert "--samples-per-shard 12 or fewer" in advice_on_shards("localize", 3, 100, 8)

@@ -12,7 +12,7 @@ from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
-from esol.data.transforms import training_crop
+from esol.data.transforms import Crop, decode, training_crop
 from esol.errors import DataError
 from esol.tasks.base import Batch
 
@@ -25,9 +25,9 @@ def read(
     index = Index.load(str(root))
     ordinals = index.split("train")
     plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
-    config = DataConfig(root=str(root), long_side=(48, 80), crop=32, workers=workers, damaged=damaged)  # type: ignore[arg-type]
+    config = DataConfig(root=str(root), workers=workers, damaged=damaged)  # type: ignore[arg-type]
     share = share_of(rank, ranks, 8, micro_batch=2)
-    return list(training_stream(ShardReader(index), plan, share, start, stop, config, FILL))
+    return list(training_stream(ShardReader(index), plan, share, start, stop, Crop(32, (48, 80)), config, FILL))
 
 
 def same(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
@@ -118,13 +118,13 @@ def test_shards_behind_a_url_are_fetched_once_and_read_alike(shard_set: Path, tm
 def test_crop_fills_with_the_mean_and_keeps_the_shape() -> None:
     image = torch.full((3, 30, 60), 200, dtype=torch.uint8)
     for seed in range(20):
-        out = training_crop(image, np.random.default_rng(seed), (40, 40), 48, FILL)
+        out = training_crop(image, np.random.default_rng(seed), Crop(48, (40, 40)), FILL)
         assert out.shape == (3, 48, 48)
         inside = (out == 200).all(0)
         assert inside.any(0).sum() == 40
         assert inside.any(1).sum() == 20  # 30 x 60 at long side 40
         assert (out[:, ~inside] == torch.tensor(FILL, dtype=torch.uint8)[:, None]).all()
-    big = training_crop(image, np.random.default_rng(0), (200, 300), 48, FILL)
+    big = training_crop(image, np.random.default_rng(0), Crop(48, (200, 300)), FILL)
     assert (big == 200).all()
 
 
@@ -140,3 +140,30 @@ def flip_a_photo(root: Path) -> tuple[str, str]:
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 0xFF]))
     return str(index.keys[ordinal]), shard
+
+
+def test_label_maps_are_cropped_with_their_photos(shard_set: Path) -> None:
+    index = Index.load(str(shard_set))
+    reader = ShardReader(index)
+    ordinals = index.split("train")
+    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
+
+    def bright(ordinal: int) -> np.ndarray:
+        return (decode(reader.image(ordinal), "")[0] > 127).to(torch.uint8).numpy()
+
+    for workers in (0, 1):
+        config = DataConfig(root=str(shard_set), workers=workers)
+        stream = training_stream(
+            reader, plan, share_of(0, 1, 8, 2), 0, 3, Crop(80, scale=(1.0, 1.0)), config, FILL, bright
+        )
+        for batch in (b for step in stream for b in step):
+            inside = batch["target"] != 255
+            assert inside.sum() == 2 * 64 * 64
+            assert torch.equal(batch["target"][inside] == 1, batch["image"][:, 0][inside] > 127)
+            assert (batch["image"].movedim(1, -1)[~inside] == torch.tensor(FILL)).all()
+    with pytest.raises(DataError, match=r"sample .*: the label map is \(3, 3\), the photo \(64, 64\)"):
+        list(
+            training_stream(
+                reader, plan, share_of(0, 1, 8, 2), 0, 1, Crop(32), config, FILL, lambda _: np.zeros((3, 3), np.uint8)
+            )
+        )

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 os.environ["WDS_SECURE"] = "1"  # no shell from a URL, no code from an archive; read when webdataset is imported
 
+import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from esol.config import DataConfig
 from esol.data.plan import Plan, Share, sample_rng
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode, training_crop
+from esol.data.transforms import Crop, decode, training_crop
 from esol.errors import DataError, EsolError
 from esol.tasks.base import Batch
 
@@ -52,12 +54,21 @@ class PlannedSamples(IterableDataset):
 
 
 def training_stream(
-    reader: ShardReader, plan: Plan, share: Share, start: int, stop: int, config: DataConfig, fill: tuple[int, int, int]
+    reader: ShardReader,
+    plan: Plan,
+    share: Share,
+    start: int,
+    stop: int,
+    crop: Crop,
+    config: DataConfig,
+    fill: tuple[int, int, int],
+    target: Callable[[int], NDArray[np.uint8]] | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of steps start..stop-1, a list per step.
 
-    fill: RGB 0..255 around photos smaller than the crop. DataError, naming shard and key, for a damaged sample, or,
-    with data.damaged = skip, the next good sample of the micro-batch stands in and batch["skipped"] names the key.
+    fill: RGB 0..255 around photos smaller than the crop; target: the label map (H, W) of a sample by its ordinal, which
+    is cropped with its photo to batch["target"]. DataError, naming shard and key, for a damaged sample, or, with
+    data.damaged = skip, the next good sample of the micro-batch stands in and batch["skipped"] names the key.
     """
 
     def example(sample: Sample) -> Sample:
@@ -65,18 +76,22 @@ def training_stream(
         try:
             photo, labels = reader.image_and_labels(ordinal)
             image = decode(photo, reader.name(ordinal))
+            labelled = None if target is None else torch.from_numpy(target(ordinal))
+            if labelled is not None and labelled.shape != image.shape[1:]:
+                sizes = f"{tuple(labelled.shape)}, the photo {tuple(image.shape[1:])} (height, width)"
+                raise DataError(f"{reader.name(ordinal)}: the label map is {sizes}")
         except DataError as error:
             if config.damaged == "error":
                 raise
             return {"damaged": str(error)}
         rng = sample_rng(plan.seed, sample["epoch"], key)
         return {
-            "image": training_crop(image, rng, config.long_side, config.crop, fill),
+            "image": training_crop(image, rng, crop, fill, labelled),
             "labels": torch.from_numpy(labels),
         }
 
     workers = config.workers
-    ring = _Ring(workers, (share.micro_batch, 3, config.crop, config.crop)) if workers else None
+    ring = _Ring(workers, (share.micro_batch, 3 if target is None else 4, crop.size, crop.size)) if workers else None
     pipeline = wds.DataPipeline(
         PlannedSamples(reader, plan, share, start, stop),
         wds.map(example),
@@ -96,7 +111,7 @@ def training_stream(
     try:
         step: list[Batch] = []
         for batch in _clear_errors(loader):
-            step.append(ring.take(batch) if ring else batch)
+            step.append(_part(ring.take(batch) if ring else batch))
             if len(step) == share.per_step:
                 yield step
                 step = []
@@ -119,6 +134,14 @@ def collate(examples: list[Sample], out: torch.Tensor | None = None) -> Sample:
         "key": [e["__key__"] for e in chosen],
         "skipped": skipped,
     }
+
+
+def _part(batch: Batch) -> Batch:
+    """Label maps travel as the fourth channel of their photos."""
+    if batch["image"].shape[1] == 4:
+        batch["target"] = batch["image"][:, 3]
+        batch["image"] = batch["image"][:, :3]
+    return batch
 
 
 def _as_is(batch: Any) -> Any:

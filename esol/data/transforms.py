@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,36 +48,48 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return interpolate(image[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def scaled_size(height: int, width: int, long_side: float) -> tuple[int, int]:
-    """The size at which the longer side is `long_side` pixels and the shape is kept."""
-    scale = long_side / max(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+@dataclass(frozen=True)
+class Crop:
+    """Square training crops of `size` pixels; the photo is scaled to a long side or by a factor, drawn uniformly."""
+
+    size: int
+    long_side: tuple[int, int] | None = None  # pixels
+    scale: tuple[float, float] = (1.0, 1.0)  # times the photo's own size, where long_side is None
 
 
 def training_crop(
-    image: Tensor, rng: np.random.Generator, long_side: tuple[int, int], crop: int, fill: Sequence[int]
+    image: Tensor, rng: np.random.Generator, crop: Crop, fill: Sequence[int], target: Tensor | None = None
 ) -> Tensor:
-    """Random scale, flip and crop as in IRN (RECIPES.md): uint8 (3, H, W) -> (3, crop, crop).
+    """Random scale, flip and crop as in IRN (RECIPES.md): uint8 (3, H, W) -> (3, size, size).
 
-    The long side is drawn uniformly from long_side; where the scaled photo is smaller than the crop it lands at a
-    random place on the fill colour (the network's mean, which normalisation turns into zeros). Only the part of the
-    photo that the crop shows is resized.
+    Where the scaled photo is smaller than the crop it lands at a random place on the fill colour (the network's mean,
+    which normalisation turns into zeros). Only the part of the photo that the crop shows is resized. A target, uint8
+    (H, W), goes the same way to its nearest pixel, void (255) around it, and is the fourth channel of the result.
     """
     height, width = image.shape[-2:]
-    scaled = scaled_size(height, width, int(rng.integers(long_side[0], long_side[1] + 1)))
+    if crop.long_side is None:
+        factor = rng.uniform(*crop.scale)
+    else:
+        factor = int(rng.integers(crop.long_side[0], crop.long_side[1] + 1)) / max(height, width)
     flip = rng.random() < 0.5
-    source, target = [], []
-    for size, new in zip((height, width), scaled, strict=True):
-        shown = min(new, crop)
-        place = int(rng.integers(0, crop - shown + 1))
+    source, target_place = [], []
+    for size in (height, width):
+        new = max(1, round(size * factor))
+        shown = min(new, crop.size)
+        place = int(rng.integers(0, crop.size - shown + 1))
         start = int(rng.integers(0, new - shown + 1))
         begin = min(round(start * size / new), size - 1)
         end = min(max(round((start + shown) * size / new), begin + 1), size)
         source.append(slice(begin, end))
-        target.append(slice(place, place + shown))
-    part = resize(image[:, source[0], source[1]], target[0].stop - target[0].start, target[1].stop - target[1].start)
-    if part.shape[-2:] != (crop, crop):
-        canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, crop, crop)
-        canvas[:, target[0], target[1]] = part
+        target_place.append(slice(place, place + shown))
+    rows, columns = target_place
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    part = resize(image[:, source[0], source[1]], *shape)
+    if target is not None:
+        nearest = interpolate(target[None, None, source[0], source[1]], size=shape, mode="nearest-exact")[0]
+        part, fill = torch.cat((part, nearest)), (*fill, 255)
+    if shape != (crop.size, crop.size):
+        canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, crop.size, crop.size)
+        canvas[:, rows, columns] = part
         part = canvas
     return part.flip(-1) if flip else part

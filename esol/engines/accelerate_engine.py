@@ -163,6 +163,8 @@ class AccelerateEngine:
             labels=batch["labels"].to(self.device, non_blocking=True),
             key=batch["key"],
         )
+        if "target" in batch:
+            moved["target"] = batch["target"].to(self.device, non_blocking=True)
         with nullcontext() if last else self._accelerator.no_sync(self._module):
             with self.autocast():
                 losses, report = self._module(moved)

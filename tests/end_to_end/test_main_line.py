@@ -26,10 +26,15 @@ classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head
 expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
 shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
 localize: {scales: [1.0], batch: 4, write: cam}
+psa: {duration: 4 steps, crop: 48}
+irn: {duration: 4 steps, global_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
 engine: {threads: 1}
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3}
 """
+MAIN_LINE = ["classify", "expand", "shrink", "localize", "seed_masks"]
+STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
+TRAINING = ["classify", "expand", "shrink", "psa", "irn"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]
@@ -58,11 +63,16 @@ def one(config: Path) -> Path:
 
 def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:
     results = json.loads((one / "results.json").read_text())
-    assert list(results) == ["classify", "expand", "shrink", "localize"]
+    assert list(results) == STAGES
     assert {"cam_miou", "expand_miou", "shrink_miou", "cam_at_cam_body_recall"} <= results["localize"].keys()
     assert 0 < results["localize"]["cam_miou"] < 100
+    for stage in ("seed_masks", "psa_masks", "irn_masks"):
+        assert {"threshold", "plain_miou", "crf_miou", "best_threshold"} <= results[stage].keys()
+        assert 0 < results[stage]["plain_miou"] < 100
+    for stage in ("psa_labels", "irn_labels"):
+        assert 0 < results[stage]["labelled"] < 100
     assert "kernel_channels: 16" in (one / "resolved.yaml").read_text()
-    assert {p.name for p in (one / "pictures").iterdir()} == {f"{stage}.png" for stage in results}
+    assert {p.stem for p in (one / "pictures").iterdir()} == set(STAGES) - {"psa", "irn", "irn_mean"}
     with Image.open(one / "pictures/localize.png") as picture:
         assert picture.width > 6 * 200  # photo, three maps, seeds, truth
     records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
@@ -78,7 +88,7 @@ def test_mlflow_has_a_parent_and_a_child_per_stage(one: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("esol").experiment_id])
     children = {r.data.tags["stage"]: r for r in runs if "mlflow.parentRunId" in r.data.tags}
     parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
-    assert set(children) == {"classify", "expand", "shrink", "localize"}
+    assert set(children) == set(STAGES)
     assert {r.data.tags["mlflow.parentRunId"] for r in children.values()} == {parent.info.run_id}
     assert {r.info.status for r in runs} == {"FINISHED"}
     assert parent.data.params["model.kernel_channels"] == "16"
@@ -90,7 +100,8 @@ def test_mlflow_has_a_parent_and_a_child_per_stage(one: Path) -> None:
 
 def test_localized_shards_mirror_the_input(one: Path, shard_set: Path) -> None:
     made, given = Index.load(str(one / "localize")), Index.load(str(shard_set))
-    assert made.keys.tolist() == given.keys[given.split("val")].tolist()
+    assert made.keys.tolist() == given.keys.tolist()  # train, whose masks are wanted, and val, which is scored
+    assert made.keys[made.split("val")].tolist() == given.keys[given.split("val")].tolist()
     reader = ShardReader(made)
     source = ShardReader(given)
     peaks = []
@@ -104,13 +115,27 @@ def test_localized_shards_mirror_the_input(one: Path, shard_set: Path) -> None:
     assert max(peaks) == 255  # the best class of an image reaches its maximum, unless relu left nothing of it
 
 
+def test_pseudo_masks_are_palette_pngs_of_the_photos_size(one: Path, shard_set: Path) -> None:
+    source = Index.load(str(shard_set))
+    for stage in ("seed_masks", "psa_masks", "irn_masks"):
+        made = Index.load(str(one / stage))
+        assert made.classes == source.classes
+        for ordinal in range(len(made)):
+            with Image.open(io.BytesIO(ShardReader(made).read(ordinal, "mask.png"))) as mask:
+                assert (mask.mode, mask.size) == ("P", (64, 64))
+                assert mask.getpalette()[3:6] == [128, 0, 0]
+                present = np.flatnonzero(ShardReader(source).labels(ordinal)) + 1
+                assert set(np.unique(np.asarray(mask)).tolist()) <= {0, *present.tolist()}
+
+
 def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, one: Path) -> None:
     again = launch(PLAIN, config)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before with these settings, skipped") == 4
+    assert again.stdout.count("done before with these settings, skipped") == len(STAGES)
     other_split = launch(PLAIN, config, "--set", "data.score_split=train", "--stages", "classify")
     assert "classify: done before with these settings, skipped" in other_split.stdout
-    changed = launch(PLAIN, config, "--set", "shrink.area=0.5", "--set", "data.workers=0")
+    short = ("--stages", ",".join(MAIN_LINE[:4]))
+    changed = launch(PLAIN, config, "--set", "shrink.area=0.5", "--set", "data.workers=0", *short)
     assert changed.stdout.count("settings, skipped") == 2  # classify, expand; how many workers read changes nothing
     assert "shrink: runs again, shrink.area: 0.1 -> 0.5" in changed.stdout
     assert "localize: runs again, its input shrink changed" in changed.stdout
@@ -120,6 +145,8 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, on
     early = launch(PLAIN, config, "--set", "run_dir=runs/none", "--stages", "expand")
     assert early.returncode == 2
     assert "expand needs classify, which has not finished in runs/none: add it to --stages" in early.stderr
+    lonely = launch(PLAIN, config, "--set", "stages=[classify, localize, irn]")
+    assert "error: stages: irn needs irn_labels; add it to stages" in lonely.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,12 +159,15 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
     )
     assert done.returncode == 0, done.stderr
     other = config.parent / run_dir
-    for stage in ("classify", "expand", "shrink"):
+    for stage in TRAINING:
         ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
         worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
         assert worst < 1e-5, f"{stage}: {worst}"
-    a, b = (json.loads((d / "results.json").read_text())["localize"] for d in (one, other))
-    assert a["cam_miou"] == pytest.approx(b["cam_miou"], abs=0.2)
+    a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
+    assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
+    for stage in ("seed_masks", "psa_masks", "irn_masks"):
+        assert a[stage]["crf_miou"] == pytest.approx(b[stage]["crf_miou"], abs=0.2)
+        assert Index.load(str(one / stage)).keys.tolist() == Index.load(str(other / stage)).keys.tolist()
 
 
 def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path) -> None:

@@ -1,0 +1,184 @@
+"""Inference over a split: one shard is one unit of work, done by one rank, its output a shard of the same name.
+
+Beside <shard>, written whole or not at all, lies <shard>.counts.npz: whole numbers that add up over shards in any
+order, so that scores do not depend on who did what. What a killed job has finished is kept.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esol.context import Context
+from esol.data.index import Index, scan_shard, write_index
+from esol.data.reader import ShardReader
+from esol.data.transforms import decode_mask
+from esol.errors import DataError
+from esol.files import atomic_write
+from esol.loop import Stopped
+from esol.progress import progress
+from shards.writer import write_mirror_shard
+
+Tally = dict[str, NDArray[Any]]
+Members = dict[str, bytes]
+Work = Callable[[NDArray[np.int64], Tally], Iterable[tuple[int, Members]]]
+
+
+def mask_splits(context: Context) -> tuple[str, str]:
+    """The splits that maps, labels and pseudo masks are made for."""
+    return context.config.data.mask_split, context.config.data.score_split
+
+
+def over_shards(
+    context: Context, name: str, folder: Path, splits: Sequence[str], work: Work, writes: bool = True
+) -> Tally:
+    """Runs work(ordinals, tally) on every shard's samples of the splits; returns the sum of all tallies on every rank.
+
+    work yields (ordinal, members of the output sample) in any order and leaves its counts in tally at the end; writes
+    False: nothing but the counts is kept. Stopped after a signal, when all ranks have finished a shard.
+    """
+    engine, index = context.engine, context.index
+    ordinals = np.unique(np.concatenate([index.split(split) for split in splits]))
+    shard_of = index.shard_of[ordinals]
+    shards = np.unique(shard_of)
+    _discard_foreign(context, name, folder)
+    if advice := advice_on_shards(name, len(shards), len(ordinals), engine.world_size):
+        context.say(advice)
+    mine = shards[engine.rank :: engine.world_size]
+    with progress(name, int(np.isin(shard_of, mine).sum()), "images of this process", engine.is_main) as advance:
+        done = 0
+        for shard in mine:
+            spec = index.shards[shard].name
+            members = ordinals[shard_of == shard]
+            outputs = (f"{spec}.counts.npz", *((spec,) if writes else ()))
+            if not all((folder / output).exists() for output in outputs):
+                _one_shard(context, name, folder, spec, members, work, partial(_advance, advance, done, spec), writes)
+            done += len(members)
+            advance(done, spec)
+            if context.stop:
+                break
+    if engine.any(bool(context.stop)):
+        raise Stopped(f"{context.stop.name or 'a signal to another rank'}: {name} stopped after whole shards")
+    engine.barrier(f"the shards of {name} from all ranks")
+    names = [index.shards[s].name for s in shards]
+    if engine.is_main and writes:
+        places = {s: np.searchsorted(ordinals, index.split(s)) for s in splits}
+        write_index(folder, index.classes, places, [scan_shard(folder, n) for n in names])
+    return _sum(folder / f"{n}.counts.npz" for n in names)
+
+
+def _advance(advance: Callable[[int, str], None], before: int, spec: str, count: int) -> None:
+    advance(before + count, spec)
+
+
+def advice_on_shards(name: str, shards: int, samples: int, world_size: int) -> str:
+    """What to say where processes outnumber shards, else nothing: a shard is the unit of work here."""
+    if shards >= world_size:
+        return ""
+    return (
+        f"{name}: the split lies in {shards} shards, fewer than {world_size} processes: some have nothing to do. "
+        f"To use all, create the set again with --samples-per-shard {max(1, samples // world_size)} or fewer"
+    )
+
+
+def _discard_foreign(context: Context, name: str, folder: Path) -> None:
+    """Removes what a run with other settings left in the folder."""
+    mark = folder / "fingerprint.json"  # of the settings that the shards beside it were made with
+    if context.engine.is_main:
+        stamp = json.dumps({"fingerprint": context.fingerprint})
+        if not mark.exists() or mark.read_text() != stamp:
+            for path in (*folder.glob("shard-*"), *folder.glob("*.tmp"), *folder.glob("*.json")):
+                path.unlink(missing_ok=True)
+            atomic_write(mark, stamp)
+    context.engine.barrier(f"the main rank to clear the folder of {name}")
+
+
+def _one_shard(
+    context: Context,
+    name: str,
+    folder: Path,
+    spec: str,
+    ordinals: NDArray[np.int64],
+    work: Work,
+    advance: Callable[[int], None],
+    writes: bool,
+) -> None:
+    """One shard's samples in order, then its two files, the counts last."""
+    tally: Tally = {}
+    samples: dict[int, Members] = {}
+    try:
+        for ordinal, members in work(ordinals, tally):
+            samples[ordinal] = members
+            advance(len(samples))
+    except DataError as error:
+        raise DataError(f"{error}; {name} needs every sample of its split") from error
+    if writes:
+        keys = context.index.keys
+        write_mirror_shard(folder, spec, ({"__key__": str(keys[o]), **samples[int(o)]} for o in ordinals))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **tally)  # type: ignore[arg-type]
+    atomic_write(folder / f"{spec}.counts.npz", buffer.getvalue())
+
+
+def _sum(paths: Iterator[Path]) -> Tally:
+    total: Tally = {}
+    for path in paths:
+        with np.load(path, allow_pickle=False) as counts:
+            for key in counts.files:
+                total[key] = total[key] + counts[key] if key in total else counts[key]
+    return total
+
+
+class StageShards:
+    """What an inference stage of the run wrote, read by the ordinals of the data.
+
+    Safe to hand to data workers. CheckpointError or DataError where it is not there or damaged.
+    """
+
+    def __init__(self, context: Context, stage: str) -> None:
+        self._keys = context.index.keys
+        self._reader = ShardReader(Index.load(context.run_dir / stage))
+        self._place = {str(key): i for i, key in enumerate(self._reader.index.keys)}
+        self._stage = stage
+
+    def read(self, ordinal: int, member: str) -> bytes:
+        """A member of the stage's sample."""
+        key = str(self._keys[ordinal])
+        if key not in self._place:
+            raise DataError(f"{self._stage} has no sample {key}: run it again")
+        return self._reader.read(self._place[key], member)
+
+    def arrays(self, ordinal: int, member: str) -> dict[str, NDArray[Any]]:
+        """An .npz member."""
+        with np.load(io.BytesIO(self.read(ordinal, member)), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def label_map(self, ordinal: int, member: str) -> NDArray[np.uint8]:
+        """A .png member: (H, W), 0 background, 1..C, 255 void."""
+        return decode_mask(self.read(ordinal, member), f"{self._stage}, sample {self._keys[ordinal]}")
+
+
+def truth_of(context: Context, ordinal: int) -> NDArray[np.uint8] | None:
+    """The sample's mask (H, W), if data.score_split has the sample and the shard a mask."""
+    index = context.index
+    split = index.split(context.config.data.score_split)
+    place = int(np.searchsorted(split, ordinal))
+    if place == len(split) or split[place] != ordinal:
+        return None
+    if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
+        return None
+    return decode_mask(context.reader.read(ordinal, "mask.png"), context.reader.name(ordinal))
+
+
+def pictured(context: Context) -> list[int]:
+    """The samples of data.score_split that pictures show, evenly spread."""
+    split = context.index.split(context.config.data.score_split)
+    count = min(context.config.tracking.pictures, len(split))
+    return split[np.linspace(0, len(split) - 1, count).astype(int)].tolist()

@@ -1,0 +1,172 @@
+"""Stages seed_masks, psa_masks and irn_masks: pseudo masks, scored with and without the dense CRF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esol.config import MaskConfig
+from esol.context import Context, Results
+from esol.data.transforms import decode, decode_mask
+from esol.errors import DataError
+from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, pictured, truth_of
+from esol.localization import entries, save_sheet, write_curves
+from esol.localize.pseudo_labels import VOID, irn_scores, psa_scores, pseudo_mask
+from esol.localize.saliency import saliency_labels, spectral_residual
+from esol.localize.seeds import best_class
+from esol.metrics import ThresholdCurve, confusion_matrix, score
+from esol.networks import trained_affinity_net, trained_irn_net
+from esol.report import heat, paint
+from shards.samples import encode_mask
+
+Scores = Callable[[Tensor, dict[str, NDArray[np.generic]]], Tensor]
+
+
+def seed_masks(context: Context, folder: Path) -> Results:
+    """The class maps themselves."""
+
+    def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
+        return torch.from_numpy(maps["full"]).to(image.device).float() / 255
+
+    return _masks(context, "seed_masks", context.config.seed_masks, folder, scores)
+
+
+def psa_masks(context: Context, folder: Path) -> Results:
+    """The class maps after a walk on AffinityNet's affinities."""
+    config, device = context.config.psa_masks, context.engine.device
+    net = trained_affinity_net(context).to(device).eval()
+
+    def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
+        with context.engine.autocast():
+            features = net(on_grid(image, 8))[0]
+        low = torch.from_numpy(maps["stride4"]).to(device)
+        return psa_scores(low, features.float(), (image.shape[1], image.shape[2]), config)
+
+    return _masks(context, "psa_masks", config, folder, scores)
+
+
+def irn_masks(context: Context, folder: Path) -> Results:
+    """The class maps after a walk that boundaries hold up; the boundary is the mean over the image and its mirror."""
+    config, device = context.config.irn_masks, context.engine.device
+    net = trained_irn_net(context).to(device).eval()
+
+    def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
+        inputs = on_grid(image, 4)
+        with context.engine.autocast():
+            logits = net(torch.cat((inputs, inputs.flip(3))))[0][:, 0].float()
+        edge = ((logits[0] + logits[1].flip(1)) / 2).sigmoid()
+        low = torch.from_numpy(maps["stride4"]).to(device)
+        return irn_scores(low, edge, (image.shape[1], image.shape[2]), config)
+
+    return _masks(context, "irn_masks", config, folder, scores)
+
+
+def on_grid(image: Tensor, stride: int) -> Tensor:
+    """uint8 (3, H, W) -> float (1, 3, H', W'), a few pixels smaller: the grid's corners are then the image's."""
+    size = [(-(-side // stride) - 1) * stride + 1 for side in image.shape[1:]]
+    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
+
+
+@torch.no_grad()
+def _masks(context: Context, name: str, config: MaskConfig, folder: Path, scores: Scores) -> Results:
+    maps, num_labels = StageShards(context, "localize"), len(context.index.classes) + 1
+
+    def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
+        curve = ThresholdCurve(num_labels - 1)
+        tally |= {key: np.zeros((num_labels, num_labels), np.int64) for key in ("plain", "crf")}
+        for ordinal in map(int, ordinals):
+            _, classes, found, plain, refined = _one(context, maps, ordinal, config, scores)
+            if (truth := truth_of(context, ordinal)) is not None:
+                winner, best = (t.cpu().numpy() for t in best_class(found, classes))
+                if truth.shape != best.shape:
+                    raise DataError(
+                        f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {best.shape}"
+                    )
+                curve.update(truth, winner, best)
+                for key, label in (("plain", plain), ("crf", refined)):
+                    said = np.where(label == VOID, 0, label)  # void counts as background here
+                    tally[key] += confusion_matrix(truth, said, num_labels)
+            yield ordinal, {"mask.png": encode_mask(refined)}
+        tally["curve"] = curve.counts
+
+    tally = over_shards(context, name, folder, mask_splits(context), work)
+    if not context.engine.is_main:
+        return {}
+    _draw(context, name, maps, config, scores)
+    return _results(context, config, folder, tally) if tally["plain"].any() else {}
+
+
+def _one(
+    context: Context, maps: StageShards, ordinal: int, config: MaskConfig, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor, NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image, classes, scores, and the label maps without and with CRF of one sample."""
+    device = context.engine.device
+    image = decode(context.reader.image(ordinal), context.reader.name(ordinal)).to(device)
+    arrays = maps.arrays(ordinal, "maps.npz")
+    classes = torch.from_numpy(arrays["classes"]).to(device)
+    found = scores(image, arrays)
+    saliency, labels = _saliency(context, ordinal, image), None
+    if saliency is not None:
+        cue = context.config.saliency
+        labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
+    plain, refined = (t.cpu().numpy() for t in pseudo_mask(image, found, classes, config, labels))
+    return image, classes, found, plain, refined
+
+
+def _saliency(context: Context, ordinal: int, image: Tensor) -> Tensor | None:
+    """The sample's saliency map (H, W) in 0..1, if the config wants one."""
+    config, reader = context.config.saliency, context.reader
+    if config.source == "none":
+        return None
+    if config.source == "spectral-residual":
+        return spectral_residual(image)
+    name = reader.name(ordinal)
+    if config.source == "shards":
+        data = reader.read(ordinal, "saliency.png")
+    else:
+        path = Path(config.folder, f"{context.index.keys[ordinal]}.png")
+        if not path.resolve().is_relative_to(Path(config.folder).resolve()):
+            raise DataError(f"{name}: its key leads out of saliency.folder")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: saliency map {path} cannot be read ({error.strerror})") from error
+    values = decode_mask(data, f"{name}, saliency")
+    if values.shape != tuple(image.shape[1:]):
+        raise DataError(f"{name}: the saliency map is {values.shape}, the image {tuple(image.shape[1:])}")
+    return torch.from_numpy(values).to(image.device).float() / 255
+
+
+def _results(context: Context, config: MaskConfig, folder: Path, tally: Tally) -> Results:
+    """At the stated threshold without and with CRF; best_*: without CRF at the threshold of the highest mIoU."""
+    curve = ThresholdCurve(len(context.index.classes))
+    curve.add(tally["curve"])
+    write_curves(context, folder, {"plain": curve})
+    best, last = curve.best(), score(tally["crf"])
+    results: Results = {"threshold": config.threshold, **entries("plain_", score(tally["plain"]))}
+    if config.crf.iterations:
+        results |= entries("crf_", last)
+    results |= {"best_threshold": best.threshold, "best_miou": 100 * best.miou}
+    names = ("background", *context.index.classes)
+    return results | {f"iou_{name}": 100 * float(iou) for name, iou in zip(names, last.iou, strict=True)}
+
+
+def _draw(context: Context, name: str, maps: StageShards, config: MaskConfig, scores: Scores) -> None:
+    rows = []
+    headings = ["photo", "best score", f"above {config.threshold:g}", "with CRF", "truth"]
+    for ordinal in pictured(context):
+        image, classes, found, plain, refined = _one(context, maps, ordinal, config, scores)
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        tiles = [pixels, heat(pixels, best_class(found, classes)[1].cpu().numpy())]
+        tiles += [paint(pixels, plain), paint(pixels, refined)]
+        if (truth := truth_of(context, ordinal)) is not None:
+            tiles.append(paint(pixels, truth))
+        present = ", ".join(context.index.classes[c] for c in classes.tolist())
+        rows.append((f"{context.index.keys[ordinal]}: {present}", tiles))
+    save_sheet(context, name, rows, headings)
