@@ -1,9 +1,9 @@
 """Seeds to pseudo masks over several seeds: mIoU of seeds, PSA and IRN, each without and with the dense CRF.
 
-    ESOL_WEIGHTS=weights python -m benchmarks.refine --config configs/voc-animals.yaml --seeds 0 1 2 --set data.mask_split=train
+    ESOL_WEIGHTS=weights python -m benchmarks.refine --config configs/voc-animals.yaml --seeds 0 1 2
 
-Runs esol/train.py once per seed in as many processes as --processes says (finished stages of an earlier call are kept),
-then prints the table. Each row states its threshold; the last column is the best one without CRF on the same split.
+Runs esol/train.py once per seed in as many processes as --processes says (finished stages of an earlier call are
+kept), then prints the table. Each row states its threshold; the last column is the best one without CRF on the same split.
 """
 
 from __future__ import annotations
@@ -26,13 +26,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
-    launcher = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        "--config_file",
-        str(ROOT / "launch/cpu.yaml"),
-    ]
-    launcher += ["--num_processes", str(args.processes)]
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
+    launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
     results = {seed: run(args.config, seed, args.overrides, launcher) for seed in args.seeds}
 
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, {args.processes} processes\n")

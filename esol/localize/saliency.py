@@ -31,13 +31,12 @@ def spectral_residual(image: Tensor) -> Tensor:
     the optional extra `saliency`, is not installed; 0 everywhere where an image has no contrast.
     """
     try:
-        from cv2.saliency import StaticSaliencySpectralResidual_create
+        from cv2.saliency import StaticSaliencySpectralResidual
     except ImportError as error:
         raise ConfigError(
             f'saliency.source = spectral-residual needs OpenCV ({error}): pip install "esol[saliency]"'
         ) from error
-    done, found = StaticSaliencySpectralResidual_create().computeSaliency(
-        image.permute(1, 2, 0).cpu().numpy()[..., ::-1]
-    )
+    pixels = image.permute(1, 2, 0).cpu().numpy()[..., ::-1]  # OpenCV has blue first
+    done, found = StaticSaliencySpectralResidual.create().computeSaliency(pixels)
     values = torch.from_numpy(found).to(image.device).nan_to_num() if done else image.new_zeros(image.shape[1:]).float()
     return values / values.amax().clamp_min(1e-5)
