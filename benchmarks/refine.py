@@ -3,7 +3,7 @@
     ESOL_WEIGHTS=weights python -m benchmarks.refine --config configs/voc-animals.yaml --seeds 0 1 2
 
 Runs esol/train.py once per seed in as many processes as --processes says (finished stages of an earlier call are
-kept), then prints the table. Each row states its threshold; the last column is the best one without CRF on the same split.
+kept), then prints the table. Each row states its threshold; the last column is mIoU at the best one, without CRF.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
             rows.append(
                 [name + suffix, runs[0][stage]["threshold"], *measures, gain, " ".join(f"{m:.2f}" for m in each), best]
             )
-    print(table(("masks", "threshold", *MEASURES, "over the seeds", "mIoU of each seed", "best threshold"), rows))
+    print(
+        table(("masks", "threshold", *MEASURES, "over the seeds", "mIoU of each seed", "at the best threshold"), rows)
+    )
     labels = [
         [stage, *(spread([r[stage][k] for r in runs]) for k in ("labelled", "right"))]
         for stage in ("psa_labels", "irn_labels")

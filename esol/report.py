@@ -14,6 +14,7 @@ from esol.errors import EsolError
 from esol.palette import voc_palette
 
 SOURCES = ("cam", "expand", "shrink")
+MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
 TILE = 200  # pixels, long side of a picture's tile
 _HEAT = np.array([[12, 7, 60], [86, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]], np.float32)
@@ -71,6 +72,7 @@ def results_table(run_dir: Path) -> str:
     except OSError as error:
         raise EsolError(f"{path} cannot be read ({error.strerror}): is {run_dir} the folder of a run?") from error
     seeds = results.pop("localize", {})
+    masks = {name: results.pop(name) for name in MASK_STAGES if "plain_miou" in results.get(name, {})}
     lines = ["| stage | metric | value |", "|---|---|---|"]
     lines += [f"| {stage} | {name} | {value:.4g} |" for stage, own in results.items() for name, value in own.items()]
     sources = [source for source in SOURCES if f"{source}_miou" in seeds]
@@ -79,6 +81,12 @@ def results_table(run_dir: Path) -> str:
         for name in (key.removeprefix("cam_") for key in seeds if key.startswith("cam_")):
             lines.append(f"| {name} | " + " | ".join(f"{seeds[f'{source}_{name}']:.4g}" for source in sources) + " |")
         lines += ["", *verdicts(seeds)]
+    if masks:
+        keys = list(dict.fromkeys(key for own in masks.values() for key in own))
+        lines += ["", "| pseudo masks | " + " | ".join(masks) + " |", "|---|" + "---|" * len(masks)]
+        cells = {key: (f"{own[key]:.4g}" if key in own else "" for own in masks.values()) for key in keys}
+        lines += [f"| {key} | " + " | ".join(row) + " |" for key, row in cells.items()]
+        lines += ["", "crf: after the dense CRF; best: without it, at the threshold that is best here."]
     return "\n".join(lines)
 
 
