@@ -16,6 +16,8 @@ from esol.progress import progress
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.samples import check_labels, listing, open_image, open_mask, upright_size
 
+_PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: JPEG with further pictures behind the first
+
 
 def verify(root: str) -> list[str]:
     """Reads everything and returns one line for each problem, naming shard and key; empty where all is well.
@@ -30,6 +32,8 @@ def verify(root: str) -> list[str]:
     names = {shard.name for shard in index.shards}
     tars = {name for name in list_files(root) if "/" not in name and name.endswith(".tar")}
     problems = [f"{name} is not in index.json" for name in sorted(tars - names)]
+    if json.loads(read_bytes(f"{root.rstrip('/')}/index.json")).get("hash", index.hash) != index.hash:
+        problems.append("index.json: classes, splits or shards are not those that were written (hash)")
     with progress("verify", len(index), "samples", visible=True) as advance:
         for number, shard in enumerate(index.shards):
             try:
@@ -118,20 +122,25 @@ def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: st
     size = None
     for ext in (e for e in PHOTO_EXTENSIONS if e in members):
         try:
-            size = upright_size(open_image(members[ext], f"{where}, member {ext}"))
+            image = open_image(members[ext], f"{where}, member {ext}")
+            size = upright_size(image)
+            if image.format not in _PHOTO_FORMATS:
+                problems.append(f"{where}, member {ext}: {image.format} is not supported; convert it to JPEG")
         except DataError as error:
             problems.append(str(error))
         break
     if "json" in members:
         try:
             about = json.loads(members["json"])
+            if not isinstance(about["labels"], list):
+                raise TypeError("labels is no list")
             check_labels(about["labels"], classes, f"{where}, member json")
             stated = (int(about["width"]), int(about["height"]))
             if size is not None and stated != size:
                 problems.append(f"{where}: json says {stated[0]}x{stated[1]} pixels, the photo is {size[0]}x{size[1]}")
         except DataError as error:
             problems.append(str(error))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             problems.append(
                 f"{where}, member json: must hold labels, height and width ({type(error).__name__}: {error})"
             )

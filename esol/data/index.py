@@ -138,7 +138,8 @@ def write_index(
         "splits": {name: sorted(int(i) for i in ordinals) for name, ordinals in splits.items()},
         "shards": [dict(s) for s in shards],
     }
-    _parse(os.fspath(root), tree)  # what cannot be read back is a bug of the caller
+    index = _parse(os.fspath(root), tree)  # what cannot be read back is a bug of the caller
+    tree["hash"] = index.hash  # for verify: nothing else vouches for classes and splits
     data = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     if is_local(fs):
         atomic_write(f"{path}/index.json", data)
@@ -221,8 +222,10 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
     if not shards:
         raise ValueError("it lists no shard")
     for shard, record in zip(shards, tree["shards"], strict=True):
-        if shard.name in ("", ".", "..") or shard.name != Path(shard.name).name:
+        if shard.name in ("", ".", "..") or shard.name != Path(shard.name).name or not shard.name.isprintable():
             raise ValueError(f"shard {shard.name!r} is not a plain file name")
+        if not isinstance(shard.sha256, str):
+            raise ValueError(f"{shard.name} has sha256 {shard.sha256!r:.80}")
         for what, column in {"keys": record["keys"], **record["members"]}.items():
             if not isinstance(column, list) or len(column) != shard.samples:
                 raise ValueError(f"{shard.name} must have as many {what} as samples, {shard.samples}")

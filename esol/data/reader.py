@@ -47,7 +47,11 @@ class ShardReader:
             members.append(self.index.members[ext][ordinal].tolist())
         begin = min(offset for offset, _, _ in members)
         end = max(offset + size for offset, size, _ in members)
-        data = os.pread(self._open(int(self.index.shard_of[ordinal])), end - begin, begin)
+        descriptor = self._open(int(self.index.shard_of[ordinal]))
+        try:
+            data = os.pread(descriptor, end - begin, begin)
+        except OSError as error:
+            raise DataError(f"{self.name(ordinal)}: the shard cannot be read: {error.strerror}") from error
         found = []
         for ext, (offset, size, crc) in zip(extensions, members, strict=True):
             member = data[offset - begin : offset - begin + size]
@@ -74,7 +78,15 @@ class ShardReader:
 
     def _multi_hot(self, ordinal: int, record: bytes) -> NDArray[np.float32]:
         multi_hot = np.zeros(len(self.index.classes), np.float32)
-        for name in json.loads(record)["labels"]:
+        try:
+            labels = json.loads(record)["labels"]
+            if not isinstance(labels, list):
+                raise TypeError("labels is no list")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{self.name(ordinal)}: its json must hold a list of labels ({type(error).__name__}: {error})"
+            ) from error
+        for name in labels:
             if name not in self.index.classes:
                 close = difflib.get_close_matches(str(name), self.index.classes, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""

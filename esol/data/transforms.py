@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
@@ -26,19 +26,37 @@ def decode(data: bytes, name: str) -> Tensor:
     if not data:
         raise DataError(f"{name}: the image is empty")
     try:
-        encoded = torch.frombuffer(data, dtype=torch.uint8)
-        return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise DataError(f"{name}: the image cannot be decoded ({str(error).splitlines()[0]})") from error
+        if data.startswith(b"\xff\xd8"):
+            encoded = torch.frombuffer(data, dtype=torch.uint8)
+            return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return _decode_other(data)
+    except Exception as error:  # a damaged file leads the decoders to raise whatever they please
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name}: the image cannot be decoded ({what})") from error
 
 
-def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
-    """A mask's class numbers (H, W), 0 background and 255 void; DataError naming `name` where it cannot be read."""
+def _decode_other(data: bytes) -> Tensor:
+    """PNG and WebP. torchvision 0.29 crashes on damaged PNG files and leaves WebP's EXIF orientation out."""
+    with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16-bit gray
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def decode_mask(data: bytes, name: str, classes: int = 254) -> NDArray[np.uint8]:
+    """A mask's class numbers (H, W), 0 background, 1..classes, 255 void; DataError naming `name` where it is none."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
-            return np.array(png, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+            mode, levels = png.mode, np.array(png)
+    except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
         raise DataError(f"{name}: the mask cannot be decoded ({error})") from error
+    if mode not in ("P", "L"):
+        raise DataError(f"{name}: a mask must be an 8-bit palette or gray PNG of class numbers, not PNG {mode}")
+    largest = levels.max(where=levels != 255, initial=0)
+    if largest > classes:
+        raise DataError(f"{name}: value {largest} is no class; 0 is background, 1..{classes} are classes, 255 is void")
+    return levels
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
