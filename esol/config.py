@@ -135,9 +135,6 @@ class CrfConfig:
     bilateral_compat: float = key(10.0, low=0, high=1000)
 
 
-PSA_CRF = CrfConfig(bilateral_sxy=80.0, bilateral_srgb=13.0)
-
-
 @dataclass(frozen=True)
 class SaliencyConfig:
     """Saliency maps as background cue of the mask stages (DRS): background = 1 - saliency instead of a threshold."""
@@ -184,7 +181,7 @@ class PsaLabelsConfig:
 
     alpha_low: float = key(4.0, low=0, high=1000)  # background (1 - best)^alpha; what is a class here is foreground
     alpha_high: float = key(32.0, low=0, high=1000)  # and what is background here is background; the rest is void
-    crf: CrfConfig = field(default_factory=lambda: PSA_CRF)
+    crf: CrfConfig = field(default_factory=lambda: CrfConfig(bilateral_sxy=80.0, bilateral_srgb=13.0))
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,6 @@ class PsaMasksConfig(WalkConfig):
     threshold: float = key(0.5, low=0, high=1)  # the strongest of all maps wins, as in PSA
     alpha: float = key(16.0, low=0, high=1000)  # background (1 - best)^alpha
     beta: float = key(8.0, low=0.01, high=1000)  # power of the affinities
-    crf: CrfConfig = field(default_factory=lambda: PSA_CRF)
 
 
 @dataclass(frozen=True)

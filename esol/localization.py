@@ -49,7 +49,7 @@ def localize(context: Context, folder: Path) -> Results:
     tally = over_shards(context, "localize", folder, mask_splits(context), work)
     if not context.engine.is_main:
         return {}
-    curves = {source: ThresholdCurve(len(context.index.classes)) for source in tally}
+    curves = {source: ThresholdCurve(len(context.index.classes)) for source in tally if tally[source].any()}
     for source, curve in curves.items():
         curve.add(tally[source])
     results, thresholds = _results(curves, context.index.classes) if curves else ({}, {})

@@ -78,7 +78,7 @@ def test_missing_file_and_missing_key(tmp_path: Path) -> None:
 def test_one_section_with_other_defaults_in_two_places(tmp_path: Path) -> None:
     loaded = load(tmp_path, "psa_labels: {crf: {iterations: 3}}")
     assert (loaded.psa_labels.crf.iterations, loaded.psa_labels.crf.bilateral_sxy) == (3, 80)
-    assert (loaded.psa_masks.crf.iterations, loaded.psa_masks.crf.bilateral_sxy) == (10, 80)
+    assert (loaded.psa_masks.crf.iterations, loaded.psa_masks.crf.bilateral_sxy) == (10, 50)
     assert loaded.irn_labels.crf.bilateral_sxy == 50
 
 

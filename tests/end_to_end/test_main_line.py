@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from safetensors.numpy import load_file
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
+from shards.samples import encode_mask
+from shards.synthetic import synthetic_source
+from shards.writer import create
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -126,6 +131,55 @@ def test_pseudo_masks_are_palette_pngs_of_the_photos_size(one: Path, shard_set: 
                 assert mask.getpalette()[3:6] == [128, 0, 0]
                 present = np.flatnonzero(ShardReader(source).labels(ordinal)) + 1
                 assert set(np.unique(np.asarray(mask)).tolist()) <= {0, *present.tolist()}
+
+
+def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(one, tmp_path / "run"))
+    folder = run / "irn_masks"
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
+    for name in ("manifest.json", "index.json", "shard-000002.tar", "shard-000005.tar.counts.npz"):
+        (folder / name).unlink()
+    again = launch(PLAIN, config, "--set", f"run_dir={run}", "--set", "tracking.uri=none")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before with these settings, skipped") == len(STAGES) - 1
+    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
+    assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
+    redone = {name for name in before if before[name][1] != after[name][1]}
+    assert redone == {f"shard-00000{i}.tar{end}" for i in (2, 5) for end in ("", ".counts.npz")}
+
+
+def test_saliency_from_a_folder_decides_the_background(
+    config: Path, one: Path, shard_set: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(one, tmp_path / "run"))
+    source = Index.load(str(shard_set))
+    maps = tmp_path / "saliency"
+    maps.mkdir()
+    for key in source.keys[1:]:
+        Image.new("L", (64, 64), 0).save(maps / f"{key}.png")
+    options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--stages", "seed_masks")
+    options += ("--set", "saliency.source=folder", "--set", f"saliency.folder={maps}")
+    lacking = launch(PLAIN, config, *options)
+    assert lacking.returncode == 2
+    absent = maps / f"{source.keys[0]}.png"
+    assert f"sample {source.keys[0]}: saliency map {absent} cannot be read (No such file" in lacking.stderr
+    Image.new("L", (64, 64), 0).save(absent)
+    assert launch(PLAIN, config, *options).returncode == 0
+    made = Index.load(str(run / "seed_masks"))
+    for ordinal in range(len(made)):  # a background of 1 beats every class, or three channels make void
+        with Image.open(io.BytesIO(ShardReader(made).read(ordinal, "mask.png"))) as mask:
+            assert set(np.unique(np.asarray(mask)).tolist()) <= {0, 255}
+
+
+def test_truth_that_is_all_void_is_not_scored(config: Path, tmp_path: Path) -> None:
+    void = synthetic_source(8, 4, 64, seed=0)
+    png = encode_mask(np.full((64, 64), 255, np.uint8))
+    create(replace(void, read=lambda key: {**void.read(key), "mask.png": png}), str(tmp_path / "void"))
+    done = launch(PLAIN, config, "--set", f"data.root={tmp_path / 'void'}", "--set", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(results) == STAGES
+    assert not {"plain_miou", "cam_miou"} & {key for own in results.values() for key in own}
 
 
 def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, one: Path) -> None:
