@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; exit status 0 done, 1 verify found damage, 2 an error that the message explains."""
+    """Runs the command; exit status 0 done, 1 damage was found, 2 an error that the message explains."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_output(kind(kinds))
     _add_index(commands)
     _add_verify(commands)
+    _add_export(commands)
     return parser
 
 
@@ -276,6 +277,38 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{options.root}: {len(problems)} problems", file=sys.stderr)
         return 1
     return _describe(options.root)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Write a shard set, or a run's pseudo masks, to plain files: images/, masks/, classes.txt, labels.csv,\n"
+        "as esol-shards create folder reads them. Damaged samples are left out and listed; exit status 1 then.",
+        "esol-shards export runs/demo/irn_masks --out pseudo-masks",
+    )
+    add = parser.add_argument
+    add("root", metavar="DIR", help="folder or URL with index.json")
+    add("--out", required=True, metavar="FOLDER", help="local folder to write to")
+    add("--split", default="", metavar="NAME", help="only this split (default: all; needed where splits overlap)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="first remove images/, masks/, labels.csv and classes.txt from FOLDER, all of them, whoever made them",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from shards.export import export
+
+    done = export(options.root, options.out, options.split, options.overwrite)
+    for line in (*done.notes, *done.problems):
+        print(line)
+    print(f"{options.out}: {done.images} images, {done.masks} masks")
+    if done.problems:
+        print(f"{options.root}: {len(done.problems)} damaged samples were left out", file=sys.stderr)
+    return 1 if done.problems else 0
 
 
 def _describe(root: str) -> int:
