@@ -231,7 +231,7 @@ class _Child:
 
     def __init__(self, base: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.fuzz"])  # torch is imported once, not by each child
+        context.set_forkserver_preload(["benchmarks.fuzz_kinds", "esol.data.stream"])  # torch is imported once, not by each child
         self.pipe, far = context.Pipe()
         self.process = context.Process(target=_serve, args=(far, base), daemon=True)
         self.process.start()

@@ -315,6 +315,13 @@ def _chunks(data: bytes, rng: Rng) -> bytes:
     )
 
 
+def _other_type(data: bytes, rng: Rng) -> bytes:
+    changed = data
+    while changed == data or json.loads(changed)["labels"] == []:  # no label at all is sound
+        changed = replace_node(data, rng)
+    return changed
+
+
 def _odd_json(data: bytes, rng: Rng) -> bytes:
     texts = (b"[" * 100_000, b"[3]", b"null", b"\xff\xfe", b'{"labels": ["fsh"], "height": 40, "width": 56}')
     return texts[int(rng.integers(len(texts)))]
@@ -338,6 +345,6 @@ CONTENT: dict[str, Member] = {
     "mask: only void": Member(_MASK, partial(_of_image, _only_void), may_be_valid=True),
     "json: bytes": Member(_JSON, any_bytes, may_be_valid=True),
     "json: remove a field": Member(_JSON, remove_node, may_be_valid=True),
-    "json: other type": Member(_JSON, replace_node),
+    "json: other type": Member(_JSON, _other_type),
     "json: anything": Member(_JSON, _odd_json),
 }
