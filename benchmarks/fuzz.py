@@ -37,7 +37,6 @@ from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
-from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode, decode_mask
 from esol.errors import DataError, EsolError
 from esol.localize.pairs import pair_labels, pair_offsets
@@ -181,6 +180,8 @@ def read_all(root: Path, whole: bool) -> tuple[list[str], dict[str, Any]]:
 
     whole: the members' own bytes count, not only what they decode to.
     """
+    from esol.data.stream import training_stream  # secures webdataset for the process, which is for who runs it to ask
+
     reports: list[str] = []
     try:
         index = Index.load(root)
@@ -231,7 +232,7 @@ class _Child:
 
     def __init__(self, base: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.fuzz_kinds", "esol.data.stream"])  # torch is imported once, not by each child
+        context.set_forkserver_preload(["benchmarks.fuzz_kinds", "esol.data.stream"])  # torch is imported once
         self.pipe, far = context.Pipe()
         self.process = context.Process(target=_serve, args=(far, base), daemon=True)
         self.process.start()
