@@ -162,7 +162,8 @@ class StageShards:
 
     def label_map(self, ordinal: int, member: str) -> NDArray[np.uint8]:
         """A .png member: (H, W), 0 background, 1..C, 255 void."""
-        return decode_mask(self.read(ordinal, member), f"{self._stage}, sample {self._keys[ordinal]}")
+        name = f"{self._stage}, sample {self._keys[ordinal]}"
+        return decode_mask(self.read(ordinal, member), name, len(self._reader.index.classes))
 
 
 def truth_of(context: Context, ordinal: int) -> NDArray[np.uint8] | None:
@@ -174,7 +175,7 @@ def truth_of(context: Context, ordinal: int) -> NDArray[np.uint8] | None:
         return None
     if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
         return None
-    return decode_mask(context.reader.read(ordinal, "mask.png"), context.reader.name(ordinal))
+    return decode_mask(context.reader.read(ordinal, "mask.png"), context.reader.name(ordinal), len(index.classes))
 
 
 def pictured(context: Context) -> list[int]:

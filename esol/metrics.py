@@ -47,8 +47,16 @@ class Score:
 
 
 def confusion_matrix(truth: NDArray[np.integer], predicted: NDArray[np.integer], num_labels: int) -> Counts:
-    """Pixels by (truth, prediction), int64 (num_labels, num_labels); 255 in the truth is left out."""
+    """Pixels by (truth, prediction), int64 (num_labels, num_labels); 255 in the truth is left out.
+
+    ValueError where the two differ in shape or a number is no label.
+    """
+    if truth.shape != predicted.shape:
+        raise ValueError(f"truth {truth.shape} and prediction {predicted.shape} differ in shape")
     valid = truth != VOID
+    for name, labels in (("truth", truth[valid]), ("prediction", predicted[valid])):
+        if labels.size and not 0 <= labels.min() <= labels.max() < num_labels:
+            raise ValueError(f"{name} holds {labels.min()}..{labels.max()}, labels are 0..{num_labels - 1}")
     pair = truth[valid].astype(np.int64) * num_labels + predicted[valid]
     return np.bincount(pair, minlength=num_labels**2).reshape(num_labels, num_labels)
 

@@ -84,8 +84,9 @@ def results_table(run_dir: Path) -> str:
     if masks:
         keys = list(dict.fromkeys(key for own in masks.values() for key in own))
         lines += ["", "| pseudo masks | " + " | ".join(masks) + " |", "|---|" + "---|" * len(masks)]
-        cells = {key: (f"{own[key]:.4g}" if key in own else "" for own in masks.values()) for key in keys}
-        lines += [f"| {key} | " + " | ".join(row) + " |" for key, row in cells.items()]
+        for key in keys:
+            row = (f"{own[key]:.4g}" if key in own else "" for own in masks.values())
+            lines.append(f"| {key} | " + " | ".join(row) + " |")
         lines += ["", "crf: after the dense CRF; best: without it, at the threshold that is best here."]
     return "\n".join(lines)
 

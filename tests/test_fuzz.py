@@ -35,7 +35,6 @@ def test_every_kind_of_damage_is_reported_or_harmless() -> None:
     assert summary(outcomes).count("\n") == len(chosen) + 2
 
 
-@pytest.mark.xfail(strict=True, reason="esol.metrics.confusion_matrix counts numbers outside its labels as others")
 def test_a_confusion_matrix_refuses_what_it_cannot_count(tmp_path: Path) -> None:
     outcomes = [judge(Case(i, ODD_MATRIX, KINDS[ODD_MATRIX], 0), tmp_path) for i in range(40)]
     assert not [o for o in outcomes if o.verdict in BAD]

@@ -32,11 +32,11 @@ def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
     table = results_table(tmp_path)
     assert "| classify | loss | 0.1235 |" in table
     assert "| miou | 40 | 38 | 42 |" in table
-    masks = {"seed_masks": {"plain_miou": 50.0, "crf_miou": 55.0}, "irn_masks": {"plain_miou": 60.0}}
+    masks = {"seed_masks": {"plain_miou": 50.0, "crf_miou": 55.0}, "irn_masks": {"plain_miou": 60.0, "seconds": 7}}
     (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, **masks}))
     table = results_table(tmp_path)
     assert "| pseudo masks | seed_masks | irn_masks |" in table
-    assert "| crf_miou | 55 |  |" in table
+    assert "| plain_miou | 50 | 60 |\n| crf_miou | 55 |  |\n| seconds |  | 7 |" in table
     with pytest.raises(EsolError, match=r"nowhere/results.json cannot be read .*the folder of a run\?"):
         results_table(tmp_path / "nowhere")
 
