@@ -204,22 +204,26 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, on
 
 
 @pytest.mark.parametrize(
-    "launcher", [TWO_RANKS, [*ACCELERATE, "1"], [*ACCELERATE, "2"]], ids=["torchrun", "one", "two"]
+    ("launcher", "stages"),
+    [(TWO_RANKS, MAIN_LINE), ([*ACCELERATE, "1"], MAIN_LINE[:2]), ([*ACCELERATE, "2"], STAGES)],
+    ids=["torchrun", "one", "two"],
 )
-def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher: list[str]) -> None:
+def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher: list[str], stages: list[str]) -> None:
     run_dir = f"runs/{abs(hash(tuple(launcher)))}"
     done = launch(
-        launcher, config, "--set", f"run_dir={run_dir}", "--set", "tracking.uri=none", "--set", "shrink.area=0.5"
-    )
+        launcher, config, "--set", f"run_dir={run_dir}", "--set", "tracking.uri=none", "--set", "shrink.area=0.5",
+        "--stages", ",".join(stages),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     other = config.parent / run_dir
-    for stage in TRAINING:
+    for stage in set(TRAINING) & set(stages):
         ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
         worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
         assert worst < 1e-5, f"{stage}: {worst}"
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
-    assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
-    for stage in ("seed_masks", "psa_masks", "irn_masks"):
+    if "localize" in stages:
+        assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
+    for stage in {"seed_masks", "psa_masks", "irn_masks"} & set(stages):
         assert a[stage]["crf_miou"] == pytest.approx(b[stage]["crf_miou"], abs=0.2)
         assert Index.load(str(one / stage)).keys.tolist() == Index.load(str(other / stage)).keys.tolist()
 
