@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esol.context import Context, Results
-from esol.data.transforms import decode
-from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, pictured, truth_of
+from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import save_sheet
 from esol.localize import pseudo_labels
+from esol.metrics import VOID
 from esol.report import paint
 from shards.samples import encode_mask
 
@@ -42,10 +42,10 @@ def _labels(context: Context, name: str, folder: Path, synthesis: Synthesis) -> 
         counts = np.zeros(4, np.int64)  # pixels, labelled ones, labelled ones of known truth, right ones
         for ordinal in map(int, ordinals):
             label = _one(context, maps, ordinal, synthesis)[1]
-            sure = label != pseudo_labels.VOID
+            sure = label != VOID
             counts[:2] += label.size, sure.sum()
-            if (truth := truth_of(context, ordinal)) is not None:
-                known = sure & (truth != pseudo_labels.VOID)
+            if (truth := truth_of(context, ordinal, label.shape)) is not None:
+                known = sure & (truth != VOID)
                 counts[2:] += known.sum(), (label == truth)[known].sum()
             yield ordinal, {"label.png": encode_mask(label)}
         tally["pixels"] = counts
@@ -59,7 +59,7 @@ def _labels(context: Context, name: str, folder: Path, synthesis: Synthesis) -> 
 def _one(
     context: Context, maps: StageShards, ordinal: int, synthesis: Synthesis
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    image = decode(context.reader.image(ordinal), context.reader.name(ordinal))
+    image = photo(context, ordinal)
     arrays = maps.arrays(ordinal, "maps.npz")
     full = torch.from_numpy(arrays["full"]).to(context.engine.device).float() / 255
     classes = torch.from_numpy(arrays["classes"]).to(context.engine.device)
@@ -72,7 +72,7 @@ def _draw(context: Context, name: str, maps: StageShards, synthesis: Synthesis) 
     for ordinal in pictured(context):
         pixels, label = _one(context, maps, ordinal, synthesis)
         tiles = [pixels, paint(pixels, label)]
-        if (truth := truth_of(context, ordinal)) is not None:
+        if (truth := truth_of(context, ordinal, label.shape)) is not None:
             tiles.append(paint(pixels, truth))
         rows.append((str(context.index.keys[ordinal]), tiles))
     save_sheet(context, name, rows, ["photo", "labels, white is void", "truth"])

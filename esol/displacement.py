@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from esol.context import Context, Results
-from esol.data.transforms import decode
 from esol.files import atomic_write
-from esol.inference import Members, Tally, over_shards
-from esol.masks import on_grid
+from esol.inference import Members, Tally, over_shards, photo
+from esol.models.irn_net import STRIDE
+from esol.models.regrid import on_grid
 from esol.networks import WEIGHTS, trained_irn_net
 
 
@@ -29,9 +29,9 @@ def irn_mean(context: Context, folder: Path) -> Results:
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
         total = np.zeros(3)  # dy, dx, photos
         for ordinal in map(int, ordinals):
-            image = decode(context.reader.image(ordinal), context.reader.name(ordinal))
+            image = photo(context, ordinal)
             with context.engine.autocast():
-                displacement = net(on_grid(image.to(context.engine.device), 4))[1]
+                displacement = net(on_grid(image.to(context.engine.device), STRIDE))[1]
             total += (*displacement[0].double().mean((1, 2)).tolist(), 1)
             yield ordinal, {}
         tally["sum"] = total

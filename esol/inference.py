@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from esol.context import Context
 from esol.data.index import Index, scan_shard, write_index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode_mask
+from esol.data.transforms import decode, decode_mask
 from esol.errors import DataError
 from esol.files import atomic_write
 from esol.loop import Stopped
@@ -166,8 +167,13 @@ class StageShards:
         return decode_mask(self.read(ordinal, member), name, len(self._reader.index.classes))
 
 
-def truth_of(context: Context, ordinal: int) -> NDArray[np.uint8] | None:
-    """The sample's mask (H, W), if data.score_split has the sample and the shard a mask."""
+def photo(context: Context, ordinal: int) -> Tensor:
+    """The sample's photo, uint8 (3, H, W), on the CPU."""
+    return decode(context.reader.image(ordinal), context.reader.name(ordinal))
+
+
+def truth_of(context: Context, ordinal: int, size: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """The sample's mask (H, W), if data.score_split has it and the shard a mask; DataError where not of size."""
     index = context.index
     split = index.split(context.config.data.score_split)
     place = int(np.searchsorted(split, ordinal))
@@ -175,7 +181,11 @@ def truth_of(context: Context, ordinal: int) -> NDArray[np.uint8] | None:
         return None
     if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
         return None
-    return decode_mask(context.reader.read(ordinal, "mask.png"), context.reader.name(ordinal), len(index.classes))
+    name = context.reader.name(ordinal)
+    truth = decode_mask(context.reader.read(ordinal, "mask.png"), name, len(index.classes))
+    if truth.shape != size:
+        raise DataError(f"{name}: the mask is {truth.shape}, the image {size} (height, width)")
+    return truth
 
 
 def pictured(context: Context) -> list[int]:

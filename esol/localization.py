@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from esol.config import LocalizeConfig
 from esol.context import Context, Results
-from esol.data.transforms import decode, decode_mask
-from esol.errors import DataError
+from esol.data.transforms import decode_mask
 from esol.files import atomic_write
-from esol.inference import Members, Tally, mask_splits, over_shards, pictured, truth_of
+from esol.inference import Members, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.seeds import best_class, seed
-from esol.metrics import Score, ThresholdCurve
+from esol.metrics import VOID, Score, ThresholdCurve
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
 from esol.networks import trained_expansion, trained_net, trained_shrinkage
@@ -36,9 +35,9 @@ def localize(context: Context, folder: Path) -> Results:
     nets = _trained(context)
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
-        reader, config = context.reader, context.config.localize
+        config = context.config.localize
         curves: dict[str, ThresholdCurve] = {}
-        images = {int(o): decode(reader.image(int(o)), reader.name(int(o))) for o in ordinals}
+        images = {int(o): photo(context, int(o)) for o in ordinals}
         for group in _same_size(images, config.batch):
             found = _maps(context, config, nets, [images[o] for o in group], group)
             for ordinal, maps in zip(group, found, strict=True):
@@ -96,18 +95,16 @@ def _maps(
 def _count(context: Context, curves: dict[str, ThresholdCurve], ordinal: int, maps: dict[str, ClassMaps]) -> None:
     """Adds the image to the curve of every source, and to that of the body where the shard tells parts from bodies."""
     members, reader = context.index.members, context.reader
-    truth = truth_of(context, ordinal)
-    if truth is None:
+    whole = truth_of(context, ordinal, tuple(maps["cam"].full.shape[1:]))
+    if whole is None:
         return
-    name = reader.name(ordinal)
-    truths = {"": truth}
+    truths = {"": whole}
     if PART in members and members[PART][ordinal, 0] >= 0:
-        truths["_body"] = np.where(decode_mask(reader.read(ordinal, PART), name) > 0, np.uint8(255), truth)
+        part = decode_mask(reader.read(ordinal, PART), reader.name(ordinal))
+        truths["_body"] = np.where(part > 0, np.uint8(VOID), whole)
     for source, own in maps.items():
         winner, score = (t.cpu().numpy() for t in best_class(own.full, own.classes))
         for suffix, truth in truths.items():
-            if truth.shape != score.shape:
-                raise DataError(f"{name}: the mask is {truth.shape}, the image {score.shape} (height, width)")
             curve = curves.setdefault(source + suffix, ThresholdCurve(len(context.index.classes)))
             curve.update(truth, winner, score)
 
@@ -172,14 +169,14 @@ def draw(
     thresholds: dict[str, float] | None = None,
 ) -> None:
     """pictures/<name>.png: the same images after each stage, maps of every trained stage, seeds of the last, truth."""
-    index, reader, config = context.index, context.reader, context.config
+    index, config = context.index, context.config
     rows: list[tuple[str, list[Any]]] = []
     headings: list[str] = []
     for module in (net, expansion, shrinkage):
         if module is not None:
             module.eval()
     for ordinal in pictured(context):
-        image = decode(reader.image(ordinal), reader.name(ordinal))
+        image = photo(context, ordinal)
         maps = _maps(context, config.localize, (net, expansion, shrinkage), [image], [ordinal])[0]
         pixels = image.permute(1, 2, 0).numpy()
         last = list(maps)[-1]
@@ -190,7 +187,7 @@ def draw(
         tiles[f"seeds of {last} at {threshold:.2f}"] = paint(
             pixels, seed(maps[last].full, maps[last].classes, threshold).cpu().numpy()
         )
-        if (truth := truth_of(context, ordinal)) is not None:
+        if (truth := truth_of(context, ordinal, pixels.shape[:2])) is not None:
             tiles["truth"] = paint(pixels, truth)
         present = ", ".join(index.classes[c] for c in maps[last].classes.tolist())
         rows.append((f"{index.keys[ordinal]}: {present}", list(tiles.values())))

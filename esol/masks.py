@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from esol.config import MaskConfig
 from esol.context import Context, Results
-from esol.data.transforms import decode, decode_mask
+from esol.data.transforms import decode_mask
 from esol.errors import DataError
-from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, pictured, truth_of
+from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, write_curves
-from esol.localize.pseudo_labels import VOID, irn_scores, psa_scores, pseudo_mask
+from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
 from esol.localize.saliency import saliency_labels, spectral_residual
 from esol.localize.seeds import best_class
-from esol.metrics import ThresholdCurve, confusion_matrix, score
+from esol.metrics import VOID, ThresholdCurve, confusion_matrix, score
+from esol.models import affinity_net, irn_net
+from esol.models.regrid import on_grid
 from esol.networks import trained_affinity_net, trained_irn_net
 from esol.report import heat, paint
 from shards.samples import encode_mask
@@ -44,7 +45,7 @@ def psa_masks(context: Context, folder: Path) -> Results:
 
     def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
         with context.engine.autocast():
-            features = net(on_grid(image, 8))[0]
+            features = net(on_grid(image, affinity_net.STRIDE))[0]
         low = torch.from_numpy(maps["stride4"]).to(device)
         return psa_scores(low, features.float(), (image.shape[1], image.shape[2]), config)
 
@@ -57,7 +58,7 @@ def irn_masks(context: Context, folder: Path) -> Results:
     net = trained_irn_net(context).to(device).eval()
 
     def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
-        inputs = on_grid(image, 4)
+        inputs = on_grid(image, irn_net.STRIDE)
         with context.engine.autocast():
             logits = net(torch.cat((inputs, inputs.flip(3))))[0][:, 0].float()
         edge = ((logits[0] + logits[1].flip(1)) / 2).sigmoid()
@@ -65,12 +66,6 @@ def irn_masks(context: Context, folder: Path) -> Results:
         return irn_scores(low, edge, (image.shape[1], image.shape[2]), config)
 
     return _masks(context, "irn_masks", config, folder, scores)
-
-
-def on_grid(image: Tensor, stride: int) -> Tensor:
-    """uint8 (3, H, W) -> float (1, 3, H', W'), a few pixels smaller: the grid's corners are then the image's."""
-    size = [(-(-side // stride) - 1) * stride + 1 for side in image.shape[1:]]
-    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
 
 
 @torch.no_grad()
@@ -82,12 +77,8 @@ def _masks(context: Context, name: str, config: MaskConfig, folder: Path, scores
         tally |= {key: np.zeros((num_labels, num_labels), np.int64) for key in ("plain", "crf")}
         for ordinal in map(int, ordinals):
             _, classes, found, plain, refined = _one(context, maps, ordinal, config, scores)
-            if (truth := truth_of(context, ordinal)) is not None:
+            if (truth := truth_of(context, ordinal, plain.shape)) is not None:
                 winner, best = (t.cpu().numpy() for t in best_class(found, classes))
-                if truth.shape != best.shape:
-                    raise DataError(
-                        f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {best.shape}"
-                    )
                 curve.update(truth, winner, best)
                 for key, label in (("plain", plain), ("crf", refined)):
                     said = np.where(label == VOID, 0, label)  # void counts as background here
@@ -107,7 +98,7 @@ def _one(
 ) -> tuple[Tensor, Tensor, Tensor, NDArray[np.uint8], NDArray[np.uint8]]:
     """Image, classes, scores, and the label maps without and with CRF of one sample."""
     device = context.engine.device
-    image = decode(context.reader.image(ordinal), context.reader.name(ordinal)).to(device)
+    image = photo(context, ordinal).to(device)
     arrays = maps.arrays(ordinal, "maps.npz")
     classes = torch.from_numpy(arrays["classes"]).to(device)
     found = scores(image, arrays)
@@ -165,7 +156,7 @@ def _draw(context: Context, name: str, maps: StageShards, config: MaskConfig, sc
         pixels = image.permute(1, 2, 0).cpu().numpy()
         tiles = [pixels, heat(pixels, best_class(found, classes)[1].cpu().numpy())]
         tiles += [paint(pixels, plain), paint(pixels, refined)]
-        if (truth := truth_of(context, ordinal)) is not None:
+        if (truth := truth_of(context, ordinal, plain.shape)) is not None:
             tiles.append(paint(pixels, truth))
         present = ", ".join(context.index.classes[c] for c in classes.tolist())
         rows.append((f"{context.index.keys[ordinal]}: {present}", tiles))

@@ -44,34 +44,27 @@ class Stage:
     optional: tuple[str, ...] = ()
 
 
-def _training(name: str) -> Callable[[Config], dict[str, Any]]:
+def _settings(data: tuple[str, ...], *sections: str) -> Callable[[Config], dict[str, Any]]:
+    """Fields of `data`, whole sections, the seed and the engine: what is not named is no reason to run again."""
+
     def settings(config: Config) -> dict[str, Any]:
-        data = semantic(config.data)
-        del data["score_split"], data["mask_split"]  # other masks are no reason to train again
-        return {"data": data, "model": semantic(config.model), name: semantic(getattr(config, name)), **_common(config)}
+        fields = semantic(config.data)
+        own = {section: semantic(getattr(config, section)) for section in ("engine", *sections)}
+        return {"data": {name: fields[name] for name in data}, "seed": config.seed, **own}
 
     return settings
+
+
+def _training(name: str) -> Callable[[Config], dict[str, Any]]:
+    return _settings(("train_split", "long_side", "crop", "damaged"), "model", name)
 
 
 def _pairs(name: str) -> Callable[[Config], dict[str, Any]]:
-    def settings(config: Config) -> dict[str, Any]:
-        data = {"mask_split": config.data.mask_split, "damaged": config.data.damaged}
-        return {"data": data, "model": semantic(config.model), name: semantic(getattr(config, name)), **_common(config)}
-
-    return settings
+    return _settings(("mask_split", "damaged"), "model", name)
 
 
 def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
-    def settings(config: Config) -> dict[str, Any]:
-        splits = {"mask_split": config.data.mask_split, "score_split": config.data.score_split}
-        own = {section: semantic(getattr(config, section)) for section in sections}
-        return {"data": splits, **own, **_common(config)}
-
-    return settings
-
-
-def _common(config: Config) -> dict[str, Any]:
-    return {"seed": config.seed, "engine": semantic(config.engine)}
+    return _settings(("mask_split", "score_split"), *sections)
 
 
 _TABLE = (

@@ -10,8 +10,7 @@ from esol.config import CrfConfig, IrnLabelsConfig, IrnMasksConfig, MaskConfig, 
 from esol.localize.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
 from esol.localize.pairs import boundary_affinity, feature_affinity
 from esol.localize.random_walk import random_walk
-
-VOID = 255
+from esol.metrics import VOID
 
 
 def psa_labels(image: Tensor, maps: Tensor, classes: Tensor, config: PsaLabelsConfig) -> Tensor:

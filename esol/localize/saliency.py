@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from esol.errors import ConfigError
-
-VOID = 255
+from esol.metrics import VOID
 
 
 def saliency_labels(scores: Tensor, saliency: Tensor, floor: float = 0.2, conflict: float = 0.9) -> Tensor:

@@ -58,3 +58,9 @@ def fuse(
         total = part if total is None else total + part
     assert total is not None
     return total if conv.bias is None else total + conv.bias[:, None, None]
+
+
+def on_grid(image: Tensor, stride: int) -> Tensor:
+    """uint8 (3, H, W) -> float (1, 3, H', W'), a few pixels smaller: the grid's corners are then the image's."""
+    size = [(-(-side // stride) - 1) * stride + 1 for side in image.shape[1:]]
+    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
