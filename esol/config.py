@@ -21,6 +21,7 @@ from esol.schema import build, key
 MAIN_LINE = ("classify", "expand", "shrink", "localize", "seed_masks")
 PSA = ("psa_labels", "psa", "psa_masks")
 IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
+SEGMENT = ("segment", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DataConfig:
     train_split: str = key("train")
     mask_split: str = key("train")  # what maps and pseudo masks are made for; affinity networks learn from it
     score_split: str = key("train")  # has masks; maps and pseudo masks are made for it as well and scored on it
+    eval_split: str = key("val")  # what evaluate predicts, and scores where it has masks
     long_side: tuple[int, int] = key((320, 640), low=16, high=8192, unit="pixels")  # drawn uniformly
     crop: int = key(512, low=16, high=4096, unit="pixels")
     damaged: Literal["error", "skip"] = key("error")
@@ -43,13 +45,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The classification network. kernel_channels 0 is the plain CAM network: classifier straight on the backbone."""
+class BackboneConfig:
+    """A feature network and what it starts from."""
 
-    backbone: str = key("resnet50")  # resnet50, resnet101, small, or timm:<name>
+    backbone: str = key("resnet50")  # resnet50, resnet101, resnet101-caffe, small, or timm:<name>
     weights: str = key("", path=True, runtime=True)  # .safetensors, .pth; "" = download; "none" = random
+    pretrained_on: str = key("ImageNet", runtime=True)  # what the weights come from, named beside every score
     output_stride: Literal[8, 16, 32] = key(16)
     freeze: Literal["none", "stem", "all"] = key("stem")  # stem: stem and first two stages (IRN); batch norm always
+
+
+@dataclass(frozen=True)
+class ModelConfig(BackboneConfig):
+    """The classification network. kernel_channels 0 is the plain CAM network: classifier straight on the backbone."""
+
     kernel_channels: int = key(256, low=0, high=8192, unit="channels")  # of W1, the expansion sampler's kernel
 
 
@@ -185,17 +194,23 @@ class PsaLabelsConfig:
 
 
 @dataclass(frozen=True)
-class PairConfig(TrainConfig):
-    """What PSA and IRN share: crops of photo and label map, pairs of pixels within a radius."""
+class CropConfig(TrainConfig):
+    """Training on crops of photo and label map."""
 
     scale: tuple[float, float] = key((1.0, 1.0), low=0.1, high=8, unit="times the photo's size")  # drawn uniformly
     crop: int = key(448, low=16, high=4096, unit="pixels")
-    radius: int = key(5, low=2, high=64, unit="grid pixels")
 
     def check(self, where: str) -> None:
         super().check(where)
         if self.scale[0] > self.scale[1]:
             raise ConfigError(f"{where}.scale = {list(self.scale)}: the first must not exceed the second")
+
+
+@dataclass(frozen=True)
+class PairConfig(CropConfig):
+    """What PSA and IRN share: pairs of pixels within a radius."""
+
+    radius: int = key(5, low=2, high=64, unit="grid pixels")
 
 
 @dataclass(frozen=True)
@@ -247,6 +262,50 @@ class IrnMasksConfig(WalkConfig):
 
 
 @dataclass(frozen=True)
+class SegmentConfig(CropConfig):
+    """DeepLab-v2 on masks; the values are its public codes' for VOC and a start from ImageNet."""
+
+    masks: Literal["auto", "irn_masks", "psa_masks", "seed_masks", "truth"] = key("auto")  # auto: first that is run
+    model: BackboneConfig = field(default_factory=lambda: BackboneConfig("resnet101", output_stride=8, freeze="none"))
+    rates: tuple[int, ...] = key((6, 12, 18, 24), low=1, high=256, unit="grid pixels, dilation of ASPP's branches")
+    duration: str = key("30000 steps")
+    global_batch: int = key(10, low=1, high=65536, unit="images per optimizer step, over all ranks")
+    lr: float = key(2e-4, low=0, high=100)
+    weight_decay: float = key(5e-4, low=0, high=1)
+    head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for ASPP; its biases twice that, without decay")
+    scale: tuple[float, float] = key((0.5, 2.0), low=0.1, high=8, unit="times the photo's size")  # drawn uniformly
+    crop: int = key(321, low=16, high=4096, unit="pixels")
+    inputs: tuple[float, ...] = key((1.0, 0.75, 0.5), low=0.1, high=4, unit="times the crop, a loss each")
+    balance: bool = key(True)  # foreground's and background's means weigh the same (DSRG); ImageNet starts want it
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        for name in ("rates", "inputs"):
+            if not getattr(self, name):
+                raise ConfigError(f"{where}.{name} is empty: give at least one")
+        if self.model.output_stride != 8:
+            raise ConfigError(f"{where}.model.output_stride = {self.model.output_stride}: DeepLab-v2 has 8")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Prediction and scores of data.eval_split, with and without the CRF; `esol predict` does the same."""
+
+    scales: tuple[float, ...] = key((0.5, 0.75, 1.0, 1.25, 1.5), low=0.1, high=8, unit="times the photo's size")
+    flip: bool = key(True)
+    combine: Literal["mean", "max"] = key("mean")  # of the scales' probabilities, or the highest of their logits
+    crf: CrfConfig = field(
+        default_factory=lambda: CrfConfig(
+            gaussian_sxy=1.0, bilateral_sxy=67.0, bilateral_srgb=3.0, bilateral_compat=4.0
+        )
+    )
+
+    def check(self, where: str) -> None:
+        if not self.scales:
+            raise ConfigError(f"{where}.scales is empty: give at least one, such as [1.0]")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Hardware side: which engine, numbers format, how a global batch is split."""
 
@@ -281,7 +340,7 @@ class Config:
 
     run_dir: str = key(path=True, runtime=True)
     seed: int = key(0, low=0, high=2**31 - 1)
-    stages: tuple[str, ...] = key((*MAIN_LINE, *PSA, *IRN), runtime=True)
+    stages: tuple[str, ...] = key((*MAIN_LINE, *PSA, *IRN, *SEGMENT), runtime=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
@@ -296,9 +355,20 @@ class Config:
     irn_labels: IrnLabelsConfig = field(default_factory=IrnLabelsConfig)
     irn: IrnConfig = field(default_factory=IrnConfig)
     irn_masks: IrnMasksConfig = field(default_factory=IrnMasksConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def mask_stage(self) -> str:
+        """The stage whose masks segment learns from; "" for the true masks."""
+        if self.segment.masks == "truth":
+            return ""
+        if self.segment.masks != "auto":
+            return self.segment.masks
+        return next((name for name in ("irn_masks", "psa_masks") if name in self.stages), "seed_masks")
 
     def check(self, where: str) -> None:
         needing = [s for s in ("expand", "shrink") if s in self.stages]

@@ -13,7 +13,8 @@ from esol.engines.base import Engine
 from esol.loop import StopSignal
 from esol.tracking import Tracker
 
-Results = dict[str, float]
+Results = dict[str, Any]
+"""Numbers by name, and words such as the initial weights'."""
 
 
 @dataclass

@@ -15,7 +15,8 @@ from esol.files import atomic_write
 from esol.inference import Members, Tally, over_shards, photo
 from esol.models.irn_net import STRIDE
 from esol.models.regrid import on_grid
-from esol.networks import WEIGHTS, trained_irn_net
+from esol.networks import trained_irn_net
+from esol.segmenter import WEIGHTS
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def irn_mean(context: Context, folder: Path) -> Results:
 
     results: dy, dx in grid pixels (stride 4), the mean over the photos of each photo's mean.
     """
-    net = trained_irn_net(context).to(context.engine.device).eval()
+    net = trained_irn_net(context.config).to(context.engine.device).eval()
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
         total = np.zeros(3)  # dy, dx, photos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,53 +19,94 @@ from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.files import atomic_write
-from esol.inference import StageShards
+from esol.inference import StageShards, photo, true_mask
 from esol.loop import train
 from esol.models.backbones import Backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
-from esol.networks import WEIGHTS, affinity_net, build_net, irn_net, trained_expansion, trained_net
+from esol.networks import (
+    affinity_net,
+    build_net,
+    deeplab,
+    initial_weights,
+    irn_net,
+    trained_expansion,
+    trained_net,
+)
 from esol.optim import build_optimizer
 from esol.progress import progress
+from esol.segmenter import WEIGHTS, ModelInfo, write_model
 from esol.tasks.affinity import Affinity
 from esol.tasks.base import Task
 from esol.tasks.classify import Classify
 from esol.tasks.expand import Expand
 from esol.tasks.irn import Irn
+from esol.tasks.segment import Segment
 from esol.tasks.shrink import Shrink
+
+Target = Callable[[int], NDArray[np.uint8]]
 
 
 def classify(context: Context, folder: Path) -> Results:
     """The CAM network on image-level labels."""
-    net = build_net(context, pretrained=True)
+    net = build_net(context.config, len(context.index.classes), pretrained=True)
     return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net)
 
 
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
-    net = trained_net(context)
+    net = trained_net(context.config, len(context.index.classes))
     task = Expand(net, context.config.expand)
     return _fit_cam(context, "expand", task, folder, net, task.handover)
 
 
 def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
-    net = trained_net(context)
-    expansion = trained_expansion(context, net)
+    net = trained_net(context.config, len(context.index.classes))
+    expansion = trained_expansion(context.config, net)
     task = Shrink(net, expansion, context.config.shrink)
     return _fit_cam(context, "shrink", task, folder, net, expansion, task.handover)
 
 
 def psa(context: Context, folder: Path) -> Results:
     """AffinityNet on the labels of psa_labels."""
-    net = affinity_net(context)
+    net = affinity_net(context.config, len(context.index.classes))
     return _fit_pairs(context, "psa", Affinity(net, context.config.psa), folder, net.backbone)
 
 
 def irn(context: Context, folder: Path) -> Results:
     """IRNet on the labels of irn_labels."""
-    net = irn_net(context)
+    net = irn_net(context.config, len(context.index.classes))
     return _fit_pairs(context, "irn", Irn(net, context.config.irn), folder, net.backbone)
+
+
+def segment(context: Context, folder: Path) -> Results:
+    """DeepLab-v2 on pseudo masks, or on the true ones; hands over a file that says how to predict with it."""
+    config, classes = context.config, context.index.classes
+    net = deeplab(config, len(classes))
+    source, started = config.mask_stage or "truth", initial_weights(config.segment.model)
+    context.say(f"segment: learns from {source}, starts from {started}")
+    target = partial(true_mask, context) if source == "truth" else _reader(context, source, "mask.png")
+    info = ModelInfo(
+        classes=classes,
+        backbone=config.segment.model.backbone,
+        rates=config.segment.rates,
+        evaluate=config.evaluate,
+        photo_side=_photo_side(context),
+        masks=source,
+        initial_weights=started,
+    )
+    crop = Crop(config.segment.crop, scale=config.segment.scale)
+    task, split = Segment(net, config.segment), config.data.mask_split
+    results = _fit(context, "segment", task, folder, net.backbone, split, crop, target, info)
+    return {**results, "masks": source, "initial_weights": started}
+
+
+def _photo_side(context: Context) -> int:
+    """Median long side of a hundred photos that segment learns from, evenly spread."""
+    ordinals = context.index.split(context.config.data.mask_split)
+    chosen = ordinals[np.linspace(0, len(ordinals) - 1, min(100, len(ordinals))).astype(int)]
+    return int(np.median([max(photo(context, int(o)).shape[1:]) for o in chosen]))
 
 
 def _fit_cam(
@@ -86,10 +128,15 @@ def _fit_cam(
 def _fit_pairs(context: Context, name: str, task: Task, folder: Path, backbone: Backbone) -> Results:
     """Photos and label maps of the mask split, cropped together."""
     config: PairConfig = getattr(context.config, name)
-    labels = StageShards(context, f"{name}_labels")
     crop = Crop(config.crop, scale=config.scale)
     split = context.config.data.mask_split
-    return _fit(context, name, task, folder, backbone, split, crop, lambda o: labels.label_map(o, "label.png"))
+    target = _reader(context, f"{name}_labels", "label.png")
+    return _fit(context, name, task, folder, backbone, split, crop, target)
+
+
+def _reader(context: Context, stage: str, member: str) -> Target:
+    shards = StageShards(context, stage)
+    return lambda ordinal: shards.label_map(ordinal, member)
 
 
 def _fit(
@@ -100,9 +147,10 @@ def _fit(
     backbone: Backbone,
     split: str,
     crop: Crop,
-    target: Callable[[int], NDArray[np.uint8]] | None = None,
+    target: Target | None = None,
+    info: ModelInfo | None = None,
 ) -> Results:
-    """Trains the task over all ranks and writes its handover; the last logged values are the results."""
+    """Trains the task over all ranks and writes its handover, info in its header; results: the last logged values."""
     engine, settings = context.engine, context.config
     config: TrainConfig = getattr(settings, name)
     ordinals = context.index.split(split)
@@ -146,7 +194,10 @@ def _fit(
     if engine.is_main:
         prefix = "handover."
         kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        atomic_write(folder / WEIGHTS, save({key: value.contiguous() for key, value in kept.items()}))
+        if info is not None:
+            write_model(folder / WEIGHTS, kept, info)
+        else:
+            atomic_write(folder / WEIGHTS, save({key: value.contiguous() for key, value in kept.items()}))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {key: value for key, value in last.items() if key != "lr"}
 

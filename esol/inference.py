@@ -172,24 +172,29 @@ def photo(context: Context, ordinal: int) -> Tensor:
     return decode(context.reader.image(ordinal), context.reader.name(ordinal))
 
 
-def truth_of(context: Context, ordinal: int, size: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """The sample's mask (H, W), if data.score_split has it and the shard a mask; DataError where not of size."""
+def true_mask(context: Context, ordinal: int) -> NDArray[np.uint8]:
+    """The sample's own mask (H, W); DataError where the shards have none or it is damaged."""
+    reader = context.reader
+    return decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal), len(context.index.classes))
+
+
+def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str = "") -> NDArray[np.uint8] | None:
+    """The sample's mask, if the split (data.score_split) has it and the shard a mask; DataError where not of size."""
     index = context.index
-    split = index.split(context.config.data.score_split)
-    place = int(np.searchsorted(split, ordinal))
-    if place == len(split) or split[place] != ordinal:
+    members = index.split(split or context.config.data.score_split)
+    place = int(np.searchsorted(members, ordinal))
+    if place == len(members) or members[place] != ordinal:
         return None
     if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
         return None
-    name = context.reader.name(ordinal)
-    truth = decode_mask(context.reader.read(ordinal, "mask.png"), name, len(index.classes))
+    truth = true_mask(context, ordinal)
     if truth.shape != size:
-        raise DataError(f"{name}: the mask is {truth.shape}, the image {size} (height, width)")
+        raise DataError(f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {size} (height, width)")
     return truth
 
 
-def pictured(context: Context) -> list[int]:
-    """The samples of data.score_split that pictures show, evenly spread."""
-    split = context.index.split(context.config.data.score_split)
-    count = min(context.config.tracking.pictures, len(split))
-    return split[np.linspace(0, len(split) - 1, count).astype(int)].tolist()
+def pictured(context: Context, split: str = "") -> list[int]:
+    """The samples of the split (data.score_split) that pictures show, evenly spread."""
+    members = context.index.split(split or context.config.data.score_split)
+    count = min(context.config.tracking.pictures, len(members))
+    return members[np.linspace(0, len(members) - 1, count).astype(int)].tolist()

@@ -23,7 +23,7 @@ from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
-from esol.networks import trained_expansion, trained_net, trained_shrinkage
+from esol.networks import trained_cam
 from esol.report import heat, paint, sheet
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
@@ -32,7 +32,7 @@ PART = "part.png"  # optional member, 255 on an object's telling part: recall is
 
 def localize(context: Context, folder: Path) -> Results:
     """Makes and writes the maps of data.mask_split and data.score_split, and scores those of the latter."""
-    nets = _trained(context)
+    nets = trained_cam(context.config, len(context.index.classes), context.engine.device)
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
         config = context.config.localize
@@ -55,16 +55,6 @@ def localize(context: Context, folder: Path) -> Results:
     write_curves(context, folder, curves)
     draw(context, "localize", *nets, thresholds=thresholds)
     return results
-
-
-def _trained(context: Context) -> tuple[CamNet, Expansion | None, Shrinkage | None]:
-    stages, device = context.config.stages, context.engine.device
-    net = trained_net(context).to(device).eval()
-    expansion = trained_expansion(context, net).to(device).eval() if "expand" in stages else None
-    shrinkage = None
-    if "shrink" in stages and expansion is not None:
-        shrinkage = trained_shrinkage(context, expansion).to(device).eval()
-    return net, expansion, shrinkage
 
 
 def _same_size(images: dict[int, torch.Tensor], batch: int) -> Iterator[list[int]]:

@@ -41,7 +41,7 @@ def seed_masks(context: Context, folder: Path) -> Results:
 def psa_masks(context: Context, folder: Path) -> Results:
     """The class maps after a walk on AffinityNet's affinities."""
     config, device = context.config.psa_masks, context.engine.device
-    net = trained_affinity_net(context).to(device).eval()
+    net = trained_affinity_net(context.config).to(device).eval()
 
     def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
         with context.engine.autocast():
@@ -55,7 +55,7 @@ def psa_masks(context: Context, folder: Path) -> Results:
 def irn_masks(context: Context, folder: Path) -> Results:
     """The class maps after a walk that boundaries hold up; the boundary is the mean over the image and its mirror."""
     config, device = context.config.irn_masks, context.engine.device
-    net = trained_irn_net(context).to(device).eval()
+    net = trained_irn_net(context.config).to(device).eval()
 
     def scores(image: Tensor, maps: dict[str, NDArray[np.generic]]) -> Tensor:
         inputs = on_grid(image, irn_net.STRIDE)

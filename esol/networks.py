@@ -11,75 +11,111 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from esol.config import ModelConfig
-from esol.context import Context
+from esol.config import BackboneConfig, Config, ModelConfig
 from esol.errors import CheckpointError
+from esol.files import sha256
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.cam_net import CamNet
+from esol.models.deeplab import DeepLab
 from esol.models.expansion import Expansion, Shrinkage
 from esol.models.irn_net import IrnNet
+from esol.segmenter import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def build_net(context: Context, pretrained: bool) -> CamNet:
-    """The network of the `model` section for the shard set's classes; random weights follow from the seed alone."""
-    model = context.config.model
-    torch.manual_seed(context.config.seed)
-    return CamNet(build_backbone(model, pretrained), len(context.index.classes), model.kernel_channels)
+def build_net(config: Config, num_classes: int, pretrained: bool) -> CamNet:
+    """The network of the `model` section; random weights follow from the seed alone."""
+    torch.manual_seed(config.seed)
+    return CamNet(build_backbone(config.model, pretrained), num_classes, config.model.kernel_channels)
 
 
-def trained_net(context: Context) -> CamNet:
+def trained_net(config: Config, num_classes: int) -> CamNet:
     """The network as classify handed it over."""
-    return _restore(build_net(context, pretrained=False), context.run_dir / "classify")
+    return _restore(build_net(config, num_classes, pretrained=False), config, "classify")
 
 
-def trained_expansion(context: Context, net: CamNet) -> Expansion:
+def trained_expansion(config: Config, net: CamNet) -> Expansion:
     """The Expansion as expand handed it over."""
-    return _restore(Expansion(net, context.config.expand), context.run_dir / "expand")
+    return _restore(Expansion(net, config.expand), config, "expand")
 
 
-def trained_shrinkage(context: Context, expansion: Expansion) -> Shrinkage:
+def trained_shrinkage(config: Config, expansion: Expansion) -> Shrinkage:
     """The Shrinkage as shrink handed it over."""
-    return _restore(Shrinkage(expansion, context.config.shrink), context.run_dir / "shrink")
+    return _restore(Shrinkage(expansion, config.shrink), config, "shrink")
 
 
-def affinity_net(context: Context) -> AffinityNet:
+def trained_cam(
+    config: Config, num_classes: int, device: torch.device
+) -> tuple[CamNet, Expansion | None, Shrinkage | None]:
+    """All networks that class maps are made with, as far as the run's stages have them, for inference."""
+    net = trained_net(config, num_classes).to(device).eval()
+    expansion = trained_expansion(config, net).to(device).eval() if "expand" in config.stages else None
+    shrinkage = None
+    if "shrink" in config.stages and expansion is not None:
+        shrinkage = trained_shrinkage(config, expansion).to(device).eval()
+    return net, expansion, shrinkage
+
+
+def affinity_net(config: Config, num_classes: int) -> AffinityNet:
     """A new AffinityNet, at output stride 8 as PSA has it."""
-    return AffinityNet(_initial_backbone(context, replace(context.config.model, output_stride=8)))
+    model = replace(config.model, output_stride=8)
+    return AffinityNet(_initial_backbone(config, model, num_classes))
 
 
-def irn_net(context: Context) -> IrnNet:
+def irn_net(config: Config, num_classes: int) -> IrnNet:
     """A new IRNet; its backbone never learns."""
-    return IrnNet(_initial_backbone(context, replace(context.config.model, freeze="all")))
+    model = replace(config.model, freeze="all")
+    return IrnNet(_initial_backbone(config, model, num_classes))
 
 
-def trained_affinity_net(context: Context) -> AffinityNet:
+def trained_affinity_net(config: Config) -> AffinityNet:
     """AffinityNet as psa handed it over."""
-    model = replace(context.config.model, output_stride=8)
-    return _restore(AffinityNet(build_backbone(model, pretrained=False)), context.run_dir / "psa")
+    model = replace(config.model, output_stride=8)
+    return _restore(AffinityNet(build_backbone(model, pretrained=False)), config, "psa")
 
 
-def trained_irn_net(context: Context) -> IrnNet:
+def trained_irn_net(config: Config) -> IrnNet:
     """IRNet as irn handed it over."""
-    model = replace(context.config.model, freeze="all")
-    return _restore(IrnNet(build_backbone(model, pretrained=False)), context.run_dir / "irn")
+    model = replace(config.model, freeze="all")
+    return _restore(IrnNet(build_backbone(model, pretrained=False)), config, "irn")
 
 
-def _initial_backbone(context: Context, model: ModelConfig) -> Backbone:
+def deeplab(config: Config, num_classes: int) -> DeepLab:
+    """A new DeepLab, its backbone as segment.model has it."""
+    torch.manual_seed(config.seed)
+    return DeepLab(build_backbone(config.segment.model), num_classes + 1, config.segment.rates)
+
+
+def trained_deeplab(config: Config, num_classes: int) -> DeepLab:
+    """DeepLab as segment handed it over."""
+    net = DeepLab(build_backbone(config.segment.model, pretrained=False), num_classes + 1, config.segment.rates)
+    return _restore(net, config, "segment")
+
+
+def initial_weights(model: BackboneConfig) -> str:
+    """What a network started from, for people: the data it was trained on and the file, if it was a file."""
+    if model.weights == "none":
+        return "random"
+    path = Path(model.weights)
+    name = f"{path.name} {sha256(path)[:8]}" if path.is_file() else "the library's own"
+    return f"{model.pretrained_on} ({model.backbone}, {name})"
+
+
+def _initial_backbone(config: Config, model: ModelConfig, num_classes: int) -> Backbone:
     """As model.weights has it; where there are none, as classify trained it."""
-    torch.manual_seed(context.config.seed)
+    torch.manual_seed(config.seed)
     if model.weights != "none":
         return build_backbone(model, pretrained=True)
     backbone = build_backbone(model, pretrained=False)
-    backbone.load_state_dict(trained_net(context).backbone.state_dict())
-    torch.manual_seed(context.config.seed)  # building the trained network has drawn from it
+    backbone.load_state_dict(trained_net(config, num_classes).backbone.state_dict())
+    torch.manual_seed(config.seed)  # building the trained network has drawn from it
     return backbone
 
 
-def _restore(module: _Module, folder: Path) -> _Module:
+def _restore(module: _Module, config: Config, stage: str) -> _Module:
+    folder = Path(config.run_dir, stage)
     path = folder / WEIGHTS
     try:
         module.load_state_dict(load_file(path))

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from esol import affinity_labels, displacement, fit, localization, masks
+from esol import affinity_labels, displacement, evaluation, fit, localization, masks
 from esol.config import Config
 from esol.context import Context, Results
 from esol.errors import CheckpointError, ConfigError
@@ -24,24 +24,32 @@ from esol.files import atomic_write, sha256
 from esol.schema import differing, fingerprint, semantic
 
 HEADLINE = {"loss", "images_per_second", "labelled", "right", "cam_miou", "expand_miou", "shrink_miou", "seconds"}
-HEADLINE |= {"threshold", "plain_miou", "crf_miou"}  # results.json has all
+HEADLINE |= {"threshold", "plain_miou", "crf_miou", "initial_weights"}  # results.json has all
 
 
 @dataclass(frozen=True)
 class Stage:
     """One row of the table.
 
-    consumes: earlier stages that it reads; optional: those of them that it can do without; settings: what of the config
-    shapes its result; run(context, folder): does the work on every rank, writes its outputs and returns its results
-    (the main rank's count); produces: files below its folder, by pattern, whose content is its result.
+    consumes: the earlier stages that it reads under a config; settings: what of the config shapes its result;
+    run(context, folder): does the work on every rank, writes its outputs and returns its results (the main rank's
+    count); produces: files below its folder, by pattern, whose content is its result.
     """
 
     name: str
-    consumes: tuple[str, ...]
+    consumes: Callable[[Config], tuple[str, ...]]
     settings: Callable[[Config], dict[str, Any]]
     run: Callable[[Context, Path], Results]
     produces: str
-    optional: tuple[str, ...] = ()
+
+
+def _reads(*needed: str, optional: tuple[str, ...] = ()) -> Callable[[Config], tuple[str, ...]]:
+    """Stages that it always reads, and those that it reads where the run has them."""
+    return lambda config: (*needed, *(name for name in optional if name in config.stages))
+
+
+def _masks(config: Config) -> tuple[str, ...]:
+    return (config.mask_stage,) if config.mask_stage else ()
 
 
 def _settings(data: tuple[str, ...], *sections: str) -> Callable[[Config], dict[str, Any]]:
@@ -59,8 +67,8 @@ def _training(name: str) -> Callable[[Config], dict[str, Any]]:
     return _settings(("train_split", "long_side", "crop", "damaged"), "model", name)
 
 
-def _pairs(name: str) -> Callable[[Config], dict[str, Any]]:
-    return _settings(("mask_split", "damaged"), "model", name)
+def _pairs(*sections: str) -> Callable[[Config], dict[str, Any]]:
+    return _settings(("mask_split", "damaged"), *sections)
 
 
 def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
@@ -68,25 +76,26 @@ def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
 
 
 _TABLE = (
-    Stage("classify", (), _training("classify"), fit.classify, "model.safetensors"),
-    Stage("expand", ("classify",), _training("expand"), fit.expand, "model.safetensors"),
-    Stage("shrink", ("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
+    Stage("classify", _reads(), _training("classify"), fit.classify, "model.safetensors"),
+    Stage("expand", _reads("classify"), _training("expand"), fit.expand, "model.safetensors"),
+    Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
     Stage(
         "localize",
-        ("classify", "expand", "shrink"),
+        _reads("classify", optional=("expand", "shrink")),
         _inference("localize"),
         localization.localize,
         "index.json",
-        optional=("expand", "shrink"),
     ),
-    Stage("seed_masks", ("localize",), _inference("seed_masks", "saliency"), masks.seed_masks, "index.json"),
-    Stage("psa_labels", ("localize",), _inference("psa_labels"), affinity_labels.psa_labels, "index.json"),
-    Stage("psa", ("classify", "psa_labels"), _pairs("psa"), fit.psa, "model.safetensors"),
-    Stage("psa_masks", ("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, "index.json"),
-    Stage("irn_labels", ("localize",), _inference("irn_labels"), affinity_labels.irn_labels, "index.json"),
-    Stage("irn", ("classify", "irn_labels"), _pairs("irn"), fit.irn, "model.safetensors"),
-    Stage("irn_mean", ("irn",), _inference(), displacement.irn_mean, "model.safetensors"),
-    Stage("irn_masks", ("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, "index.json"),
+    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, "index.json"),
+    Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, "index.json"),
+    Stage("psa", _reads("classify", "psa_labels"), _pairs("model", "psa"), fit.psa, "model.safetensors"),
+    Stage("psa_masks", _reads("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, "index.json"),
+    Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, "index.json"),
+    Stage("irn", _reads("classify", "irn_labels"), _pairs("model", "irn"), fit.irn, "model.safetensors"),
+    Stage("irn_mean", _reads("irn"), _inference(), displacement.irn_mean, "model.safetensors"),
+    Stage("irn_masks", _reads("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, "index.json"),
+    Stage("segment", _masks, _pairs("segment"), fit.segment, "model.safetensors"),
+    Stage("evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, "index.json"),
 )
 STAGES = {stage.name: stage for stage in _TABLE}
 
@@ -101,8 +110,7 @@ def chosen(config: Config, only: Sequence[str] | None) -> list[Stage]:
             raise ConfigError(f"--stages {name}: the config's stages are {', '.join(config.stages)}")
     names = config.stages if only is None else only
     for name in config.stages:
-        needed = set(STAGES[name].consumes) - set(STAGES[name].optional)
-        missing = [n for n in STAGES if n in needed and n not in config.stages]
+        missing = [n for n in STAGES[name].consumes(config) if n not in config.stages]
         if missing:
             raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
     return [stage for stage in STAGES.values() if stage.name in names]
@@ -114,9 +122,8 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
         folder = context.run_dir / stage.name
         settings = {**stage.settings(context.config), **_weights(context, stage)}
         consumed = {"data": context.index.hash}
-        for name in stage.consumes:
-            if name in context.config.stages:
-                consumed[name] = _output_hash(context, name, stage.name)
+        for name in stage.consumes(context.config):
+            consumed[name] = _output_hash(context, name, stage.name)
         stamp = fingerprint(stage.name, settings, consumed)
         manifest = _read_manifest(folder)
         fits = (
@@ -142,15 +149,15 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
                 _add_results(context.run_dir / "results.json", stage.name, results)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")
-        headline = {k: v for k, v in results.items() if k in HEADLINE}
-        context.say(f"{stage.name}: " + ", ".join(f"{k} {v:.4g}" for k, v in headline.items()))
+        shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in results.items() if k in HEADLINE)
+        context.say(f"{stage.name}: " + ", ".join(shown))
 
 
 def _weights(context: Context, stage: Stage) -> dict[str, Any]:
     """The initial weights count by content, not by place."""
-    if stage.name not in ("classify", "psa", "irn"):
+    if stage.name not in ("classify", "psa", "irn", "segment"):
         return {}
-    weights = context.config.model.weights
+    weights = (context.config.segment.model if stage.name == "segment" else context.config.model).weights
     return {"weights": sha256(Path(weights)) if Path(weights).is_file() else weights}
 
 

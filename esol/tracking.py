@@ -6,7 +6,7 @@ memory stays bounded, a server that comes back gets what it missed, and what is 
 
 Records, one JSON object a line, all with "time" (seconds since the epoch):
 {"stage", "step", "metrics": {name: value}}; {"event": "run", "params", "tags", "identity"}; {"event": "begin", "stage",
-"resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values"};
+"resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values", "words"};
 {"event": "artifact", "stage", "path", "folder"} with a path relative to the run directory. After a resume, steps past
 the checkpoint stand there twice; the later line counts.
 """
@@ -124,9 +124,11 @@ class Tracker:
         """Values of the running stage after optimizer step `step` (or at another whole-number position of a curve)."""
         self._write({"stage": self._stage, "step": step, "metrics": _finite(values)})
 
-    def results(self, values: dict[str, float]) -> None:
-        """What the running stage came to; shown at the parent run as <stage>/<name> as well."""
-        self._write({"event": "results", "stage": self._stage, "values": _finite(values)})
+    def results(self, values: dict[str, Any]) -> None:
+        """What the running stage came to; shown at the parent run as <stage>/<name> as well. Words become tags."""
+        words = {name: value for name, value in values.items() if isinstance(value, str)}
+        numbers = _finite({name: value for name, value in values.items() if name not in words})
+        self._write({"event": "results", "stage": self._stage, "values": numbers, "words": words})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file inside the run directory, put into `folder` of the running stage's artifacts."""
@@ -274,6 +276,9 @@ class _Follower:
             values = [{**record, "metrics": record["values"]}]
             self._log_metrics(self._run_of(stage), values, "result/")
             self._log_metrics(self._state["parent"], values, f"{stage}/")
+            for name, word in record.get("words", {}).items():
+                self._client.set_tag(self._run_of(stage), name, word)
+                self._client.set_tag(self._state["parent"], f"{stage}/{name}", word)
         elif event == "artifact":
             path = self._run_dir / record["path"]
             if path.is_file():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
+from esol.models.regrid import to_grid
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def class_maps(
     present = [row.nonzero()[:, 0] for row in labels]
     sums: list[dict[str, dict[str, Tensor]]] = [{} for _ in present]
     for scale in scales:
-        inputs = _resize(image, scale * (long_side / max(height, width) if long_side else 1), net.backbone.stride)
+        inputs = to_grid(image, scale * (long_side / max(height, width) if long_side else 1), net.backbone.stride)
         aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
         for stage, maps in stage_maps(inputs, net, expansion, shrinkage, flip).items():
             # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.
@@ -80,16 +81,6 @@ def stage_maps(
 def _unflip(maps: Tensor) -> Tensor:
     straight, mirrored = maps.chunk(2)
     return straight + mirrored.flip(3)
-
-
-def _resize(image: Tensor, factor: float, stride: int) -> Tensor:
-    """float (B, 3, H', W'), H' and W' the multiples of the stride plus one that are nearest to factor times the size.
-
-    At such sizes the features' outermost columns sit on the outermost pixels, so that maps mirror and enlarge without a
-    shift; at multiples of the stride they are half a stride off.
-    """
-    size = [max(1, round((factor * side - 1) / stride)) * stride + 1 for side in image.shape[2:]]
-    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _enlarge(maps: Tensor, size: tuple[int, int], corners: bool) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.config import CrfConfig
+
 UNSURE = 255
 CHUNK = 16  # label maps that are filtered side by side; more of them fall out of the processor's cache
 
@@ -81,6 +83,21 @@ class DenseCrf:
                 torch.sub(message.T, own, out=part)
             _softmax_(sets)
         return [one.view(-1, *self.size) for one in sets]
+
+
+def mean_field(image: Tensor, unaries: Sequence[Tensor], config: CrfConfig) -> list[Tensor]:
+    """Label probabilities (L, H, W) of each label set by the CRF that a config describes; image uint8 (3, H, W)."""
+    if not config.iterations:
+        return [(-unary).softmax(0) for unary in unaries]
+    crf = DenseCrf(
+        image,
+        gaussian_sxy=config.gaussian_sxy,
+        gaussian_compat=config.gaussian_compat,
+        bilateral_sxy=config.bilateral_sxy,
+        bilateral_srgb=config.bilateral_srgb,
+        bilateral_compat=config.bilateral_compat,
+    )
+    return crf.infer(unaries, config.iterations)
 
 
 def unary_from_labels(labels: Tensor, n: int, gt_prob: float = 0.7) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.config import CrfConfig, IrnLabelsConfig, IrnMasksConfig, MaskConfig, PsaLabelsConfig, PsaMasksConfig
-from esol.localize.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
+from esol.config import IrnLabelsConfig, IrnMasksConfig, MaskConfig, PsaLabelsConfig, PsaMasksConfig
+from esol.localize.dense_crf import mean_field, unary_from_labels, unary_from_probabilities
 from esol.localize.pairs import boundary_affinity, feature_affinity
 from esol.localize.random_walk import random_walk
 from esol.metrics import VOID
@@ -24,7 +24,7 @@ def psa_labels(image: Tensor, maps: Tensor, classes: Tensor, config: PsaLabelsCo
         unary_from_probabilities(torch.cat(((1 - best) ** alpha, maps)))
         for alpha in (config.alpha_low, config.alpha_high)
     ]
-    low, high = (q.argmax(0) for q in _crf(image, unaries, config.crf))
+    low, high = (q.argmax(0) for q in mean_field(image, unaries, config.crf))
     return _merge(low, high, classes)
 
 
@@ -37,7 +37,7 @@ def irn_labels(image: Tensor, maps: Tensor, classes: Tensor, config: IrnLabelsCo
         unary_from_labels(_winner(maps, threshold), len(maps) + 1, config.certainty)
         for threshold in (config.foreground, config.background)
     ]
-    low, high = (q.argmax(0) for q in _crf(image, unaries, config.crf))
+    low, high = (q.argmax(0) for q in mean_field(image, unaries, config.crf))
     return _merge(low, high, classes)
 
 
@@ -55,7 +55,7 @@ def pseudo_mask(
     else:
         all_scores = torch.cat((scores.new_full((1, *scores.shape[1:]), config.threshold), scores))
         unary = unary_from_probabilities(all_scores / all_scores.sum(0, keepdim=True).clamp_min(1e-5))
-    refined = _crf(image, [unary], config.crf)[0].argmax(0) if config.crf.iterations else plain
+    refined = mean_field(image, [unary], config.crf)[0].argmax(0) if config.crf.iterations else plain
     return _to_classes(plain, classes), _to_classes(torch.where(plain == VOID, plain, refined), classes)
 
 
@@ -93,20 +93,6 @@ def _winner(scores: Tensor, threshold: float) -> Tensor:
         return torch.zeros(scores.shape[1:], dtype=torch.int64, device=scores.device)
     best, row = scores.max(0)
     return torch.where(best > threshold, row + 1, 0)
-
-
-def _crf(image: Tensor, unaries: list[Tensor], config: CrfConfig) -> list[Tensor]:
-    if not config.iterations:
-        return [(-unary).softmax(0) for unary in unaries]
-    crf = DenseCrf(
-        image,
-        gaussian_sxy=config.gaussian_sxy,
-        gaussian_compat=config.gaussian_compat,
-        bilateral_sxy=config.bilateral_sxy,
-        bilateral_srgb=config.bilateral_srgb,
-        bilateral_compat=config.bilateral_compat,
-    )
-    return crf.infer(unaries, config.iterations)
 
 
 def _merge(foreground: Tensor, background: Tensor, classes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from esol.config import ModelConfig
+from esol.config import BackboneConfig
 from esol.errors import ConfigError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def build_backbone(config: ModelConfig, pretrained: bool = True) -> Backbone:
+def build_backbone(config: BackboneConfig, pretrained: bool = True) -> Backbone:
     """The backbone that the `model` section names: resnet50, resnet101, small or timm:<name>.
 
     pretrained False leaves the weights random, for a network whose trained state is loaded right after.
@@ -164,7 +164,7 @@ def small(output_stride: int) -> Chain:
     return Chain(named, tuple(str(i) for i in range(2, len(layers), 3)))
 
 
-def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
+def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     from torchvision import models
 
     # Stride 8 dilates, as in DeepLab. Stride 16 is IRN's strides (2, 2, 2, 1): the last stage at stride 1, not dilated.
@@ -182,7 +182,7 @@ def _resnet(config: ModelConfig, pretrained: bool) -> Backbone:
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
 
 
-def _timm(config: ModelConfig, pretrained: bool) -> Backbone:
+def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
     import timm
 
     name = config.backbone.removeprefix("timm:")
@@ -222,7 +222,7 @@ def _timm(config: ModelConfig, pretrained: bool) -> Backbone:
 
 
 def _load(
-    net: nn.Module, config: ModelConfig, expected: str, download: Callable[[], dict[str, Tensor]], *heads: str
+    net: nn.Module, config: BackboneConfig, expected: str, download: Callable[[], dict[str, Tensor]], *heads: str
 ) -> None:
     """Loads the local file, or downloads; the classification head (keys that start with `heads`) is left out."""
     if config.weights:

@@ -64,3 +64,13 @@ def on_grid(image: Tensor, stride: int) -> Tensor:
     """uint8 (3, H, W) -> float (1, 3, H', W'), a few pixels smaller: the grid's corners are then the image's."""
     size = [(-(-side // stride) - 1) * stride + 1 for side in image.shape[1:]]
     return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
+
+
+def to_grid(image: Tensor, factor: float, stride: int) -> Tensor:
+    """(B, 3, H, W) -> float (B, 3, H', W'), the multiples of the stride plus one nearest to factor times the size.
+
+    At such sizes the features' outermost columns sit on the outermost pixels, so that maps mirror and enlarge without a
+    shift; at multiples of the stride they are half a stride off.
+    """
+    size = [max(1, round((factor * side - 1) / stride)) * stride + 1 for side in image.shape[2:]]
+    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False, antialias=True)

@@ -31,6 +31,18 @@ def area_loss(maps: Tensor, labels: Tensor, normalise: Literal["minmax", "max"] 
     return _present_mean(each.mean((2, 3)), labels)
 
 
+def segmentation_loss(logits: Tensor, labels: Tensor, balance: bool) -> Tensor:
+    """Cross entropy per image: logits (B, L, h, w), labels int (B, h, w) 0..L-1 or 255, which is ignored -> (B,).
+
+    The mean over the labelled pixels, 0 without any. balance: half the mean over the background's pixels plus half that
+    over the foreground's, each 0 without any, so that neither drowns the other. Source: DSRG (CVPR 2018), seeding loss.
+    """
+    each = F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="none")
+    known = (labels != 255, labels == 0, (labels != 255) & (labels != 0))
+    everywhere, background, foreground = ((each * mask).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1) for mask in known)
+    return (background + foreground) / 2 if balance else everywhere
+
+
 def _present_mean(values: Tensor, labels: Tensor) -> Tensor:
     present = labels.to(values.dtype)
     return (values * present).sum(1) / present.sum(1).clamp_min(1)

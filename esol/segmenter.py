@@ -1,0 +1,91 @@
+"""A trained DeepLab as one file: safetensors whose header says how to build the network and how to predict with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from esol import config as configuration
+from esol.config import BackboneConfig, EvaluateConfig
+from esol.errors import CheckpointError, ConfigError
+from esol.files import atomic_write
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.schema import build
+
+FORMAT = "esol-deeplab 1"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the file's header holds.
+
+    classes: names without background; backbone, rates: of the network; evaluate: how it predicts; photo_side: median
+    long side of the photos that it learned from, in pixels; masks: the stage whose masks it learned from, "truth" for
+    true ones; initial_weights: what it started from, in words.
+    """
+
+    classes: tuple[str, ...]
+    backbone: str
+    rates: tuple[int, ...]
+    evaluate: EvaluateConfig
+    photo_side: int
+    masks: str
+    initial_weights: str
+
+
+def write_model(path: Path, state: Mapping[str, Tensor], info: ModelInfo) -> None:
+    """Writes weights and header."""
+    header = {"format": FORMAT, "about": json.dumps(asdict(info))}
+    atomic_write(path, save({key: value.contiguous() for key, value in state.items()}, header))
+
+
+def load_model(place: str | Path) -> tuple[DeepLab, ModelInfo]:
+    """The network, in eval mode on the CPU, of a run directory, an exported folder or a .safetensors file.
+
+    A run directory's own `evaluate` section decides how to predict. CheckpointError where there is no such model.
+    """
+    place = Path(place)
+    resolved = place / "resolved.yaml"
+    path = place / "segment" / WEIGHTS if resolved.exists() else place / WEIGHTS if place.is_dir() else place
+    info = read_info(path)
+    if resolved.exists():
+        info = replace(info, evaluate=configuration.load(resolved).evaluate)
+    model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
+    net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
+    try:
+        net.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return net.eval(), info
+
+
+def read_info(path: Path) -> ModelInfo:
+    """The header alone; CheckpointError where the file is no model of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: give the run directory of a finished segment stage, a folder that esol export wrote, "
+            "or a .safetensors file of either"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        if header["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {header['format']!r}, this program reads {FORMAT!r}")
+        about: dict[str, Any] = json.loads(header["about"])
+        evaluate = build(EvaluateConfig, about["evaluate"], "evaluate")
+        values = {**about, "evaluate": evaluate, "classes": tuple(about["classes"]), "rates": tuple(about["rates"])}
+        return ModelInfo(**values)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is no DeepLab that esol wrote (its header: {error!r})") from error
