@@ -17,6 +17,19 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(args: argparse.Namespace) -> int:
+    from esol.predict import predict
+
+    return predict(args.model, args.photos, args.out, cam=args.cam, fast=args.fast, batch=args.batch)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from esol.export import export
+
+    export(args.run_dir, args.out)
+    return 0
+
+
 def _replay(args: argparse.Namespace) -> int:
     from esol.tracking import replay
 
@@ -37,6 +50,20 @@ def main() -> int:
     command = commands.add_parser("report", help="the numbers of a run as a table")
     command.add_argument("run_dir", type=Path)
     command.set_defaults(run=_report)
+
+    command = commands.add_parser("predict", help="masks, overlays and class shares of your own photos")
+    command.add_argument("model", type=Path, help="run directory, folder of esol export, or .safetensors file")
+    command.add_argument("photos", type=Path, help="a photo, or a folder with photos at any depth")
+    command.add_argument("--out", type=Path, required=True, help="folder for masks/, overlays/ and predictions.json")
+    command.add_argument("--cam", action="store_true", help="class maps as well (MODEL must be a run directory)")
+    command.add_argument("--fast", action="store_true", help="one scale, no flip, no CRF")
+    command.add_argument("--batch", type=int, default=4, help="photos of one size that go through the network together")
+    command.set_defaults(run=_predict)
+
+    command = commands.add_parser("export", help="a run's model for other programs, with a model card")
+    command.add_argument("run_dir", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    command.set_defaults(run=_export)
 
     command = commands.add_parser(
         "replay", help="log a run's metrics.jsonl into MLflow, when tracking failed at the time"

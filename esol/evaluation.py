@@ -68,8 +68,9 @@ def _results(context: Context, tally: Tally) -> Results:
     if config.evaluate.crf.iterations:
         results |= entries("crf_", last)
     for name, values in (("iou", last.iou), ("precision", last.precision), ("recall", last.recall)):
-        for label, value in zip(("background", *context.index.classes), values, strict=True):
-            results[f"{name}_{label}"] = 100 * float(value)
+        for label, value in zip(("background", *context.index.classes), values.tolist(), strict=True):
+            if not np.isnan(value):  # a class that the truth lacks, or precision of one that is predicted nowhere
+                results[f"{name}_{label}"] = 100 * value
     return results
 
 
