@@ -12,12 +12,12 @@ from torch import Tensor
 
 from esol.context import Context, Results
 from esol.inference import Members, Tally, over_shards, photo, pictured, truth_of
-from esol.localization import entries, save_sheet
+from esol.localization import entries, save_sheet, stands_on
 from esol.localize.dense_crf import mean_field, unary_from_probabilities
 from esol.localize.segmentation import probabilities
 from esol.metrics import confusion_matrix, score
 from esol.models.deeplab import DeepLab
-from esol.networks import initial_weights, trained_deeplab
+from esol.networks import trained_deeplab
 from esol.report import paint
 from shards.samples import encode_mask
 
@@ -59,8 +59,8 @@ def _one(context: Context, image: Tensor, net: DeepLab) -> tuple[Label, Label]:
 
 def _results(context: Context, tally: Tally) -> Results:
     config = context.config
-    about: Results = {"split": config.data.eval_split, "masks": config.mask_stage or "truth"}
-    about["initial_weights"] = initial_weights(config.segment.model)
+    about = stands_on(config.data.eval_split, config.segment.model)
+    about["masks"] = config.mask_stage or "truth"
     if not tally["plain"].any():
         return about
     last = score(tally["crf"])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esol.config import LocalizeConfig
+from esol.config import BackboneConfig, LocalizeConfig
 from esol.context import Context, Results
 from esol.data.transforms import decode_mask
 from esol.files import atomic_write
@@ -23,7 +23,7 @@ from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Expansion, Shrinkage
-from esol.networks import trained_cam
+from esol.networks import initial_weights, trained_cam
 from esol.report import heat, paint, sheet
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
@@ -54,7 +54,7 @@ def localize(context: Context, folder: Path) -> Results:
     results, thresholds = _results(curves, context.index.classes) if curves else ({}, {})
     write_curves(context, folder, curves)
     draw(context, "localize", *nets, thresholds=thresholds)
-    return results
+    return results | stands_on(context.config.data.score_split, context.config.model)
 
 
 def _same_size(images: dict[int, torch.Tensor], batch: int) -> Iterator[list[int]]:
@@ -127,6 +127,11 @@ def _results(curves: dict[str, ThresholdCurve], classes: tuple[str, ...]) -> tup
         for name, iou in zip(("background", *classes), score.iou, strict=True):
             results[f"{source}_iou_{name}"] = 100 * float(iou)
     return results, {source: score.threshold for source, score in best.items()}
+
+
+def stands_on(split: str, model: BackboneConfig) -> Results:
+    """What is printed beside a score."""
+    return {"split": split, "initial_weights": initial_weights(model)}
 
 
 def entries(prefix: str, score: Score) -> Results:

@@ -15,7 +15,7 @@ from esol.context import Context, Results
 from esol.data.transforms import decode_mask
 from esol.errors import DataError
 from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
-from esol.localization import entries, save_sheet, write_curves
+from esol.localization import entries, save_sheet, stands_on, write_curves
 from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
 from esol.localize.saliency import saliency_labels, spectral_residual
 from esol.localize.seeds import best_class
@@ -145,6 +145,7 @@ def _results(context: Context, config: MaskConfig, folder: Path, tally: Tally) -
         results |= entries("crf_", last)
     results |= {"best_threshold": best.threshold, "best_miou": 100 * best.miou}
     names = ("background", *context.index.classes)
+    results |= stands_on(context.config.data.score_split, context.config.model)
     return results | {f"iou_{name}": 100 * float(iou) for name, iou in zip(names, last.iou, strict=True)}
 
 

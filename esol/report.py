@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,30 +66,79 @@ def _tile(pixels: Pixels) -> Image.Image:
 
 
 def results_table(run_dir: Path) -> str:
-    """The numbers of results.json as Markdown, with a verdict on expand and shrink; EsolError where there is none."""
-    path = run_dir / "results.json"
-    try:
-        results: dict[str, dict[str, float]] = json.loads(path.read_text())
-    except OSError as error:
-        raise EsolError(f"{path} cannot be read ({error.strerror}): is {run_dir} the folder of a run?") from error
-    seeds = results.pop("localize", {})
-    masks = {name: results.pop(name) for name in MASK_STAGES if "plain_miou" in results.get(name, {})}
-    lines = ["| stage | metric | value |", "|---|---|---|"]
-    lines += [f"| {stage} | {name} | {value:.4g} |" for stage, own in results.items() for name, value in own.items()]
+    """All numbers of results.json as Markdown: the scores, then each kind of stage; EsolError where there is none."""
+    results = load_results(run_dir)
+    lines = summary(results).splitlines()
+    training = {name: own for name, own in results.items() if name not in ("localize", "evaluate", *MASK_STAGES)}
+    lines += ["", "| stage | metric | value |", "|---|---|---|"]
+    lines += [
+        f"| {stage} | {name} | {_text(value)} |" for stage, own in training.items() for name, value in own.items()
+    ]
+    seeds = results.get("localize", {})
     sources = [source for source in SOURCES if f"{source}_miou" in seeds]
     if sources:
         lines += ["", "| seeds | " + " | ".join(sources) + " |", "|---|" + "---|" * len(sources)]
         for name in (key.removeprefix("cam_") for key in seeds if key.startswith("cam_")):
             lines.append(f"| {name} | " + " | ".join(f"{seeds[f'{source}_{name}']:.4g}" for source in sources) + " |")
         lines += ["", *verdicts(seeds)]
+    masks = {name: results[name] for name in MASK_STAGES if "plain_miou" in results.get(name, {})}
     if masks:
         keys = list(dict.fromkeys(key for own in masks.values() for key in own))
         lines += ["", "| pseudo masks | " + " | ".join(masks) + " |", "|---|" + "---|" * len(masks)]
         for key in keys:
-            row = (f"{own[key]:.4g}" if key in own else "" for own in masks.values())
+            row = (_text(own[key]) if key in own else "" for own in masks.values())
             lines.append(f"| {key} | " + " | ".join(row) + " |")
         lines += ["", "crf: after the dense CRF; best: without it, at the threshold that is best here."]
+    if "plain_miou" in results.get("evaluate", {}):
+        lines += ["", per_class(results["evaluate"])]
     return "\n".join(lines)
+
+
+def load_results(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """results.json of a run; EsolError where there is none."""
+    path = run_dir / "results.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise EsolError(f"{path} cannot be read ({error.strerror}): is {run_dir} the folder of a run?") from error
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """Every mIoU of a run with the split and the initial weights that it stands on; Markdown."""
+    rows = []
+    seeds = results.get("localize", {})
+    for source in (source for source in SOURCES if f"{source}_miou" in seeds):
+        what = f"seeds of {source}, best threshold {seeds[f'{source}_threshold']:.2f}"
+        rows.append((what, seeds, f"{source}_"))
+    for name in MASK_STAGES:
+        own = results.get(name, {})
+        for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
+            if f"{prefix}miou" in own:
+                rows.append((f"{name} at threshold {own['threshold']:g}{how}", own, prefix))
+    own = results.get("evaluate", {})
+    for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
+        if f"{prefix}miou" in own:
+            rows.append((f"DeepLab, learned from {own['masks']}{how}", own, prefix))
+    lines = ["| what | split | mIoU | precision | recall | initial weights |", "|---|---|---|---|---|---|"]
+    for what, own, prefix in rows:
+        measures = " | ".join(f"{own[prefix + name]:.2f}" for name in ("miou", "precision", "recall"))
+        lines.append(f"| {what} | {own.get('split', '')} | {measures} | {own.get('initial_weights', '')} |")
+    return "\n".join(lines) if rows else "nothing was scored: no split of the run has masks"
+
+
+def per_class(scores: dict[str, Any]) -> str:
+    """IoU, precision and recall of every class in evaluate's results, the last step's; Markdown."""
+    names = ("iou", "precision", "recall")
+    classes = dict.fromkeys(key.split("_", 1)[1] for key in scores if key.startswith(("iou_", "recall_")))
+    lines = ["| class | IoU | precision | recall |", "|---|---|---|---|"]
+    for label in classes:
+        values = (scores.get(f"{name}_{label}") for name in names)
+        lines.append(f"| {label} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def verdicts(seeds: dict[str, float]) -> list[str]:

@@ -64,6 +64,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.engines import make_engine
     from esol.files import atomic_write
     from esol.loop import EXIT_STOPPED, Stopped, StopSignal
+    from esol.report import load_results, summary
     from esol.stages import chosen, run_stages
     from esol.tracking import Tracker
 
@@ -83,6 +84,8 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return EXIT_STOPPED
+    if engine.is_main and (run_dir / "results.json").exists():
+        print(f"\n{summary(load_results(run_dir))}\n\nall numbers: esol report {run_dir}", flush=True)
     engine.close()
     return 0
 

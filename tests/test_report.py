@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from esol.palette import voc_palette
 from esol.report import heat, paint, results_table, sheet, verdicts
 
 SEEDS = {
+    **{f"{s}_{m}": 0.5 for s in ("cam", "expand", "shrink") for m in ("threshold", "precision", "recall")},
     "cam_miou": 40.0, "expand_miou": 38.0, "shrink_miou": 42.0,
     "cam_at_cam_recall": 50.0, "expand_at_cam_recall": 60.5, "shrink_at_cam_recall": 55.0,
     "cam_at_cam_precision": 60.0, "expand_at_cam_precision": 45.0, "shrink_at_cam_precision": 44.0,
@@ -32,11 +34,28 @@ def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
     table = results_table(tmp_path)
     assert "| classify | loss | 0.1235 |" in table
     assert "| miou | 40 | 38 | 42 |" in table
-    masks = {"seed_masks": {"plain_miou": 50.0, "crf_miou": 55.0}, "irn_masks": {"plain_miou": 60.0, "seconds": 7}}
-    (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, **masks}))
+    masks: dict[str, Any] = {
+        "seed_masks": {"threshold": 0.5, "plain_miou": 50.0, "crf_miou": 55.0},
+        "irn_masks": {"threshold": 0.25, "plain_miou": 60.0},
+    }
+    for own in masks.values():
+        own |= {f"{kind}_{name}": 70.0 for kind in ("plain", "crf") for name in ("precision", "recall")}
+    evaluate = {
+        "plain_miou": 65.432,
+        "plain_precision": 80.0,
+        "plain_recall": 75.0,
+        "iou_cat": 61.0,
+        "recall_cat": 70.0,
+    }
+    evaluate |= {"masks": "irn_masks", "split": "val", "initial_weights": "ImageNet (resnet101, x.pth)"}
+    (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, **masks, "evaluate": evaluate}))
     table = results_table(tmp_path)
     assert "| pseudo masks | seed_masks | irn_masks |" in table
-    assert "| plain_miou | 50 | 60 |\n| crf_miou | 55 |  |\n| seconds |  | 7 |" in table
+    assert "| plain_miou | 50 | 60 |\n| crf_miou | 55 |  |" in table
+    said = "| DeepLab, learned from irn_masks | val | 65.43 | 80.00 | 75.00 | ImageNet (resnet101, x.pth) |"
+    assert said in table.splitlines()
+    assert "| seed_masks at threshold 0.5 + CRF | " in table
+    assert "| cat | 61.00 | - | 70.00 |" in table
     with pytest.raises(EsolError, match=r"nowhere/results.json cannot be read .*the folder of a run\?"):
         results_table(tmp_path / "nowhere")
 

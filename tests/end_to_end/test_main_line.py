@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
+from esol.data.transforms import decode_mask
+from esol.metrics import confusion_matrix, score
 from shards.samples import encode_mask
 from shards.synthetic import synthetic_source
 from shards.writer import create
@@ -33,13 +35,16 @@ shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
 localize: {scales: [1.0], batch: 4, write: cam}
 psa: {duration: 4 steps, crop: 48}
 irn: {duration: 4 steps, global_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
+segment: {model: {backbone: small, weights: none}, duration: 4 steps, global_batch: 8, crop: 65, inputs: [1.0, 0.5]}
+evaluate: {scales: [1.0, 1.5]}
 engine: {threads: 1}
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3}
 """
 MAIN_LINE = ["classify", "expand", "shrink", "localize", "seed_masks"]
 STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
-TRAINING = ["classify", "expand", "shrink", "psa", "irn"]
+STAGES += ["segment", "evaluate"]
+TRAINING = ["classify", "expand", "shrink", "psa", "irn", "segment"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]
@@ -76,8 +81,11 @@ def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:
         assert 0 < results[stage]["plain_miou"] < 100
     for stage in ("psa_labels", "irn_labels"):
         assert 0 < results[stage]["labelled"] < 100
+    assert results["evaluate"]["initial_weights"] == "random"
+    assert results["evaluate"]["masks"] == "irn_masks"
+    assert {"plain_miou", "crf_miou", "iou_background", "recall_fish"} <= results["evaluate"].keys()
     assert "kernel_channels: 16" in (one / "resolved.yaml").read_text()
-    assert {p.stem for p in (one / "pictures").iterdir()} == set(STAGES) - {"psa", "irn", "irn_mean"}
+    assert {p.stem for p in (one / "pictures").iterdir()} == set(STAGES) - {"psa", "irn", "irn_mean", "segment"}
     with Image.open(one / "pictures/localize.png") as picture:
         assert picture.width > 6 * 200  # photo, three maps, seeds, truth
     records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +106,7 @@ def test_mlflow_has_a_parent_and_a_child_per_stage(one: Path) -> None:
     assert {r.info.status for r in runs} == {"FINISHED"}
     assert parent.data.params["model.kernel_channels"] == "16"
     assert parent.data.tags["data_index"]
+    assert children["evaluate"].data.tags["initial_weights"] == "random"
     assert [p.path for p in client.list_artifacts(children["expand"].info.run_id, "pictures")] == [
         "pictures/expand.png"
     ]
@@ -131,6 +140,39 @@ def test_pseudo_masks_are_palette_pngs_of_the_photos_size(one: Path, shard_set: 
                 assert mask.getpalette()[3:6] == [128, 0, 0]
                 present = np.flatnonzero(ShardReader(source).labels(ordinal)) + 1
                 assert set(np.unique(np.asarray(mask)).tolist()) <= {0, *present.tolist()}
+
+
+def test_evaluate_predicts_its_split_and_says_what_the_score_stands_on(
+    config: Path, one: Path, shard_set: Path
+) -> None:
+    made, source = Index.load(str(one / "evaluate")), Index.load(str(shard_set))
+    assert made.keys.tolist() == source.keys[source.split("val")].tolist()
+    truths = source.split("val").tolist()
+    confusion = sum(
+        confusion_matrix(*(_mask(s, o) for s, o in ((source, truth), (made, own))), 6)
+        for own, truth in enumerate(truths)
+    )
+    results = json.loads((one / "results.json").read_text())["evaluate"]
+    assert results["crf_miou"] == pytest.approx(100 * score(confusion).miou)
+    again = launch(PLAIN, config)
+    assert f"| DeepLab, learned from irn_masks + CRF | val | {results['crf_miou']:.2f} | " in again.stdout
+    assert again.stdout.count("| random |") == 11  # every mIoU
+
+
+def _mask(index: Index, ordinal: int) -> np.ndarray:
+    return decode_mask(ShardReader(index).read(ordinal, "mask.png"), "mask")
+
+
+def test_the_same_on_true_masks(config: Path, one: Path) -> None:
+    options = ("--set", "run_dir=runs/truth", "--set", "stages=[segment, evaluate]", "--set", "segment.masks=truth")
+    done = launch(PLAIN, config, *options, "--set", "tracking.uri=none")
+    assert done.returncode == 0, done.stderr
+    assert "segment: learns from truth, starts from random" in done.stdout
+    assert "| DeepLab, learned from truth | val | " in done.stdout
+    same = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "data.eval_split=none")
+    assert same.returncode == 2
+    assert "none" in same.stderr
+    assert "train, val" in same.stderr  # what there is
 
 
 def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path, tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""DeepLab: its loss against plain loops, labels on its grid, who learns, and prediction over scales and flips."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esol.config import BackboneConfig, Config, SegmentConfig
+from esol.errors import ConfigError
+from esol.localize.segmentation import probabilities
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.models.regrid import to_grid
+from esol.optim import build_optimizer
+from esol.schema import build
+from esol.stages import STAGES, chosen
+from esol.tasks.base import Batch
+from esol.tasks.losses import segmentation_loss
+from esol.tasks.segment import Segment, labels_on
+
+
+def deeplab(name: str = "small", freeze: str = "none") -> DeepLab:
+    torch.manual_seed(0)
+    return DeepLab(build_backbone(BackboneConfig(name, "none", output_stride=8, freeze=freeze)), 4)
+
+
+def segment(**options: Any) -> Segment:
+    return Segment(deeplab(), build(SegmentConfig, options, "segment"))
+
+
+def batch(size: int = 49) -> Batch:
+    """Two classes and void, one class, background alone, nothing known."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
+    target = torch.zeros(4, size, size, dtype=torch.uint8)
+    target[0, :20, :30], target[0, 25:, 10:], target[0, 20:25] = 1, 3, 255
+    target[1, 10:, 10:] = 2
+    target[3] = 255
+    return {"image": image, "target": target, "labels": torch.zeros(4, 3), "key": list("abcd")}
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_loss_is_what_loops_over_pixels_say(balance: bool) -> None:
+    b = batch(9)
+    logits = torch.randn(4, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+    want = []
+    for own, labels in zip(logits, b["target"].tolist(), strict=True):
+        pixels = [(y, x, labels[y][x]) for y in range(9) for x in range(9) if labels[y][x] != 255]
+        each = [(label, -own[:, y, x].log_softmax(0)[label]) for y, x, label in pixels]
+        groups = [[v for k, v in each if k == 0], [v for k, v in each if k != 0]] if balance else [[v for _, v in each]]
+        means = [torch.stack(g).mean() if g else torch.zeros((), dtype=torch.float64) for g in groups]
+        want.append(torch.stack(means).mean())
+    found = segmentation_loss(logits, b["target"], balance)
+    torch.testing.assert_close(found, torch.stack(want))
+    (expected,) = torch.autograd.grad(torch.stack(want).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], expected)
+
+
+def test_labels_are_those_of_the_pixels_that_the_grid_looks_at() -> None:
+    labels = torch.arange(17 * 25).reshape(1, 17, 25)
+    assert torch.equal(labels_on(labels, (3, 4)), labels[:, ::8, ::8])
+    assert labels_on(labels, (2, 2)).flatten().tolist() == [0, 24, 16 * 25, 17 * 25 - 1]
+
+
+def test_the_loss_sums_every_input_and_their_maximum() -> None:
+    task, b = segment(inputs=[0.5, 1.0], crop=49), batch()
+    loss = task(b)[0]["loss"]
+    net = task.handover
+    fine, coarse = (net(to_grid(b["image"], scale, 8)) for scale in (1.0, 0.5))
+    highest = torch.maximum(fine, F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=True))
+    each = [segmentation_loss(x, labels_on(b["target"], x.shape[2:]), True).mean() for x in (fine, coarse, highest)]
+    torch.testing.assert_close(loss, torch.stack(each).sum())
+    assert coarse.shape[2:] == (4, 4)  # 25 pixels: the grid of 8k + 1 that is nearest to half of 49
+    one = segment(inputs=[1.0])
+    torch.testing.assert_close(one(b)[0]["loss"], each[0])
+
+
+def test_any_split_of_a_batch_gives_the_same_gradient() -> None:
+    task, b = segment(inputs=[1.0, 0.75]), batch()
+    task(b)[0]["loss"].backward()
+    whole = [p.grad.clone() for p in task.parameters() if p.grad is not None]
+    task.zero_grad()
+    for part in (slice(0, 2), slice(2, 4)):
+        half: Any = {name: value[part] for name, value in b.items()}
+        (task(half)[0]["loss"] / 2).backward()
+    for a, p in zip(whole, (p for p in task.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(p.grad, a, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_is_frozen_and_aspp_learns_faster_its_biases_without_decay() -> None:
+    config = build(SegmentConfig, {"lr": 0.01, "head_lr": 5})
+    task = Segment(deeplab("resnet50"), config)
+    before = copy.deepcopy(task.state_dict())
+    optimizer = build_optimizer(task, config)
+    groups = {g["name"]: g for g in optimizer.param_groups}
+    assert {n: (g["lr_multiplier"], g["weight_decay"]) for n, g in groups.items()} == {
+        "backbone": (1.0, 5e-4),
+        "aspp": (5.0, 5e-4),
+        "aspp_bias": (10.0, 0.0),
+    }
+    task.train()
+    b = batch(33)
+    task(b)[0]["loss"].backward()
+    optimizer.step()
+    after = task.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name for name in before if ".bn" in name or "downsample.1" in name}
+    assert len(norms) > 200
+    assert not changed & norms
+    assert changed == {name for name, p in task.named_parameters() if p.requires_grad}
+
+
+def test_one_image_learned_by_heart_is_predicted_at_every_scale() -> None:
+    torch.manual_seed(0)
+    b = batch()
+    b = {**b, "image": b["image"][:1], "target": b["target"][:1]}  # type: ignore[typeddict-item]
+    target = b["target"][0]
+    b["image"][0] = torch.where(target == 255, 128, target.int() * 60).to(torch.uint8)
+    task = segment(inputs=[1.0, 0.75, 0.5])
+    optimizer = torch.optim.Adam(task.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = task(b)[0]["loss"]
+        loss.backward()
+        optimizer.step()
+    known = target != 255
+    for combine in ("mean", "max"):
+        found = probabilities(b["image"], task.handover.eval(), scales=(1.0, 1.5), flip=False, combine=combine)  # type: ignore[arg-type]
+        assert found.shape == (1, 4, 49, 49)
+        torch.testing.assert_close(found.sum(1), torch.ones(1, 49, 49))
+        assert (found[0].argmax(0) == target)[known].float().mean() > 0.85
+
+
+def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -> None:
+    net = deeplab().eval()
+    image = torch.randint(0, 256, (2, 3, 30, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"scales": (0.75, 1.0)}
+    straight = probabilities(image, net, **options)
+    torch.testing.assert_close(probabilities(image.flip(3), net, **options).flip(3), straight)
+    torch.testing.assert_close(probabilities(image[1:], net, **options), straight[1:])
+
+    def one(scale: float, mirrored: bool) -> Tensor:
+        x = to_grid(image.flip(3) if mirrored else image, scale, 8)
+        up = F.interpolate(net(x), (30, 50), mode="bilinear", align_corners=True).softmax(1)
+        return up.flip(3) if mirrored else up
+
+    want = torch.stack([one(s, m) for s in (0.75, 1.0) for m in (False, True)]).mean(0)
+    torch.testing.assert_close(straight, want.detach())
+    assert probabilities(image[:, :, :1, :1], net, scales=(0.5,)).shape == (2, 4, 1, 1)
+
+
+def test_segment_reads_the_masks_that_the_run_has() -> None:
+    def source(stages: list[str], masks: str = "auto") -> tuple[str, ...]:
+        tree = {"run_dir": "r", "data": {"root": "d"}, "stages": stages, "segment": {"masks": masks}}
+        config = build(Config, tree)
+        chosen(config, None)
+        return STAGES["segment"].consumes(config)
+
+    seeds = ["classify", "localize", "seed_masks", "segment"]
+    assert source(seeds) == ("seed_masks",)
+    assert source([*seeds, "psa_labels", "psa", "psa_masks"]) == ("psa_masks",)
+    assert source(["segment"], "truth") == ()
+    with pytest.raises(ConfigError, match="segment needs psa_masks; add it to stages"):
+        source(seeds, "psa_masks")
+    with pytest.raises(ConfigError, match=r"segment.model.output_stride = 16: DeepLab-v2 has 8"):
+        build(SegmentConfig, {"model": {"output_stride": 16}}, "segment")
