@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import machine, table
 from esol import config as configuration
@@ -25,10 +26,10 @@ COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_c
 
 
 def run(
-    config: str, seed: int, overrides: list[str], launcher: Sequence[str] = (sys.executable,)
-) -> dict[str, dict[str, float]]:
+    config: str, seed: int, overrides: list[str], launcher: Sequence[str] = (sys.executable,), suffix: str = ""
+) -> dict[str, dict[str, Any]]:
     """results.json of one seed."""
-    run_dir = f"{configuration.load(config, overrides).run_dir}-seed{seed}"
+    run_dir = f"{configuration.load(config, overrides).run_dir}{suffix}-seed{seed}"
     options = [part for text in (*overrides, f"seed={seed}", f"run_dir={run_dir}") for part in ("--set", text)]
     subprocess.run([*launcher, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
     return json.loads(Path(run_dir, "results.json").read_text())
