@@ -3,8 +3,8 @@
     python -m benchmarks.deeplab_step --data data/voc-animals --weights resnet101.pth
 
 Batch 2, crop 321, inputs 1, .75 and .5, four losses, all layers learning, the true masks. Without weights the network
-is random, and batch norm's statistics, which are frozen, are first taken from eight of the photos: with the statistics of
-an untrained network (mean 0, variance 1) the features of ResNet-101 grow without bound.
+is random, and the frozen statistics of batch norm are first taken from eight of the photos: with those of an untrained
+network (mean 0, variance 1) the features of ResNet-101 grow without bound.
 On a GPU: bf16, images/s, and the share of the peak that --peak names in TFLOP/s.
 """
 
