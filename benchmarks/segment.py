@@ -28,8 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
     launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
-    weak = {seed: run(args.config, seed, args.overrides, launcher) for seed in args.seeds}
-    full = {seed: run(args.config, seed, [*args.overrides, *FULL], launcher, "-truth") for seed in args.seeds}
+    weak, full = {}, {}
+    for seed in args.seeds:
+        weak[seed] = run(args.config, seed, args.overrides, launcher)
+        full[seed] = run(args.config, seed, [*args.overrides, *FULL], launcher, "-truth")
 
     first = next(iter(weak.values()))["evaluate"]
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, {args.processes} processes")

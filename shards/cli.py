@@ -121,6 +121,13 @@ def _add_voc(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add(
         "--drop-unlabelled", action="store_true", help="leave out images without any of the classes (default: an error)"
     )
+    add(
+        "--no-labels",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a split without Annotations, such as test, to predict only; repeatable",
+    )
     parser.set_defaults(run=_voc)
     return parser
 
@@ -137,6 +144,7 @@ def _voc(options: argparse.Namespace) -> int:
         ids_dir=options.ids_dir,
         long_side=options.long_side,
         drop_unlabelled=options.drop_unlabelled,
+        no_labels=options.no_labels,
     )
     return _create(source, options)
 
@@ -296,11 +304,23 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="first remove images/, masks/, labels.csv and classes.txt from FOLDER, all of them, whoever made them",
     )
+    add(
+        "--voc-results",
+        choices=("comp5", "comp6"),
+        help="instead write what VOC's evaluation server takes, for comp5 (VOC's data alone) or comp6 (other data too, "
+        "ImageNet's weights among them): results/VOC2012/Segmentation/comp6_test_cls/ID.png and results.tgz",
+    )
     parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
     from shards.export import export
+    from shards.voc_results import export_voc_results
+
+    if options.voc_results:
+        count, archive = export_voc_results(options.root, options.out, options.voc_results, options.split)
+        print(f"{archive}: {count} masks under VOC's class numbers")
+        return 0
 
     done = export(options.root, options.out, options.split, options.overwrite)
     for line in (*done.notes, *done.problems):

@@ -32,18 +32,22 @@ def voc_source(
     ids_dir: str = "",
     long_side: int = 0,
     drop_unlabelled: bool = False,
+    no_labels: Sequence[str] = (),
 ) -> Source:
     """Reads a VOC 2012 tree (folder or URL) with the given splits: names of lists in ids_dir, or NAME=FILE.
 
     Labels are all objects of Annotations, difficult ones too, as in IRN's label script. With a subset of classes other
     labels are dropped and other classes' pixels become background. An image that keeps no label is a DataError, unless
-    drop_unlabelled leaves it out.
+    drop_unlabelled leaves it out. no_labels: splits whose images have no Annotations (VOC's test), to predict only.
     """
     classes = tuple(classes)
     if len(check_labels(classes, CLASSES, "--classes")) != len(classes) or not classes:
         raise DataError(f"--classes: name every class once, got {', '.join(classes) or 'none'}")
     root = root.rstrip("/")
     lists = {name: _read_list(file) for name, file in _lists(root, splits, ids_dir).items()}
+    if unknown := sorted(set(no_labels) - set(lists)):
+        raise DataError(f"--no-labels {unknown[0]}: the splits are {', '.join(lists)}")
+    labelled = {key for name, keys in lists.items() if name not in no_labels for key in keys}
     photos, mask_names = list_files(f"{root}/JPEGImages"), list_files(f"{root}/{masks}") if masks else set()
     vectors = read_cls_labels(labels) if labels else None
     known: dict[str, list[str]] = {}
@@ -53,6 +57,9 @@ def voc_source(
             raise DataError(
                 f"{root}/JPEGImages/{key}.jpg is missing, a split lists it; lists may be given: --split NAME=FILE"
             )
+        if key not in labelled:
+            known[key] = []
+            continue
         found = _labels_of(root, key) if vectors is None else _labels_in(vectors, key, labels)
         known[key] = [c for c in classes if c in found]
         if not known[key]:
@@ -62,7 +69,7 @@ def voc_source(
             f"{len(problems)} images have no label of the classes {', '.join(classes)}: {', '.join(problems[:5])}"
             f"{' ...' if len(problems) > 5 else ''}; leave them out with --drop-unlabelled"
         )
-    lists = {name: [k for k in keys if known[k]] for name, keys in lists.items()}
+    lists = {name: [k for k in keys if known[k] or k not in labelled] for name, keys in lists.items()}
     table = np.zeros(256, dtype=np.uint8)
     table[VOID] = VOID
     for number, name in enumerate(classes, start=1):

@@ -21,7 +21,9 @@ def backbone(**model: Any) -> Backbone:
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
-@pytest.mark.parametrize(("name", "channels"), [("small", 128), ("resnet50", 2048), ("timm:regnety_002", 368)])
+@pytest.mark.parametrize(
+    ("name", "channels"), [("small", 128), ("resnet50", 2048), ("resnet101-caffe", 2048), ("timm:regnety_002", 368)]
+)
 def test_backbone_tells_its_channels_and_stride(name: str, channels: int, stride: int) -> None:
     net = backbone(backbone=name, output_stride=stride)
     assert (net.channels, net.stride) == (channels, stride)
@@ -127,6 +129,54 @@ def test_local_weights_are_loaded_without_their_classifier(tmp_path: Path, suffi
     assert all(torch.equal(loaded[k], source[k]) for k in source)
 
 
+@pytest.mark.parametrize("layout", ["nakashima", "nanda"])
+def test_coco_weights_of_deeplabs_public_codes(tmp_path: Path, layout: str) -> None:
+    """Against the network written out here, from the keys of either file."""
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+    names = {"conv1": "reduce", "conv2": "conv3x3", "conv3": "increase", "downsample": "shortcut"}
+
+    def unit(x: torch.Tensor, place: str, part: str, channels: int, side: int, relu: bool = True, **how: Any) -> Any:
+        if layout == "nakashima":
+            conv, norm = (
+                f"base.{place}{names.get(part, part) if '.' in place[:-1] else part}.{k}" for k in ("conv", "bn")
+            )
+        else:
+            norm = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "downsample": "downsample.1"}[part]
+            conv, norm = f"Scale.{place}{part}{'.0' if part == 'downsample' else ''}", f"Scale.{place}{norm}"
+        fan = x.shape[1] * side**2
+        weight = torch.randn(channels, x.shape[1], side, side, generator=generator) / fan**0.5
+        values = {"weight": torch.rand(channels, generator=generator) / 2 + 0.5}
+        values |= {"bias": torch.randn(channels, generator=generator) / 10, "running_mean": torch.zeros(channels)}
+        values |= {"running_var": torch.rand(channels, generator=generator) + 0.5}
+        state[f"{conv}.weight"] = weight
+        state.update({f"{norm}.{key}": value for key, value in values.items()})
+        x = F.conv2d(x, weight, **how)
+        x = F.batch_norm(x, values["running_mean"], values["running_var"], values["weight"], values["bias"])
+        return F.relu(x) if relu else x
+
+    image = torch.randint(0, 256, (1, 3, 33, 40), dtype=torch.uint8, generator=generator)
+    x = image.float().flip(1) - torch.tensor([104.008, 116.669, 122.675])[:, None, None]  # BGR
+    x = unit(x, "layer1." if layout == "nakashima" else "", "conv1", 64, 7, stride=2, padding=3)
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+    stages = ((3, 64, 1, 1), (4, 128, 2, 1), (23, 256, 1, 2), (3, 512, 1, 4))
+    for stage, (blocks, width, stride, dilation) in enumerate(stages, 2 if layout == "nakashima" else 1):
+        for block in range(blocks):
+            place = f"layer{stage}.block{block + 1}." if layout == "nakashima" else f"layer{stage}.{block}."
+            first = stride if block == 0 else 1
+            y = unit(x, place, "conv1", width, 1, stride=first)
+            y = unit(y, place, "conv2", width, 3, padding=dilation, dilation=dilation)
+            y = unit(y, place, "conv3", 4 * width, 1, relu=False)
+            skip = unit(x, place, "downsample", 4 * width, 1, relu=False, stride=first) if block == 0 else x
+            x = F.relu(y + skip)
+    head = "base.aspp.c0.weight" if layout == "nakashima" else "Scale.layer5.conv2d_list.0.weight"
+    torch.save({**state, head: torch.zeros(21, 2048, 3, 3)}, tmp_path / "coco.pth")
+    net = backbone(backbone="resnet101-caffe", weights=str(tmp_path / "coco.pth"), output_stride=8)
+    found = net(image).detach()
+    assert found.shape == (1, 2048, 5, 6)  # rounded up, also from 40
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+
 def test_weight_errors_say_file_key_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise URLError("no route")
@@ -135,6 +185,8 @@ def test_weight_errors_say_file_key_and_remedy(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(WeightsError, match=r"cannot download.*resnet50-0676ba61.pth.*model\.weights="):
         backbone(backbone="resnet50", weights="")
+    with pytest.raises(WeightsError, match=r"resnet101-caffe.*no hub has them.*DeepLab's ResNet-101 somewhere"):
+        backbone(backbone="resnet101-caffe", weights="")
     with pytest.raises(WeightsError, match=r"model\.weights = /nowhere: no such file; put .*resnet50"):
         backbone(backbone="resnet50", weights="/nowhere")
     path = tmp_path / "w.safetensors"

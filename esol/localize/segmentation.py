@@ -12,6 +12,8 @@ from torch import Tensor
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import to_grid
 
+STRIP = 4_000_000  # floats that enlarged_labels holds at once
+
 
 @torch.no_grad()
 def probabilities(
@@ -41,3 +43,24 @@ def probabilities(
                 total = found if total is None else total.add_(found)
     assert total is not None
     return total.softmax(1) if combine == "max" else total.div_(len(scales) * (2 if flip else 1))
+
+
+def enlarged_labels(found: Tensor, size: tuple[int, int]) -> Tensor:
+    """The strongest label, uint8 (H, W), of probabilities (L, h, w) enlarged bilinearly, by bands of rows.
+
+    Pixel centres correspond (align_corners=False). Holds STRIP floats at most instead of L x H x W.
+    """
+    (height, width), rows = size, max(1, STRIP // (len(found) * size[1]))
+    if (height, width) == tuple(found.shape[1:]):
+        return found.argmax(0).to(torch.uint8)
+    labels = torch.empty(size, dtype=torch.uint8, device=found.device)
+    for top in range(0, height, rows):
+        place = torch.arange(top, min(top + rows, height), device=found.device, dtype=torch.float32)
+        place = ((place + 0.5) * (found.shape[1] / height) - 0.5).clamp(0, found.shape[1] - 1)
+        above = place.long()
+        band = torch.lerp(
+            found[:, above], found[:, (above + 1).clamp_max(found.shape[1] - 1)], (place - above)[:, None]
+        )
+        wide = F.interpolate(band[None], (len(place), width), mode="bilinear", align_corners=False)[0]
+        labels[top : top + rows] = wide.argmax(0).to(torch.uint8)
+    return labels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
@@ -19,7 +21,8 @@ from esol.errors import ConfigError, WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PLAIN = ("resnet50", "resnet101", "small")
+CAFFE_MEAN = (122.675 / 255, 116.669 / 255, 104.008 / 255)  # RGB; DeepLab-v2's networks have no deviation
+PLAIN = ("resnet50", "resnet101", "resnet101-caffe", "small")
 
 
 class Chain(nn.Sequential):
@@ -98,7 +101,7 @@ class Backbone(nn.Module):
                 "(B, channels, h, w): choose a convolutional one"
             )
         self.channels = features.shape[1]
-        self.stride = round(side / features.shape[2])
+        self.stride = _stride(side, features)
         self.train()
 
     def train(self, mode: bool = True) -> Backbone:
@@ -110,7 +113,10 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 or float (B, 3, H, W), RGB 0..255 -> features (B, channels, ceil(H/stride), ceil(W/stride))."""
+        """uint8 or float (B, 3, H, W), RGB 0..255 -> features (B, channels, ceil(H/stride), ceil(W/stride)).
+
+        resnet101-caffe, whose pooling rounds up, has one more where a side is a multiple of the stride.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.body(self._normalised(image))
 
@@ -124,7 +130,7 @@ class Backbone(nn.Module):
         side = 64
         with torch.no_grad():
             features = self.pyramid(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.mean.device))
-        return tuple((level.shape[1], round(side / level.shape[2])) for level in features)
+        return tuple((level.shape[1], _stride(side, level)) for level in features)
 
     def _normalised(self, image: Tensor) -> Tensor:
         x = (image.to(self.mean.dtype) - self.mean) / self.std
@@ -132,8 +138,13 @@ class Backbone(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 
+def _stride(side: int, features: Tensor) -> int:
+    """The power of two: where pooling rounds up there may be one feature more than side / stride."""
+    return 2 ** math.ceil(math.log2(side / features.shape[2]))
+
+
 def build_backbone(config: BackboneConfig, pretrained: bool = True) -> Backbone:
-    """The backbone that the `model` section names: resnet50, resnet101, small or timm:<name>.
+    """The backbone that the `model` section names: resnet50, resnet101, resnet101-caffe, small or timm:<name>.
 
     pretrained False leaves the weights random, for a network whose trained state is loaded right after.
     WeightsError where the weights cannot be had or do not fit; ConfigError for an unknown name.
@@ -146,6 +157,8 @@ def build_backbone(config: BackboneConfig, pretrained: bool = True) -> Backbone:
         )
     if config.backbone in ("resnet50", "resnet101"):
         return _resnet(config, pretrained)
+    if config.backbone == "resnet101-caffe":
+        return _caffe_resnet(config, pretrained)
     if config.backbone.startswith("timm:"):
         return _timm(config, pretrained)
     raise ConfigError(f"model.backbone = {config.backbone!r}: must be one of {', '.join(PLAIN)} or timm:<name>")
@@ -180,6 +193,64 @@ def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
         expected = f"torchvision's {source.url.rsplit('/', 1)[-1]}"
         _load(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
+
+
+def _caffe_resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
+    """DeepLab-v2's ResNet-101, what files "with COCO initialisation" are for.
+
+    Unlike torchvision's it strides in the first 1x1 convolution of a stage, dilates all blocks of a dilated stage,
+    rounds up when pooling, and wants no division by a deviation.
+    """
+    from torchvision import models
+
+    net = models.resnet101()
+    net.maxpool.ceil_mode = True
+    strides = {8: (2, 1, 1), 16: (2, 2, 1), 32: (2, 2, 2)}[config.output_stride]
+    dilation = 1
+    for stage, stride in zip((net.layer2, net.layer3, net.layer4), strides, strict=True):
+        dilation *= 2 // stride
+        stage[0].conv1.stride = stage[0].downsample[0].stride = (stride, stride)
+        for block in stage:
+            block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
+    body = Chain(
+        OrderedDict((k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")),
+        ("maxpool", "layer1", "layer2", "layer3", "layer4"),
+    )
+    if pretrained and config.weights != "none":
+        _load(body, config, "a PyTorch file of DeepLab's ResNet-101", _no_caffe_hub, "fc.", "aspp.", rename=_from_caffe)
+    stem = ("conv1", "bn1", "layer1", "layer2")
+    return Backbone(body, config.freeze, lambda name: name.split(".")[0] in stem, CAFFE_MEAN, (1 / 255,) * 3)
+
+
+def _no_caffe_hub() -> dict[str, Tensor]:
+    raise FileNotFoundError("no hub has them")
+
+
+_CAFFE_PARTS = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": ("conv3", "bn3")}
+_CAFFE_PARTS |= dict.fromkeys(("shortcut", "proj"), ("downsample.0", "downsample.1"))
+_CAFFE_KEY = re.compile(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)")
+
+
+def _from_caffe(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeepLab-v2's two public PyTorch files to torchvision's names, the first convolution from BGR to RGB.
+
+    deeplab-pytorch (Nakashima): layer1.conv1.conv.weight, layer2.block1.reduce.bn.weight, aspp.c0.weight, below "base."
+    or "scale."; pytorch-deeplab-resnet (Nanda): torchvision's names below "Scale.", layer5 is the ASPP.
+    """
+    found = {}
+    for key, value in state.items():
+        key = re.sub(r"^(module\.)?(base\.|scale\.|Scale\.)?", "", key)
+        if match := _CAFFE_KEY.fullmatch(key):
+            part = _CAFFE_PARTS.get(match[3], (match[3], match[3]))[match[4] == "bn"]
+            key = f"layer{int(match[1]) - 1}.{int(match[2]) - 1}.{part}.{match[5]}"
+        elif match := re.fullmatch(r"layer1\.conv1\.(conv|bn)\.(\w+)", key):
+            key = f"{'conv1' if match[1] == 'conv' else 'bn1'}.{match[2]}"
+        elif key.startswith("layer5."):
+            key = f"aspp.{key}"
+        found[key] = value
+    if "conv1.weight" in found:
+        found["conv1.weight"] = found["conv1.weight"].flip(1)
+    return found
 
 
 def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
@@ -222,9 +293,14 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
 
 
 def _load(
-    net: nn.Module, config: BackboneConfig, expected: str, download: Callable[[], dict[str, Tensor]], *heads: str
+    net: nn.Module,
+    config: BackboneConfig,
+    expected: str,
+    download: Callable[[], dict[str, Tensor]],
+    *heads: str,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> None:
-    """Loads the local file, or downloads; the classification head (keys that start with `heads`) is left out."""
+    """Loads the local file, or downloads; what follows the features (keys that start with `heads`) is left out."""
     if config.weights:
         where = config.weights
         found = _read(Path(config.weights), expected)
@@ -237,6 +313,8 @@ def _load(
                 f"cannot download the weights of model.backbone = {config.backbone} ({type(error).__name__}: {error}). "
                 f"Put {expected} somewhere and give model.weights=/path/to/it (.safetensors or .pth), or none"
             ) from error
+    if rename is not None:
+        found = rename(found)
     wanted = net.state_dict()
     found = {key: value for key, value in found.items() if not key.startswith(heads)}
     found.update({key: wanted[key] for key in wanted.keys() - found.keys() if key.endswith("num_batches_tracked")})
