@@ -60,7 +60,7 @@ def _one(context: Context, image: Tensor, net: DeepLab) -> tuple[Label, Label]:
 def _results(context: Context, tally: Tally) -> Results:
     config = context.config
     about = stands_on(config.data.eval_split, config.segment.model)
-    about["masks"] = config.mask_stage or "truth"
+    about |= {"masks": config.mask_stage or "truth", "photos": len(context.index.split(config.data.eval_split))}
     if not tally["plain"].any():
         return about
     last = score(tally["crf"])

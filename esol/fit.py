@@ -99,7 +99,7 @@ def segment(context: Context, folder: Path) -> Results:
     crop = Crop(config.segment.crop, scale=config.segment.scale)
     task, split = Segment(net, config.segment), config.data.mask_split
     results = _fit(context, "segment", task, folder, net.backbone, split, crop, target, info)
-    return {**results, "masks": source, "initial_weights": started}
+    return {**results, "photos": len(context.index.split(split)), "masks": source, "initial_weights": started}
 
 
 def _photo_side(context: Context) -> int:

@@ -135,7 +135,7 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
 
 
 def _find(photos: Path) -> tuple[Path, list[str], dict[str, str]]:
-    """The folder, paths of photos below it, and files of other image formats with what to do about them."""
+    """The folder, paths of photos below it, and those that are not read, with the reason."""
     if photos.is_file():
         return photos.parent, [photos.name], {}
     if not photos.is_dir():
@@ -146,9 +146,11 @@ def _find(photos: Path) -> tuple[Path, list[str], dict[str, str]]:
         for name in files:
             path = Path(folder, name)
             suffix, relative = path.suffix.lower(), str(path.relative_to(photos))
-            if name.startswith(".") or (path.is_symlink() and not path.resolve().is_relative_to(photos.resolve())):
+            if name.startswith("."):
                 continue
-            if suffix in READ:
+            if suffix in READ and path.is_symlink() and not path.resolve().is_relative_to(photos.resolve()):
+                other[relative] = "a link that leads out of the folder"
+            elif suffix in READ:
                 found.append(relative)
             elif suffix in OTHER:
                 other[relative] = f"{suffix} is not read: convert it to JPEG, PNG or WebP"

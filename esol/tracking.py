@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -164,6 +165,33 @@ def replay(run_dir: Path, uri: str = "") -> None:
     except Exception as error:
         raise EsolError(f"MLflow at {follower.uri} failed, try again: {_first_line(error)}") from error
     print(f"sent {sent} records of {run_dir} to {follower.uri}")
+
+
+def save_mlflow_model(folder: Path, weights: Path) -> None:
+    """Writes a python_function model that `mlflow models serve` serves without this project being installed.
+
+    weights: a file that segmenter.load_model reads. The code goes along, requirements are what is installed here.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    root = Path(__file__).resolve().parents[1]
+    needed = ("mlflow", "numpy", "pandas", "pillow", "pyyaml", "rich", "safetensors", "timm", "torch", "torchvision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has no example of an input
+        mlflow.pyfunc.save_model(
+            folder,
+            loader_module="esol.serving",
+            data_path=str(weights),
+            code_paths=[str(root / "esol"), str(root / "shards")],
+            signature=ModelSignature(
+                inputs=Schema([ColSpec("binary", "image")]),
+                outputs=Schema([ColSpec("string", "mask"), ColSpec("string", "shares")]),
+            ),
+            pip_requirements=[f"{name}=={version(name)}" for name in needed],
+        )
 
 
 def _start_follower(run_dir: Path, uri: str, experiment: str) -> subprocess.Popen[bytes] | None:

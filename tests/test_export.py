@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,3 +247,40 @@ def test_where_nothing_can_be_written_is_said(mixed: Path, tmp_path: Path, capsy
     assert run(mixed, tmp_path / "file" / "below") == 2
     assert cli.main(["export", str(mixed), "--out", "s3://bucket/x"]) == 2
     assert capsys.readouterr().err.count("error: ") == 3
+
+
+def masks_of(root: Path, classes: tuple[str, ...], *masks: np.ndarray) -> Path:
+    samples = [{"__key__": f"2008_{i:06d}", "mask.png": encode_mask(mask)} for i, mask in enumerate(masks)]
+    write_index(root, classes, {"test": range(len(masks))}, [write_mirror_shard(root, "shard-000000.tar", samples)])
+    return root
+
+
+def test_what_vocs_server_takes(tmp_path: Path) -> None:
+    mask = levels(1) % 255
+    root = masks_of(tmp_path / "set", ("dog", "aeroplane"), mask, mask.T)
+    out = tmp_path / "out"
+    assert run(root, out, "--voc-results", "comp6") == 0
+    place = "results/VOC2012/Segmentation/comp6_test_cls"
+    assert set(files(out)) == {"results.tgz", f"{place}/2008_000000.png", f"{place}/2008_000001.png"}
+    with Image.open(out / place / "2008_000000.png") as png:
+        assert (png.mode, png.getpalette()) == ("P", voc_palette().flatten().tolist())
+        assert np.array_equal(np.asarray(png), np.array([0, 12, 1], np.uint8)[mask])  # VOC's dog and aeroplane
+    with tarfile.open(out / "results.tgz") as tar:
+        assert {m.name for m in tar if m.isfile()} == {name for name in files(out) if name != "results.tgz"}
+        assert tar.extractfile(f"{place}/2008_000001.png").read() == files(out)[f"{place}/2008_000001.png"]  # type: ignore[union-attr]
+    assert run(root, out, "--voc-results", "comp6") == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "value", "message"),
+    [
+        (("dog", "cactus"), 0, "cactus is no class of VOC"),
+        (("dog",), 255, "shard-000000.tar, sample 2008_000000: mask.png holds void (255)"),
+    ],
+)
+def test_what_vocs_server_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], classes: tuple[str, ...], value: int, message: str
+) -> None:
+    root = masks_of(tmp_path / "set", classes, np.full((4, 4), value, np.uint8))
+    assert run(root, tmp_path / "out", "--voc-results", "comp5") == 2
+    assert message in capsys.readouterr().err

@@ -101,6 +101,18 @@ def test_voc_command_with_lists_elsewhere_and_several_splits(voc: Path, tmp_path
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_voc_test_images_have_no_annotations(voc: Path) -> None:
+    save_photo(voc / "JPEGImages/2008_000001.jpg")
+    (voc / "ImageSets/Segmentation/test.txt").write_text("2008_000001\n2007_000002\n")
+    with pytest.raises(DataError, match=r"Annotations/2008_000001\.xml is missing"):
+        voc_source(str(voc), splits=("train", "test"))
+    source = voc_source(str(voc), splits=("val", "test"), classes=("cat", "dog"), no_labels=("test",))
+    assert source.splits == {"val": ["2007_000002"], "test": ["2008_000001", "2007_000002"]}
+    assert [labels_of(source.read(key)) for key in source.splits["test"]] == [[], ["dog"]]  # val has labels
+    with pytest.raises(DataError, match=r"--no-labels tset: the splits are train, test"):
+        voc_source(str(voc), splits=("train", "test"), no_labels=("tset",))
+
+
 def test_voc_mask_of_another_size_names_mask_and_photo(voc: Path) -> None:
     save_mask(voc / "SegmentationClass/2007_000001.png", np.zeros((10, 21)))
     with pytest.raises(DataError, match=r"SegmentationClass/2007_000001\.png is 21x10 .*2007_000001\.jpg is 20x10"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
@@ -30,8 +31,11 @@ def decode(data: bytes, name: str) -> Tensor:
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return _decode_other(data)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: the image cannot be decoded (it is neither JPEG, PNG nor WebP)") from error
     except Exception as error:  # a damaged file leads the decoders to raise whatever they please
         what = (str(error) or type(error).__name__).splitlines()[0]
+        what = re.sub(r"^.*\.cpp:\d+\W+", "", what)  # where in torchvision's sources
         raise DataError(f"{name}: the image cannot be decoded ({what})") from error
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from tiny import ACCELERATE, MAIN_LINE, PLAIN, ROOT, STAGES, TRAINING, TWO_RANKS, launch
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -23,52 +23,6 @@ from esol.metrics import confusion_matrix, score
 from shards.samples import encode_mask
 from shards.synthetic import synthetic_source
 from shards.writer import create
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-TINY = """
-model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
-data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
-classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
-expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
-shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
-localize: {scales: [1.0], batch: 4, write: cam}
-psa: {duration: 4 steps, crop: 48}
-irn: {duration: 4 steps, global_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
-segment: {model: {backbone: small, weights: none}, duration: 4 steps, global_batch: 8, crop: 65, inputs: [1.0, 0.5]}
-evaluate: {scales: [1.0, 1.5]}
-engine: {threads: 1}
-checkpoint: {every: 3}
-tracking: {every: 2, pictures: 3}
-"""
-MAIN_LINE = ["classify", "expand", "shrink", "localize", "seed_masks"]
-STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
-STAGES += ["segment", "evaluate"]
-TRAINING = ["classify", "expand", "shrink", "psa", "irn", "segment"]
-PLAIN = [sys.executable]
-TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]
-
-
-def launch(launcher: list[str], config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, str(ROOT / "esol/train.py"), "--config", str(config), *arguments]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP"))}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=config.parent)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, shard_set: Path) -> Path:
-    path = tmp_path_factory.mktemp("main_line") / "tiny.yaml"
-    path.write_text(f"run_dir: runs/one\n{TINY}".replace("data: {", f"data: {{root: {shard_set}, "))
-    return path
-
-
-@pytest.fixture(scope="module")
-def one(config: Path) -> Path:
-    """The run directory of one process."""
-    done = launch(PLAIN, config)
-    assert done.returncode == 0, done.stderr
-    return config.parent / "runs/one"
 
 
 def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:

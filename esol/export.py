@@ -1,0 +1,141 @@
+"""`esol export`: a run's DeepLab for other programs: safetensors, torch.export, ONNX, an MLflow model, a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esol.errors import EsolError
+from esol.files import atomic_write
+from esol.model_card import model_card
+from esol.models.deeplab import DeepLab
+from esol.segmenter import FORMAT, WEIGHTS, load_model, write_model
+from esol.tracking import save_mlflow_model
+
+TOLERANCE = 1e-3  # largest difference of a probability between ONNX Runtime and PyTorch
+_EXAMPLE, _OTHERS = (2, 60, 91), ((1, 96, 129), (3, 33, 50))  # photos, height, width
+
+
+class Graph(nn.Module):
+    """What leaves PyTorch: the network at one scale, for photos of any size.
+
+    The photo's last row and column are repeated up to the next size of the network's grid, and cut off again; `predict`
+    resizes by these few pixels instead, and adds scales, the mirror image and the CRF.
+    """
+
+    def __init__(self, net: DeepLab) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) RGB -> probabilities (B, L, H, W), background first."""
+        # Indices instead of slices and padding: what torch.export then notes holds for every size.
+        sides, stride = image.shape[2:], self.net.backbone.stride
+        rows, columns = (
+            torch.arange((n + stride - 2) // stride * stride + 1, device=image.device).clamp(max=n - 1) for n in sides
+        )
+        padded = image[:, :, rows][:, :, :, columns]
+        size = (padded.shape[2], padded.shape[3])
+        logits = F.interpolate(self.net(padded).float(), size, mode="bilinear", align_corners=True)
+        top, left = (torch.arange(n, device=image.device) for n in sides)
+        return logits[:, :, top][:, :, :, left].softmax(1)
+
+
+def export(run_dir: Path, out: Path) -> None:
+    """Writes the model of a run's finished segment stage into a new or empty folder, whole or not at all.
+
+    EsolError where there is no such model or folder, or where an exported graph does not agree with PyTorch.
+    """
+    if not (run_dir / "resolved.yaml").exists():
+        raise EsolError(f"{run_dir} is no run directory: give the run_dir of a run with a finished segment stage")
+    net, info = load_model(run_dir)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise EsolError(f"--out {out}: choose a new or an empty folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise EsolError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
+    try:
+        write_model(folder / WEIGHTS, net.state_dict(), info)
+        atomic_write(folder / "config.json", json.dumps({"format": FORMAT, **asdict(info)}, indent=1) + "\n")
+        checks = _export_graphs(net, folder)
+        print("MLflow model ...", flush=True)
+        save_mlflow_model(folder / "mlflow", folder / WEIGHTS)
+        if (picture := run_dir / "pictures" / "evaluate.png").exists():
+            shutil.copyfile(picture, folder / picture.name)
+        atomic_write(folder / "README.md", model_card(run_dir, info, checks, (folder / "evaluate.png").exists()))
+        folder.chmod(0o755)  # mkdtemp keeps others out
+        os.replace(folder, out)
+    except OSError as error:
+        raise EsolError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _export_graphs(net: DeepLab, folder: Path) -> dict[str, str]:
+    """Writes model.pt2 and, where ONNX is installed, model.onnx; file -> how it compares with PyTorch, in words."""
+    graph = Graph(net).eval()
+    generator = torch.Generator().manual_seed(0)
+    photos = [
+        torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+        for count, height, width in (_EXAMPLE, *_OTHERS)
+    ]
+    print("torch.export (a minute for networks that pad by the photo's size) ...", flush=True)
+    free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    with torch.no_grad():
+        program = torch.export.export(graph, (photos[0],), dynamic_shapes={"image": free})
+        torch.export.save(program, folder / "model.pt2")
+        loaded = torch.export.load(folder / "model.pt2").module()
+        checks = {"model.pt2": _compare("model.pt2", graph, loaded, photos)}
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        print(f'model.onnx is left out, {", ".join(missing)} is missing: pip install -e ".[onnx]"')
+        return checks
+    print("ONNX ...", flush=True)
+    checks["model.onnx"] = _export_onnx(program, graph, photos, folder / "model.onnx")
+    return checks
+
+
+def _export_onnx(program: torch.export.ExportedProgram, graph: Graph, photos: list[Tensor], path: Path) -> str:
+    import onnxruntime
+
+    torch.onnx.export(
+        program,
+        dynamo=True,
+        f=path,
+        input_names=["image"],
+        output_names=["probabilities"],
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(session.run(None, {"image": image.numpy()})[0]))
+
+    return _compare("model.onnx", graph, run, photos)
+
+
+@torch.no_grad()
+def _compare(name: str, graph: Graph, other: Callable[[Tensor], Tensor], photos: list[Tensor]) -> str:
+    """Largest difference of a probability, in words; EsolError where it is more than TOLERANCE."""
+    worst = max(float((graph(photo) - other(photo)).abs().max()) for photo in photos)
+    if not worst <= TOLERANCE:
+        raise EsolError(
+            f"{name} differs from PyTorch by {worst:.2g}, allowed is {TOLERANCE}: please report this network"
+        )
+    sizes = ", ".join("x".join(map(str, photo.shape)) for photo in photos)
+    return f"probabilities within {worst:.1g} of PyTorch's on random photos of {sizes}"

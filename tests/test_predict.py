@@ -1,0 +1,245 @@
+"""`esol predict` on photos as people have them: sizes, formats, damage; the model file and its errors."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from esol import cli
+from esol.config import BackboneConfig, CrfConfig, EvaluateConfig
+from esol.errors import CheckpointError, EsolError
+from esol.localize.segmentation import enlarged_labels
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.palette import voc_palette
+from esol.predict import Predictor, predict
+from esol.segmenter import ModelInfo, load_model, read_info, write_model
+
+GRAY, RED, BLUE = (128, 128, 128), (220, 20, 20), (20, 20, 220)
+INFO = ModelInfo(
+    classes=("red", "blue"),
+    backbone="small",
+    rates=(1, 2),
+    evaluate=EvaluateConfig(scales=(1.0, 1.5), crf=CrfConfig(iterations=2)),
+    photo_side=96,
+    masks="truth",
+    initial_weights="random",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has learned to tell red and blue from gray."""
+    torch.manual_seed(0)
+    net = DeepLab(build_backbone(BackboneConfig("small", "none", output_stride=8, freeze="none")), 3, INFO.rates)
+    colours = torch.tensor([GRAY, RED, BLUE], dtype=torch.uint8)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(40):
+        cells = torch.randint(0, 3, (8, 3, 3))
+        cells[:2] = 0  # background alone
+        labels = cells.repeat_interleave(3, 1).repeat_interleave(3, 2)
+        image = colours[labels].permute(0, 3, 1, 2).float()
+        optimizer.zero_grad()
+        logits = net(F.interpolate(image, (65, 65), mode="nearest"))
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    write_model(path, net.state_dict(), INFO)
+    return path
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Gray; red on the left third, blue at the lower right."""
+    pixels = np.full((height, width, 3), GRAY, np.uint8)
+    pixels[:, : width // 3] = RED
+    pixels[height // 2 :, width // 2 :] = BLUE
+    return Image.fromarray(pixels)
+
+
+def truth(width: int, height: int) -> np.ndarray:
+    labels = np.zeros((height, width), np.uint8)
+    labels[:, : width // 3] = 1
+    labels[height // 2 :, width // 2 :] = 2
+    return labels
+
+
+def mask_of(path: Path) -> np.ndarray:
+    with Image.open(path) as png:
+        assert (png.mode, png.getpalette()) == ("P", voc_palette().flatten().tolist())
+        return np.asarray(png)
+
+
+def test_photos_of_any_size_and_format(model: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "deep/er").mkdir(parents=True)
+    scene(96, 80).save(photos / "a.jpg", quality=95)
+    scene(96, 80).convert("CMYK").save(photos / "cmyk.JPG", quality=95)
+    scene(200, 100).save(photos / "deep/er/wide.webp", lossless=True)
+    scene(640, 960).save(photos / "deep/large.png")
+    turned = scene(96, 80).transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    turned.save(photos / "turned.jpg", quality=95, exif=exif)
+    assert cli_run("predict", model, photos, "--out", out) == 0
+    sizes = {
+        "a": (96, 80), "cmyk": (96, 80), "deep/er/wide": (200, 100), "deep/large": (640, 960), "turned": (96, 80)
+    }  # fmt: skip
+    for name, size in sizes.items():
+        found = mask_of(out / f"masks/{name}.png")
+        assert found.shape == size[::-1]
+        assert (found == truth(*size)).mean() > 0.85, name
+        with Image.open(out / f"overlays/{name}.jpg") as overlay:
+            assert max(overlay.size) == min(max(size), 1024)
+    report = json.loads((out / "predictions.json").read_text())
+    assert report["classes"] == ["red", "blue"]
+    assert report["skipped"] == {}
+    large = report["images"]["deep/large.png"]
+    assert (large["width"], large["height"]) == (640, 960)
+    assert sum(large["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert large["shares"]["red"] == pytest.approx((mask_of(out / "masks/deep/large.png") == 1).mean(), abs=1e-6)
+
+
+def cli_run(*words: Any) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["esol", *map(str, words)])
+        return cli.main()
+
+
+def test_photos_without_content_are_background_or_what_they_show(model: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("L", (60, 60), 128).save(photos / "gray.png")
+    Image.new("RGB", (1, 1), GRAY).save(photos / "dot.png")
+    Image.new("I;16", (20, 10), 128 * 256).save(photos / "deep.png")
+    assert predict(model, photos, tmp_path / "out") == 0
+    for name, size in (("gray", (60, 60)), ("dot", (1, 1)), ("deep", (20, 10))):
+        assert mask_of(tmp_path / f"out/masks/{name}.png").shape == size[::-1]
+    report = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert report["images"]["gray.png"]["shares"] == {"background": 1.0}
+
+
+def test_what_cannot_be_read_is_skipped_and_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    scene(96, 80).save(photos / "good.jpg")
+    (photos / "cut.jpg").write_bytes((photos / "good.jpg").read_bytes()[:500])
+    (photos / "empty.png").touch()
+    (photos / "text.webp").write_text("no photo")
+    scene(20, 20).save(photos / "scan.tif")
+    (photos / "notes.txt").write_text("of no concern")
+    (tmp_path / "secret.jpg").write_bytes((photos / "good.jpg").read_bytes())
+    (photos / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    assert cli_run("predict", model, photos, "--out", out) == 1
+    said = capsys.readouterr()
+    assert "1 photos predicted" in said.out
+    assert "5 skipped" in said.out
+    assert "skipped text.webp: the image cannot be decoded (it is neither JPEG, PNG nor WebP)" in said.err
+    assert "skipped empty.png: the image is empty" in said.err
+    assert "skipped scan.tif: .tif is not read: convert it to JPEG, PNG or WebP" in said.err
+    report = json.loads((out / "predictions.json").read_text())
+    assert list(report["images"]) == ["good.jpg"]
+    assert set(report["skipped"]) == {"cut.jpg", "empty.png", "text.webp", "scan.tif", "link.jpg"}
+
+
+def test_two_photos_of_one_name_do_not_overwrite_each_other(model: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    scene(40, 30).save(photos / "a.jpg")
+    scene(30, 40).save(photos / "a.png")
+    assert predict(model, photos, tmp_path / "out", fast=True) == 0
+    assert {p.name for p in (tmp_path / "out/masks").iterdir()} == {"a.jpg.png", "a.png.png"}
+
+
+def test_batches_change_nothing(model: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(5):
+        scene(60 + 10 * (i % 2), 50).rotate(30 * i, fillcolor=GRAY).save(photos / f"{i}.png")
+    outs = []
+    for batch in (1, 3):
+        out = tmp_path / f"out{batch}"
+        assert predict(model, photos, out, batch=batch) == 0
+        outs.append([(out / f"masks/{i}.png").read_bytes() for i in range(5)])
+    assert outs[0] == outs[1]
+
+
+def test_large_photos_are_seen_at_the_size_that_was_learned_and_answered_at_their_own(model: Path) -> None:
+    predictor = Predictor(model)
+    large = torch.from_numpy(np.asarray(scene(400, 300)).copy()).permute(2, 0, 1)
+    assert predictor.reduced(large).shape == (3, 72, 96)
+    assert predictor.reduced(large[:, :50, :60]).shape == (3, 50, 60)
+    found = predictor.label_map(large)
+    assert found.shape == (300, 400)
+    assert (found == truth(400, 300)).mean() > 0.9
+
+
+def test_enlarged_labels_are_the_argmax_of_the_enlarged_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esol.localize.segmentation.STRIP", 2000)  # bands of a few rows
+    found = torch.rand(4, 13, 21, generator=torch.Generator().manual_seed(0))
+    for size in ((50, 97), (13, 21), (14, 200), (7, 9)):
+        whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
+        top = whole.topk(2, 0).values
+        sure = (top[0] - top[1]) > 1e-5
+        assert torch.equal(enlarged_labels(found, size)[sure], whole.argmax(0).to(torch.uint8)[sure])
+
+
+def test_the_file_says_how_to_predict(model: Path, tmp_path: Path) -> None:
+    assert read_info(model) == INFO
+    net, info = load_model(model.parent)  # a folder that holds it
+    assert not net.training
+    assert info == INFO
+    other = tmp_path / "other.safetensors"
+    write_model(other, net.state_dict(), replace(INFO, classes=("red", "blue", "green")))
+    with pytest.raises(CheckpointError, match=r"other\.safetensors cannot be used"):
+        load_model(other)
+
+
+def test_errors_name_the_place_and_what_to_give(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    photo = tmp_path / "a.png"
+    scene(20, 20).save(photo)
+    with pytest.raises(CheckpointError, match=r"nowhere is missing: give the run directory"):
+        predict(tmp_path / "nowhere", photo, out)
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match=r"plain\.safetensors is no DeepLab that esol wrote"):
+        read_info(tmp_path / "plain.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(CheckpointError, match=r"cannot be read as safetensors"):
+        read_info(tmp_path / "text.safetensors")
+    with pytest.raises(EsolError, match="no such photo or folder"):
+        predict(model, tmp_path / "nowhere", out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EsolError, match=r"empty holds no photo \(\.jpg"):
+        predict(model, tmp_path / "empty", out)
+    with pytest.raises(EsolError, match=r"--cam: .*model\.safetensors is no run directory"):
+        predict(model, photo, out, cam=True)
+    with pytest.raises(EsolError, match="--batch 0: give 1 or more"):
+        predict(model, photo, out, batch=0)
+    with pytest.raises(EsolError, match=r"--out .*a\.png is a file"):
+        predict(model, photo, photo)
+    assert not out.exists()
+
+
+def test_served_photos_are_answered_like_predicted_ones(model: Path, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="comes with mlflow")
+    from base64 import b64decode
+
+    from esol.serving import _load_pyfunc
+
+    scene(120, 90).save(tmp_path / "a.png")
+    assert predict(model, tmp_path / "a.png", tmp_path / "out") == 0
+    served = _load_pyfunc(str(model)).predict(pandas.DataFrame({"image": [(tmp_path / "a.png").read_bytes()]}))
+    mask = np.asarray(Image.open(io.BytesIO(b64decode(served["mask"][0]))))
+    assert np.array_equal(mask, mask_of(tmp_path / "out/masks/a.png"))
+    report = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert json.loads(served["shares"][0]) == report["images"]["a.png"]["shares"]
