@@ -19,7 +19,8 @@ from typing import Any
 from esol import affinity_labels, displacement, evaluation, fit, localization, masks
 from esol.config import Config
 from esol.context import Context, Results
-from esol.errors import CheckpointError, ConfigError
+from esol.data.index import Index
+from esol.errors import CheckpointError, ConfigError, DataError
 from esol.files import atomic_write, sha256
 from esol.schema import differing, fingerprint, semantic
 
@@ -114,6 +115,17 @@ def chosen(config: Config, only: Sequence[str] | None) -> list[Stage]:
         if missing:
             raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
     return [stage for stage in STAGES.values() if stage.name in names]
+
+
+def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> None:
+    """DataError, before any work, for a split that a chosen stage will want and the shards have not."""
+    for stage in chosen(config, only):
+        for name, split in stage.settings(config)["data"].items():
+            if name.endswith("_split") and split not in index.splits:
+                raise DataError(
+                    f"data.{name} = {split}, which stage {stage.name} needs, but {index.root} has: "
+                    f"{', '.join(index.splits)}. Set data.{name} to one of them, or leave the stage out of stages"
+                )
 
 
 def run_stages(context: Context, only: Sequence[str] | None) -> None:

@@ -65,11 +65,12 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.files import atomic_write
     from esol.loop import EXIT_STOPPED, Stopped, StopSignal
     from esol.report import load_results, summary
-    from esol.stages import chosen, run_stages
+    from esol.stages import check_splits, chosen, run_stages
     from esol.tracking import Tracker
 
     chosen(config, only)
     index = Index.load(config.data.root)
+    check_splits(config, index, only)
     index.check_files()
     engine = make_engine(config.engine, config.seed)
     run_dir = Path(config.run_dir)

@@ -19,7 +19,7 @@ from tiny import BIN
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode
+from esol.data.transforms import decode, decode_mask
 from esol.export import TOLERANCE, Graph
 from esol.localize.segmentation import probabilities
 from esol.segmenter import load_model
@@ -39,9 +39,9 @@ def exported(one: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four photos of the set as files."""
+    """Four photos of val as files."""
     folder, reader = tmp_path_factory.mktemp("photos"), ShardReader(Index.load(shard_set))
-    for ordinal in range(4):
+    for ordinal in reader.index.split("val")[:4]:
         suffix = reader.index.image_ext(ordinal)
         (folder / f"{reader.index.keys[ordinal]}.{suffix}").write_bytes(reader.image(ordinal))
     return folder
@@ -70,12 +70,18 @@ def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(export
         )
 
 
-def test_the_exported_folder_predicts_as_the_run(one: Path, exported: Path, photos: Path, tmp_path: Path) -> None:
+def test_run_and_exported_folder_predict_as_evaluate_did(
+    one: Path, exported: Path, photos: Path, tmp_path: Path
+) -> None:
     for name, model in (("run", one), ("folder", exported), ("file", exported / "model.safetensors")):
         done = esol("predict", model, photos, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         assert "4 photos predicted" in done.stdout
+    evaluated = ShardReader(Index.load(one / "evaluate"))
     for mask in (tmp_path / "run/masks").iterdir():
+        (ordinal,) = np.flatnonzero(evaluated.index.keys == mask.stem)
+        there = decode_mask(evaluated.read(ordinal, "mask.png"), mask.name)
+        assert (np.asarray(Image.open(mask)) == there).mean() > 0.999  # another number of threads
         for name in ("folder", "file"):
             assert (tmp_path / name / "masks" / mask.name).read_bytes() == mask.read_bytes()
 

@@ -125,8 +125,9 @@ def test_the_same_on_true_masks(config: Path, one: Path) -> None:
     assert "| DeepLab, learned from truth | val | " in done.stdout
     same = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "data.eval_split=none")
     assert same.returncode == 2
-    assert "none" in same.stderr
-    assert "train, val" in same.stderr  # what there is
+    assert "error: data.eval_split = none, which stage evaluate needs, but " in same.stderr
+    assert "has: train, val. Set data.eval_split" in same.stderr
+    assert "segment" not in same.stdout  # said before any work
 
 
 def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path, tmp_path: Path) -> None:
