@@ -3,8 +3,9 @@
     python -m benchmarks.deeplab_step --data data/voc-animals --weights resnet101.pth
 
 Batch 2, crop 321, inputs 1, .75 and .5, four losses, all layers learning, the true masks. Without weights the network
-is random, and the frozen statistics of batch norm are first taken from eight of the photos: with those of an untrained
-network (mean 0, variance 1) the features of ResNet-101 grow without bound.
+is random, which the recipe is not made for: frozen batch norm then has no statistics, and at the recipe's learning rate
+the loss runs away. So its statistics are first taken from eight of the photos, the last scale of every residual branch
+is 0.1, and the learning rate is a twentieth of the recipe's. Time and memory are the same.
 On a GPU: bf16, images/s, and the share of the peak that --peak names in TFLOP/s.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import math
 import resource
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,12 +49,14 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = SegmentConfig(global_batch=args.batch)
+    if args.weights == "none":
+        config = replace(config, lr=config.lr / 20)
     model = BackboneConfig("resnet101", args.weights, output_stride=8, freeze="none")
     index = Index.load(args.data)
     task = Segment(DeepLab(build_backbone(model), len(index.classes) + 1, config.rates), config).to(device).train()
     batches = _batches(index, args.split, config, args.steps)
     if args.weights == "none":
-        _take_statistics(task.handover.backbone, torch.cat([b["image"] for b in batches])[:8].to(device))
+        _make_random_start_sound(task.handover.backbone, torch.cat([b["image"] for b in batches])[:8].to(device))
     optimizer = build_optimizer(task, config)
 
     rows: list[list[object]] = []
@@ -72,7 +76,7 @@ def main() -> None:
             loss.backward()
         flops = counter.get_total_flops()
         optimizer.step()
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise SystemExit(f"step {step + 1}: loss {value}")
         rows.append([step + 1, value, time.perf_counter() - began, _peak(device)])
@@ -82,7 +86,7 @@ def main() -> None:
 
     print(f"{machine()}, seed 0, {torch.get_num_threads()} threads, weights {args.weights}")
     precision = "bf16" if device.type == "cuda" else "fp32"
-    print(f"batch {args.batch}, crop {config.crop}, inputs {config.inputs}, {precision}\n")
+    print(f"batch {args.batch}, crop {config.crop}, inputs {config.inputs}, {precision}, learning rate {config.lr:g}\n")
     print(table(("step", "loss", "seconds", "peak memory, GiB"), rows))
     means = f"first five {losses[:5].mean():.3f}, last five {losses[-5:].mean():.3f}"
     print(f"\nlinear fit of the loss: {slope:+.4f} a step; {means}")
@@ -110,7 +114,10 @@ def _batches(index: Index, split: str, config: SegmentConfig, steps: int) -> lis
 
 
 @torch.no_grad()
-def _take_statistics(backbone: nn.Module, images: Tensor) -> None:
+def _make_random_start_sound(backbone: nn.Module, images: Tensor) -> None:
+    for name, module in backbone.named_modules():
+        if name.endswith(".bn3"):
+            nn.init.constant_(module.weight, 0.1)  # type: ignore[arg-type]
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     for module in norms:
         module.train()
