@@ -2,10 +2,12 @@
 
     ESOL_WEIGHTS=weights python -m benchmarks.evaluate_memory --config configs/voc-animals.yaml
 
+Makes two shard sets out of the config's (links, and an index with a split of that many photos), trains DeepLab for one
+step on true masks, then runs evaluate on each as users do and reads the process's memory ten times a second.
+
 A label map of these photos is 75 KiB: what kept them would grow by as much a photo. On a CPU oneDNN keeps up to 1,024
 compiled kernels, some for each new photo size; ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 in front of the command shows what
-is left without them. Makes two shard sets out of the config's (links, and an index with a split of that many photos), trains DeepLab for one
-step on true masks, then runs evaluate on each as users do and reads the process's memory ten times a second.
+is left without them.
 """
 
 from __future__ import annotations
