@@ -220,18 +220,21 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
     if "localize" in stages:
         assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
-    for stage in {"seed_masks", "psa_masks", "irn_masks"} & set(stages):
+    for stage in {"seed_masks", "psa_masks", "irn_masks", "evaluate"} & set(stages):
         assert a[stage]["crf_miou"] == pytest.approx(b[stage]["crf_miou"], abs=0.2)
         assert Index.load(str(one / stage)).keys.tolist() == Index.load(str(other / stage)).keys.tolist()
 
 
-def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path) -> None:
+@pytest.mark.parametrize("stage", ["classify", "segment"])
+def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path, stage: str) -> None:
     """Schedulers signal data workers too; they must not take the main process down before it has saved."""
-    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "classify.duration=120 steps"]
-    assert launch(PLAIN, config, *options, "--set", "run_dir=runs/whole").returncode == 0
-    options += ["--set", "run_dir=runs/broken", "--set", "checkpoint.every=50"]
+    options = ["--stages", stage, "--set", "tracking.uri=none", "--set", f"{stage}.duration=120 steps"]
+    options += ["--set", "segment.masks=truth"]
+    assert launch(PLAIN, config, *options, "--set", f"run_dir=runs/whole-{stage}").returncode == 0
+    broken = config.parent / f"runs/broken-{stage}"
+    options += ["--set", f"run_dir={broken}", "--set", "checkpoint.every=50"]
     command = [*PLAIN, str(ROOT / "esol/train.py"), "--config", str(config), *options]
-    log = config.parent / "runs/broken/metrics.jsonl"
+    log = broken / "metrics.jsonl"
     process = subprocess.Popen(command, cwd=config.parent, start_new_session=True, stdout=subprocess.PIPE, text=True)
     while not log.exists() or '"step": 20' not in log.read_text():
         assert process.poll() is None, "ended before the signal"
@@ -242,9 +245,9 @@ def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config:
     assert "SIGTERM: stopped after step" in output
     assert "go on with --resume" in output
     resumed = launch(PLAIN, config, *options, "--resume")
-    assert "classify: resumed after step" in resumed.stdout
-    weights = [config.parent / "runs" / name / "classify/model.safetensors" for name in ("whole", "broken")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert f"{stage}: resumed after step" in resumed.stdout
+    whole = config.parent / f"runs/whole-{stage}"
+    assert (broken / stage / "model.safetensors").read_bytes() == (whole / stage / "model.safetensors").read_bytes()
 
 
 def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) -> None:
