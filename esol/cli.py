@@ -30,6 +30,12 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from esol import config, doctor
+
+    return doctor.run(config.load(args.config, args.overrides))
+
+
 def _replay(args: argparse.Namespace) -> int:
     from esol.tracking import replay
 
@@ -64,6 +70,14 @@ def main() -> int:
     command.add_argument("run_dir", type=Path)
     command.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "doctor", help="what a config would find on these machines, and what to change; also under a launcher"
+    )
+    command.add_argument("--config", required=True, metavar="FILE")
+    command.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    command.set_defaults(run=_doctor)
 
     command = commands.add_parser(
         "replay", help="log a run's metrics.jsonl into MLflow, when tracking failed at the time"

@@ -306,10 +306,24 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What engine.name = deepspeed adds. Weights are float32 in every precision: nothing here changes results."""
+
+    zero: Literal[0, 1, 2, 3] = key(1, runtime=True)  # partitions: 1 optimizer state, 2 gradients too, 3 weights too
+    offload: bool = key(False, runtime=True)  # optimizer state in the memory of the CPU
+    json: str = key("", path=True, runtime=True)  # a DeepSpeed JSON with more of its keys
+
+    def check(self, where: str) -> None:
+        if self.offload and not self.zero:
+            raise ConfigError(f"{where}.offload needs {where}.zero of 1 or more")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Hardware side: which engine, numbers format, how a global batch is split."""
 
-    name: Literal["accelerate"] = key("accelerate", runtime=True)
+    name: Literal["accelerate", "deepspeed"] = key("accelerate", runtime=True)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32")
     micro_batch: int = key(0, low=0, high=65536, unit="images per forward; 0 = the rank's whole share", runtime=True)
     timeout: float = key(30.0, low=0.1, high=1440, unit="minutes a collective may wait", runtime=True)

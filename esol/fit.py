@@ -22,14 +22,13 @@ from esol.files import atomic_write
 from esol.inference import StageShards, photo, true_mask
 from esol.loop import train
 from esol.models.backbones import Backbone
-from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage
 from esol.networks import (
     affinity_net,
     build_net,
     deeplab,
     initial_weights,
     irn_net,
+    trained_cam,
     trained_expansion,
     trained_net,
 )
@@ -50,22 +49,20 @@ Target = Callable[[int], NDArray[np.uint8]]
 def classify(context: Context, folder: Path) -> Results:
     """The CAM network on image-level labels."""
     net = build_net(context.config, len(context.index.classes), pretrained=True)
-    return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net)
+    return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net.backbone)
 
 
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
-    task = Expand(net, context.config.expand)
-    return _fit_cam(context, "expand", task, folder, net, task.handover)
+    return _fit_cam(context, "expand", Expand(net, context.config.expand), folder, net.backbone)
 
 
 def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
     net = trained_net(context.config, len(context.index.classes))
     expansion = trained_expansion(context.config, net)
-    task = Shrink(net, expansion, context.config.shrink)
-    return _fit_cam(context, "shrink", task, folder, net, expansion, task.handover)
+    return _fit_cam(context, "shrink", Shrink(net, expansion, context.config.shrink), folder, net.backbone)
 
 
 def psa(context: Context, folder: Path) -> Results:
@@ -109,19 +106,13 @@ def _photo_side(context: Context) -> int:
     return int(np.median([max(photo(context, int(o)).shape[1:]) for o in chosen]))
 
 
-def _fit_cam(
-    context: Context,
-    name: str,
-    task: Task,
-    folder: Path,
-    net: CamNet,
-    expansion: Expansion | None = None,
-    shrinkage: Shrinkage | None = None,
-) -> Results:
+def _fit_cam(context: Context, name: str, task: Task, folder: Path, backbone: Backbone) -> Results:
+    """Image-level labels; then pictures, by what was handed over: an engine may have the task's weights in parts."""
     data = context.config.data
-    results = _fit(context, name, task, folder, net.backbone, data.train_split, Crop(data.crop, data.long_side))
+    results = _fit(context, name, task, folder, backbone, data.train_split, Crop(data.crop, data.long_side))
     if context.engine.is_main:
-        localization.draw(context, name, net, expansion, shrinkage)
+        nets = trained_cam(context.config, len(context.index.classes), context.engine.device, until=name)
+        localization.draw(context, name, *nets)
     return results
 
 

@@ -167,9 +167,6 @@ def draw(
     index, config = context.index, context.config
     rows: list[tuple[str, list[Any]]] = []
     headings: list[str] = []
-    for module in (net, expansion, shrinkage):
-        if module is not None:
-            module.eval()
     for ordinal in pictured(context):
         image = photo(context, ordinal)
         maps = _maps(context, config.localize, (net, expansion, shrinkage), [image], [ordinal])[0]

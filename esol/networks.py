@@ -47,13 +47,15 @@ def trained_shrinkage(config: Config, expansion: Expansion) -> Shrinkage:
 
 
 def trained_cam(
-    config: Config, num_classes: int, device: torch.device
+    config: Config, num_classes: int, device: torch.device, until: str = "shrink"
 ) -> tuple[CamNet, Expansion | None, Shrinkage | None]:
-    """All networks that class maps are made with, as far as the run's stages have them, for inference."""
+    """All networks that class maps are made with, as far as the run's stages up to `until` have them, for inference."""
+    stages = ("classify", "expand", "shrink")
+    had = [stage for stage in stages[: stages.index(until) + 1] if stage in config.stages]
     net = trained_net(config, num_classes).to(device).eval()
-    expansion = trained_expansion(config, net).to(device).eval() if "expand" in config.stages else None
+    expansion = trained_expansion(config, net).to(device).eval() if "expand" in had else None
     shrinkage = None
-    if "shrink" in config.stages and expansion is not None:
+    if "shrink" in had and expansion is not None:
         shrinkage = trained_shrinkage(config, expansion).to(device).eval()
     return net, expansion, shrinkage
 

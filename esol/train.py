@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="overrides one key of the config",
     )
+    parser.add_argument("--engine", choices=("accelerate", "deepspeed"), help="the same as --set engine.name=...")
     parser.add_argument("--stages", metavar="A,B", help="only these stages of the config (default: all of them)")
     parser.add_argument(
         "--resume", action="store_true", help="go on inside an interrupted stage from its last checkpoint"
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the stages of args.config and returns the exit code."""
     try:
-        config = configuration.load(args.config, args.overrides)
+        engine = [f"engine.name={args.engine}"] if args.engine else []
+        config = configuration.load(args.config, [*args.overrides, *engine])
         return _run(config, args.stages.split(",") if args.stages else None, args.resume)
     except EsolError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 def make_engine(config: EngineConfig, seed: int) -> Engine:
     """Joins this process to its job; LaunchError where the processes do not form one. Imported only when needed."""
+    if config.name == "deepspeed":
+        from esol.engines.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, seed)
     from esol.engines.accelerate_engine import AccelerateEngine
 
     return AccelerateEngine(config, seed)

@@ -10,19 +10,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from esol import doctor
 from esol.checkpoint import Checkpointer
-from esol.config import EngineConfig, TrainConfig
+from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
 from esol.errors import CheckpointError, DivergenceError, LaunchError
 from esol.loop import EXIT_STOPPED, Stopped, StopSignal, train
 from esol.optim import build_optimizer
+from esol.schema import build
 from esol.tasks.base import Batch, ParameterGroup, Task
 
 CONFIG = TrainConfig(lr=0.05, momentum=0.9, weight_decay=1e-3, global_batch=8, clip_norm=1.0, warmup=2)
@@ -74,6 +77,85 @@ def batches(engine: Engine, start_step: int, global_batch: int = 8, micro: int =
     for step in range(start_step, 1_000_000):
         first = engine.rank * share * micro
         yield [batch(step, first + i * share, share) for i in range(micro)]
+
+
+def drill(
+    name: str, zeros: tuple[int, ...], folder: Path, source: Path | None = None, optimizer: str = "sgd"
+) -> dict[int, tuple[list[tuple[float, float]], dict[str, torch.Tensor]]]:
+    """Five steps from scratch or from a checkpoint, by ZeRO stage: losses and gradient norms, and the weights after.
+
+    Saves into folder/<name><zero>. One engine for all stages: DeepSpeed cannot start twice in a process.
+    """
+    options = build(EngineConfig, {"name": name, "threads": 1, "timeout": 0.5})
+    config = replace(CONFIG, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.01)
+    engine: Any = make_engine(options, seed=7)
+    found = {}
+    for zero in zeros:
+        engine._config = replace(options, deepspeed=DeepSpeedConfig(zero=zero))  # type: ignore[arg-type]
+        torch.manual_seed(7)
+        task = Toy()
+        engine.prepare(task, build_optimizer(task, config), config.clip_norm)
+        if source is not None:
+            engine.load(source)
+        stream, trace = batches(engine, 5 if source else 0, micro=2), []
+        for _ in range(5):
+            result = engine.train_step(next(stream), config.lr)
+            trace.append((engine.reduce(result.losses["loss"], "mean").item(), result.grad_norm))
+        place = folder / f"{name}{zero}"
+        if engine.is_main:
+            place.mkdir(parents=True)
+        engine.barrier("the folder")
+        engine.save(place)
+        found[zero] = trace, engine.model_state_dict()
+    engine.close()
+    return found
+
+
+def deepspeed_overflow_and_divergence() -> dict[str, Any]:
+    """fp16 at a loss that overflows at first; then a loss and a gradient that are not numbers in float32."""
+    options = build(EngineConfig, {"name": "deepspeed", "threads": 1, "timeout": 0.5, "precision": "fp16"})
+    engine: Any = make_engine(options, seed=7)
+    found: dict[str, Any] = {}
+    for zero in (0, 2, 3):
+        engine._config = replace(options, deepspeed=DeepSpeedConfig(zero=zero))  # type: ignore[arg-type]
+        task = Scaled(1e4)
+        engine.prepare(task, build_optimizer(task, CONFIG))
+        skipped, changed = [], []
+        for step in range(20):
+            before = engine.model_state_dict()
+            skipped.append(engine.train_step([batch(step, 2 * engine.rank, 2)], 1e-6).skipped)
+            after = engine.model_state_dict()
+            changed.append(any(not torch.equal(before[name], after[name]) for name in before))
+        found[f"skipped {zero}"], found[f"changed {zero}"] = skipped, changed
+        found[f"scale {zero}"] = engine._scale.value
+    for zero in (0, 2, 3):
+        engine._config = replace(options, precision="fp32", deepspeed=DeepSpeedConfig(zero=zero))  # type: ignore[arg-type]
+        for kind in ("loss", "gradient"):
+            task = Scaled(1.0, root=kind == "gradient")
+            engine.prepare(task, build_optimizer(task, CONFIG))
+            before = engine.model_state_dict()
+            if kind == "loss" and engine.rank == engine.world_size - 1:
+                task.factor = float("inf")
+            try:
+                engine.train_step([batch(1, 2 * engine.rank, 2)], 0.1)
+            except DivergenceError as error:
+                after = engine.model_state_dict()
+                found[f"{kind} {zero}"] = str(error), all(torch.equal(before[name], after[name]) for name in before)
+    engine.close()
+    return found
+
+
+class Scaled(Toy):
+    """The toy with its loss multiplied; root: with a gradient that is not a number."""
+
+    def __init__(self, factor: float, root: bool = False) -> None:
+        super().__init__()
+        self.factor, self.root = factor, root
+
+    def forward(self, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        losses, report = super().forward(batch)
+        loss = losses["loss"] * self.factor
+        return {"loss": loss + (self.head.weight * 0).sum().sqrt() if self.root else loss}, report
 
 
 def start(precision: str = "fp32", noise: float = 0.0, timeout: float = 0.5) -> tuple[Engine, Toy]:
@@ -130,6 +212,13 @@ def sigterm_rank_1_twice(engine: Engine, step: int) -> None:
     if engine.rank == 1 and step == 6:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def examine(root: str, run_dirs: list[str]) -> int:
+    """esol doctor with a run directory of the rank's own."""
+    own = run_dirs[int(os.environ["RANK"])]
+    tree = {"run_dir": own, "data": {"root": root}, "engine": {"threads": 1, "timeout": 0.5}}
+    return doctor.run(build(Config, tree))
 
 
 def collectives() -> dict[str, Any]:

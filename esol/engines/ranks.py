@@ -1,0 +1,213 @@
+"""What the engines share: a process's place in its job, collectives that end, autocast, random state, files."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esol.config import EngineConfig
+from esol.engines.base import Engine, gather_text
+from esol.errors import CheckpointError, DivergenceError, LaunchError
+from esol.files import atomic_write
+from esol.tasks.base import Batch
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks(Engine):
+    """The part of esol.engines.base.Engine that does not depend on how a model is trained.
+
+    A child calls _set_threads, starts its process group, sets rank, world_size and device, and calls _settle.
+    """
+
+    def __init__(self, config: EngineConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._host: Any = None  # the group for values on the CPU
+        self._timeout = timedelta(minutes=config.timeout)
+
+    @staticmethod
+    def _wants_cpu() -> bool:
+        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return asked or not torch.cuda.is_available()
+
+    def _set_threads(self) -> int:
+        """Gives this process its share of the cores; launchers put 1 into OMP_NUM_THREADS."""
+        threads = self._config.threads or max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        return threads
+
+    def _settle(self) -> None:
+        """What is left to do once the process group stands."""
+        self.is_main = self.rank == 0
+        # small agreements go over gloo even between GPUs: its waits are bounded and end in an error, not in an abort
+        if self.world_size > 1 and dist.get_backend() != "gloo":
+            self._host = dist.new_group(backend="gloo", timeout=self._timeout)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; whoever wants speed takes bf16
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        if self.device.type == "cpu":  # costs nothing here; on CUDA it forbids operators without a deterministic form
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        seed_all(self._seed)  # the same on all ranks: they build the same model
+
+    def _no_job(self, error: BaseException) -> LaunchError:
+        given = " ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in _VARIABLES)
+        return LaunchError(
+            f"the processes did not form a job within {self._config.timeout:g} minutes (engine.timeout); "
+            f"this one was given {given}. {first_line(error)}"
+        )
+
+    def _check_world(self) -> None:
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size != asked:
+            raise LaunchError(
+                f"WORLD_SIZE={asked}, but the engine sees {self.world_size} process(es): start with torchrun or "
+                "accelerate launch and a file of launch/, so that RANK, LOCAL_RANK and MASTER_ADDR are set too"
+            )
+
+    def _moved(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        moved = Batch(
+            image=batch["image"].to(self.device, non_blocking=True),
+            labels=batch["labels"].to(self.device, non_blocking=True),
+            key=batch["key"],
+        )
+        if "target" in batch:
+            moved["target"] = batch["target"].to(self.device, non_blocking=True)
+        return moved
+
+    def _diverged(self, microbatches: Sequence[Batch], losses: Tensor) -> None:
+        """Raises on every rank with what each rank saw; called by all ranks or none, before the optimizer's step."""
+        bad = [(float(loss), b["key"]) for loss, b in zip(losses, microbatches, strict=True) if not loss.isfinite()]
+        texts = gather_text(self, "; ".join(f"loss {loss} for samples {', '.join(keys)}" for loss, keys in bad))
+        seen = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+        if not seen:
+            keys = gather_text(self, ", ".join(key for batch in microbatches for key in batch["key"]))
+            seen = f"the gradient of finite losses is not finite, samples {', '.join(keys)}"
+        raise DivergenceError(f"training diverged: {seen}. No weight was changed; lower lr or look at these samples")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """See base.Engine."""
+        if self._config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, _DTYPES[self._config.precision])
+
+    def reduce(self, values: Tensor, op: Literal["mean", "sum", "max"]) -> Tensor:
+        """See base.Engine."""
+        result = values.clone()
+        if self.world_size > 1:
+            with self._contact(f"a {op} over all ranks"):
+                kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+                dist.all_reduce(result, kind, group=self._group(values))
+        return result / self.world_size if op == "mean" else result
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """See base.Engine."""
+        results = [torch.empty_like(values) for _ in range(self.world_size)]
+        if self.world_size == 1:
+            return [values.clone()]
+        with self._contact("values of all ranks"):
+            dist.all_gather(results, values.contiguous(), group=self._group(values))
+        return results
+
+    def any(self, flag: bool) -> bool:
+        """See base.Engine."""
+        return bool(self.reduce(torch.tensor([float(flag)]), "max"))
+
+    def barrier(self, waiting_for: str) -> None:
+        """See base.Engine."""
+        if self.world_size > 1:
+            with self._contact(waiting_for):
+                dist.monitored_barrier(self._host, self._timeout, wait_all_ranks=True)
+
+    def _group(self, values: Tensor) -> Any:
+        return self._host if values.device.type == "cpu" else None
+
+    @contextmanager
+    def _contact(self, waiting_for: str) -> Iterator[None]:
+        """Turns a lost or silent peer into a LaunchError that says what was waited for."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or any(
+                word in str(error) for word in ("gloo", "Gloo", "monitoredBarrier", "Connection closed", "timed out")
+            )
+            if not lost or self.world_size == 1:
+                raise
+            raise LaunchError(
+                f"rank {self.rank} lost its peers while waiting for {waiting_for} (at most {self._config.timeout:g} "
+                f"minutes, engine.timeout): see the output of the other ranks. {first_line(error)}"
+            ) from error
+
+    def _save_random_state(self, folder: Path) -> None:
+        numpy_kind, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
+            "torch": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        write_state(_rank_file(folder, self.rank), state)
+
+    def _load_random_state(self, folder: Path) -> None:
+        file = _rank_file(folder, self.rank)
+        if not file.exists():
+            _LOG.warning(
+                "%s was saved by fewer ranks: rank %d draws fresh random numbers from the seed", folder, self.rank
+            )
+            return
+        state = read_state(file)
+        random.setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.pt"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Through memory, because torch's own writer hides why a disk refused (these models are small)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from error
