@@ -327,6 +327,9 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32")
     micro_batch: int = key(0, low=0, high=65536, unit="images per forward; 0 = the rank's whole share", runtime=True)
     timeout: float = key(30.0, low=0.1, high=1440, unit="minutes a collective may wait", runtime=True)
+    stall: float = key(
+        20.0, low=0, high=1440, unit="minutes at one step or photo that end the job; 0 = never", runtime=True
+    )
     threads: int = key(0, low=0, high=1024, unit="CPU threads per rank; 0 = cores / local ranks", runtime=True)
 
 

@@ -116,6 +116,7 @@ def _one_shard(
     samples: dict[int, Members] = {}
     try:
         for ordinal, members in work(ordinals, tally):
+            context.engine.beat(f"{name} behind sample {context.index.keys[ordinal]} of {spec}")
             samples[ordinal] = members
             advance(len(samples))
     except DataError as error:

@@ -87,9 +87,11 @@ def train(
     skipped_in_a_row = 0
     for step in range(start_step + 1, total_steps + 1):
         began = time.perf_counter()
+        engine.beat(f"the data of step {step}")
         microbatches = next(batches)
         waited = time.perf_counter() - began
         lr = learning_rate(step - 1, total_steps, config)
+        engine.beat(f"step {step}")
         try:
             result = engine.train_step(microbatches, lr, stop=bool(stop))
         except DivergenceError as error:
@@ -110,6 +112,7 @@ def train(
             if engine.is_main:
                 log(step, {**values, "lr": lr, "grad_norm": result.grad_norm})
         if step % checkpointer.every == 0 or step == total_steps or result.stop:
+            engine.beat(f"the checkpoint after step {step}")
             checkpointer.save(step)
         if result.stop and step < total_steps:
             raise Stopped(

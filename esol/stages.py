@@ -153,6 +153,7 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
             (folder / "manifest.json").unlink(missing_ok=True)
         context.engine.barrier(f"the folder of {stage.name}")
         begun = time.monotonic()
+        context.engine.beat(f"the start of {stage.name}")
         with context.tracker.stage(stage.name):
             results = stage.run(context, folder)
             results["seconds"] = round(time.monotonic() - begun, 1)

@@ -4,7 +4,7 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 esol/train.py --config configs/demo.yaml
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving (go on with
+Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving; 70 a rank stood still (go on with
 --resume).
 """
 
@@ -83,7 +83,8 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
-            run_stages(context, only)
+            with engine.watched(run_dir / "stalled"):
+                run_stages(context, only)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return EXIT_STOPPED

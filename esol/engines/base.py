@@ -66,6 +66,15 @@ class Engine(Protocol):
     def barrier(self, waiting_for: str) -> None:
         """Waits for all ranks; bounded, and the error says what it was waiting for."""
 
+    def watched(self, folder: Path) -> AbstractContextManager[None]:
+        """Inside, a rank that stands still for engine.stall minutes ends the job; all ranks enter and leave together.
+
+        folder: where each rank then writes its stacks.
+        """
+
+    def beat(self, doing: str) -> None:
+        """This rank begins something new: a step, a photo. Costs an assignment."""
+
     def save(self, folder: Path) -> None:
         """Every rank writes its part of model, optimizer, scaler and RNG state into an existing folder."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
+from esol.engines.watchdog import Watchdog
 from esol.errors import CheckpointError, DivergenceError, LaunchError
 from esol.files import atomic_write
 from esol.tasks.base import Batch
@@ -39,6 +40,7 @@ class Ranks(Engine):
         self._config, self._seed = config, seed
         self._host: Any = None  # the group for values on the CPU
         self._timeout = timedelta(minutes=config.timeout)
+        self._watchdog: Watchdog | None = None
 
     @staticmethod
     def _wants_cpu() -> bool:
@@ -135,6 +137,27 @@ class Ranks(Engine):
             with self._contact(waiting_for):
                 dist.monitored_barrier(self._host, self._timeout, wait_all_ranks=True)
 
+    @contextmanager
+    def watched(self, folder: Path) -> Iterator[None]:
+        """See base.Engine."""
+        if not self._config.stall:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        self._watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
+        self.barrier("the watchdogs of all ranks")
+        self._watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog, self._watchdog = self._watchdog, None
+            watchdog.stop()
+
+    def beat(self, doing: str) -> None:
+        """See base.Engine."""
+        if self._watchdog is not None:
+            self._watchdog.beat(doing)
+
     def _group(self, values: Tensor) -> Any:
         return self._host if values.device.type == "cpu" else None
 
@@ -142,7 +165,8 @@ class Ranks(Engine):
     def _contact(self, waiting_for: str) -> Iterator[None]:
         """Turns a lost or silent peer into a LaunchError that says what was waited for."""
         try:
-            yield
+            with self._watchdog.waiting(waiting_for) if self._watchdog is not None else nullcontext():
+                yield
         except RuntimeError as error:
             lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or any(
                 word in str(error) for word in ("gloo", "Gloo", "monitoredBarrier", "Connection closed", "timed out")

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,32 @@ def examine(root: str, run_dirs: list[str]) -> int:
     own = run_dirs[int(os.environ["RANK"])]
     tree = {"run_dir": own, "data": {"root": root}, "engine": {"threads": 1, "timeout": 0.5}}
     return doctor.run(build(Config, tree))
+
+
+def stall(folder: Path, how: str) -> None:
+    """Ten steps under a watchdog of three seconds, with something amiss on rank 1 in step 3."""
+    options = build(EngineConfig, {"threads": 1, "timeout": 5, "stall": 0.05})
+    engine = make_engine(options, seed=7)
+    task = Toy()
+    engine.prepare(task, build_optimizer(task, CONFIG), CONFIG.clip_norm)
+    stream = batches(engine, 0)
+    with engine.watched(folder):
+        for step in range(1, 11):
+            engine.beat(f"the data of step {step}")
+            if step == 3 and engine.rank == 1:
+                if how == "data":
+                    time.sleep(60)
+                elif how == "frozen":
+                    time.sleep(1.5)  # until the others have heard where it is
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif how == "other collective":
+                    engine.gather(torch.zeros(1))
+            if how == "slow" and engine.rank == 1:
+                time.sleep(0.8)
+            batch = next(stream)
+            engine.beat(f"step {step}")
+            engine.train_step(batch, 0.1)
+    engine.close()
 
 
 def collectives() -> dict[str, Any]:

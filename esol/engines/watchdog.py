@@ -1,0 +1,153 @@
+"""Ends a job in which a rank stands still: says which and at what, writes the stacks of all ranks, and leaves."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+EXIT_STALLED = 70
+"""Exit code of every rank that the watchdog ended (EX_SOFTWARE of sysexits.h)."""
+
+_BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
+
+
+@dataclass
+class _Seen:
+    """What another rank last said, and when that was new: monotonic seconds of this process."""
+
+    said: dict[str, Any]
+    moved: float  # its work
+    alive: float  # its watchdog
+
+
+class Watchdog:
+    """A thread of each rank that tells the others what its rank does, and watches them.
+
+    A rank has stalled when for `limit` seconds it has begun nothing new and is not waiting for others, or its process
+    does not answer. All ranks waiting for as long is a stall as well. store: the job's, None for a single process;
+    folder: for rank-N.txt with the stacks. Calls of beat cost an assignment.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Any, folder: Path, limit: float) -> None:
+        self._rank, self._folder, self._limit = rank, folder, limit
+        self._period = min(5.0, limit / 6)
+        self._store = None
+        if store is not None:
+            self._store = store.clone()  # a connection of its own, or it would stand behind a waiting one
+            self._store.set_timeout(timedelta(seconds=max(10.0, limit)))
+        self._doing, self._count, self._waiting = "starting", 0, False
+        now = time.monotonic()
+        self._seen = {r: _Seen({}, now, now) for r in range(world_size)}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, doing: str) -> None:
+        """The rank begins something new."""
+        self._doing, self._count = doing, self._count + 1
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside, the rank waits for others."""
+        before, self._doing, self._waiting = self._doing, what, True
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._doing, self._waiting = before, False
+            self._count += 1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This rank is done; the others no longer wait for its word."""
+        self._done.set()
+        self._thread.join(self._period + 1)
+        if self._store is not None:
+            with suppress(Exception):  # where the host of the store has left first, nobody needs to hear it
+                self._store.set(_BEAT.format(self._rank), json.dumps({"left": True}))
+
+    def _watch(self) -> None:
+        tick, lost = 0, 0.0
+        while not self._done.wait(self._period):
+            tick += 1
+            own = {"tick": tick, "count": self._count, "doing": self._doing, "waiting": self._waiting}
+            try:
+                verdict = self._exchange(own)
+                lost = 0.0
+            except Exception as error:  # whatever a store raises whose host is gone
+                lost = lost or time.monotonic()
+                verdict = ""
+                if time.monotonic() - lost > self._limit:
+                    verdict = f"the job's store (on rank 0) has not answered for {self._limit:g} s: {error}"
+            if verdict and not self._done.is_set():
+                self._end(verdict)
+
+    def _exchange(self, own: dict[str, Any]) -> str:
+        """Tells, listens, and returns why the job must end, or nothing."""
+        now = time.monotonic()
+        said = {self._rank: own}
+        if self._store is not None:
+            self._store.set(_BEAT.format(self._rank), json.dumps(own))
+            if self._store.check([_VERDICT]):
+                return self._store.get(_VERDICT).decode()
+            for rank in sorted(self._seen.keys() - {self._rank}):
+                if self._store.check([_BEAT.format(rank)]):
+                    said[rank] = json.loads(self._store.get(_BEAT.format(rank)))
+        for rank, new in said.items():
+            if "left" in new:
+                self._seen.pop(rank, None)
+                continue
+            seen = self._seen[rank]
+            if new["tick"] != seen.said.get("tick"):
+                seen.alive = now
+            if new["count"] != seen.said.get("count"):
+                seen.moved = now
+            seen.said = new
+        verdict = self._judge(now)
+        if verdict and self._store is not None:
+            verdict = self._store.compare_set(_VERDICT, "", verdict).decode()  # the first one counts for all
+        return verdict
+
+    def _judge(self, now: float) -> str:
+        old = [rank for rank, seen in self._seen.items() if now - seen.moved > self._limit]
+        silent = [rank for rank, seen in self._seen.items() if now - seen.alive > self._limit]
+        stuck = [rank for rank in old if not self._seen[rank].said.get("waiting")]
+        if stuck or silent:
+            rank = (stuck or silent)[0]
+            dead = now - self._seen[rank].alive > 3 * self._period
+            how = ", and its process does not answer," if dead else ""
+            others = "".join(f"; rank {r} at: {self._last(r)}" for r in self._seen if r != rank)
+            return f"rank {rank} has stood for {self._limit:g} s{how} at: {self._last(rank)}{others}"
+        if len(old) == len(self._seen):
+            waits = "; ".join(f"rank {rank} for {self._last(rank)}" for rank in old)
+            return f"all ranks have waited for {self._limit:g} s: {waits}"
+        return ""
+
+    def _last(self, rank: int) -> str:
+        return str(self._seen[rank].said.get("doing", "its start"))
+
+    def _end(self, verdict: str) -> None:
+        path = self._folder / f"rank-{self._rank}.txt"
+        print(f"error: stalled: {verdict}. Stacks of rank {self._rank}: {path}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        threading.Thread(target=self._write_stacks, args=(path, verdict), daemon=True).start()  # the disk may hang too
+        time.sleep(2 * self._period + 0.5)  # the others must still find the verdict in the store
+        os._exit(EXIT_STALLED)
+
+    def _write_stacks(self, path: Path, verdict: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(f"{verdict}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)

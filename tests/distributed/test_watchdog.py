@@ -1,0 +1,47 @@
+"""A rank that stands still is named, every rank's stacks are written, and the job ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import toy
+from ranks import run_ranks
+
+from esol.engines.watchdog import EXIT_STALLED
+
+
+@pytest.mark.parametrize(
+    ("how", "verdict"),
+    [
+        ("data", "rank 1 has stood for 3 s at: the data of step 3; rank 0 at: gradients of the other ranks"),
+        (
+            "other collective",
+            "all ranks have waited for 3 s: rank 0 for gradients of the other ranks; rank 1 for values",
+        ),
+    ],
+)
+def test_the_stalled_rank_is_named_and_all_leave(tmp_path: Path, how: str, verdict: str) -> None:
+    outcomes = run_ranks(2, toy.stall, tmp_path, how, bound=40)
+    assert [outcome.exitcode for outcome in outcomes] == [EXIT_STALLED] * 2, [o.output for o in outcomes]
+    for rank, outcome in enumerate(outcomes):
+        assert f"error: stalled: {verdict}" in outcome.output
+        stacks = (tmp_path / f"rank-{rank}.txt").read_text()
+        assert stacks.startswith(verdict)
+        assert "toy.py" in stacks  # where the main thread stands
+        assert " in stall" in stacks
+
+
+def test_a_process_that_does_not_answer_is_named_by_the_others(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[1\] ran longer") as error:  # stopped, it cannot leave
+        run_ranks(2, toy.stall, tmp_path, "frozen", bound=20)
+    text = str(error.value)
+    assert f"--- rank 0: {EXIT_STALLED}" in text
+    assert "error: stalled: rank 1 has stood for 3 s, and its process does not answer, at: the data of step 3" in text
+
+
+def test_slow_ranks_are_left_alone(tmp_path: Path) -> None:
+    for outcome in run_ranks(2, toy.stall, tmp_path, "slow", bound=40):
+        assert outcome.exitcode == 0, outcome.output
+        assert "stalled" not in outcome.output
+    assert not list(tmp_path.iterdir())
