@@ -4,8 +4,8 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 esol/train.py --config configs/demo.yaml
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving; 70 a rank stood still (go on with
---resume).
+Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 70 a rank
+stood still (go on with --resume after either).
 """
 
 from __future__ import annotations

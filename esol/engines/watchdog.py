@@ -44,7 +44,7 @@ class Watchdog:
         self._store = None
         if store is not None:
             self._store = store.clone()  # a connection of its own, or it would stand behind a waiting one
-            self._store.set_timeout(timedelta(seconds=max(10.0, limit)))
+            self._store.set_timeout(timedelta(seconds=30))
         self._doing, self._count, self._waiting = "starting", 0, False
         now = time.monotonic()
         self._seen = {r: _Seen({}, now, now) for r in range(world_size)}
