@@ -73,12 +73,12 @@ def _data(
 ) -> str:
     lines = [
         f"- shard set {config.data.root}, content hash {manifest['consumed']['data'][:16]}",
-        f"- segment learned from {learned['photos']} photos of the split {config.data.mask_split}",
+        f"- segment learned from {learned.get('photos', 'the')} photos of the split {config.data.mask_split}",
     ]
     if "classify" in config.stages:
         lines.append(f"- classify, expand and shrink learned from the image-level labels of {config.data.train_split}")
     if scores:
-        lines.append(f"- evaluated on {scores['photos']} photos of the split {config.data.eval_split}")
+        lines.append(f"- evaluated on {scores.get('photos', 'the')} photos of the split {config.data.eval_split}")
     return "\n".join(lines)
 
 
