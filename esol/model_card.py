@@ -15,7 +15,7 @@ from esol.segmenter import ModelInfo
 FILES = {
     "model.safetensors": "weights; the header says how to build the network (esol.segmenter.load_model)",
     "config.json": "the header again, for people",
-    "model.pt2": "torch.export: uint8 photos (B, 3, H, W), RGB, sides of at least 2 -> probabilities (B, labels, H, W)",
+    "model.pt2": "torch.export: uint8 photos (B, 3, H, W), RGB, sides of at least 9 -> probabilities (B, labels, H, W)",
     "model.onnx": "the same for ONNX Runtime: `image` -> `probabilities`",
     "mlflow": "MLflow model: a photo's bytes -> its mask (base64 of a PNG) and class shares (JSON)",
 }

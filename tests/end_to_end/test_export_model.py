@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 from tiny import BIN
 
+from esol.config import BackboneConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.export import TOLERANCE, Graph
+from esol.export import TOLERANCE, Graph, _with_fixed_padding
 from esol.localize.segmentation import probabilities
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
 from esol.segmenter import load_model
 
 
@@ -55,7 +58,7 @@ def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(export
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
     first = sorted(photos.iterdir())[0]
     photo = decode(first.read_bytes(), first.name)[None]
-    for image in (photo, photo[..., :49, :57].repeat(3, 1, 1, 1), photo[..., :2, :9], photo.repeat(1, 1, 3, 2)):
+    for image in (photo, photo[..., :49, :57].repeat(3, 1, 1, 1), photo[..., :9, :10], photo.repeat(1, 1, 3, 2)):
         with torch.no_grad():
             found = graph(image)
         assert found.shape == (len(image), net.num_labels, *image.shape[2:])
@@ -68,6 +71,20 @@ def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(export
         torch.testing.assert_close(
             graph(photo[..., :49, :57]), probabilities(photo[..., :49, :57], net, scales=(1.0,), flip=False)
         )
+
+
+def test_networks_that_pad_by_size_are_exported_with_fixed_padding() -> None:
+    """TensorFlow's padding, which torch.export cannot write, is constant at the sizes that the graph pads photos to."""
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig("timm:tf_efficientnet_lite0", "none", output_stride=8, freeze="all"))
+    net = DeepLab(backbone, 3).eval()
+    fixed = _with_fixed_padding(net)
+    assert any(type(module).__name__ == "Conv2dSame" for module in net.modules())
+    assert all(type(module) is torch.nn.Conv2d for module in fixed.modules() if isinstance(module, torch.nn.Conv2d))
+    for size in ((9, 17), (65, 97), (129, 41)):
+        image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+        with torch.no_grad():
+            torch.testing.assert_close(fixed(image), net(image))
 
 
 def test_run_and_exported_folder_predict_as_evaluate_did(
