@@ -191,7 +191,8 @@ def test_verify_survives_any_garbage(own_shard_set: Path) -> None:
 
 def test_webdatasets_own_shards_are_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with ShardWriter("theirs-%02d.tar", maxcount=4, verbose=0) as writer:
+    # opened here: once esol.data.stream has locked webdataset, it opens no local file by itself
+    with ShardWriter("theirs-%02d.tar", maxcount=4, verbose=0, opener=lambda name: open(name, "wb")) as writer:
         for i in range(10):
             writer.write({"__key__": f"sub/k{i}", "JPG": photo(), "json": about(["kiwi", "apple"]), "txt": "hello"})
     (tmp_path / "classes.txt").write_text("apple\nkiwi\n")
@@ -223,7 +224,7 @@ def test_index_names_keys_that_repeat_or_are_not_there(tmp_path: Path, capsys: p
     error = capsys.readouterr().err
     assert "key same appears 2 times" in error
     assert "no shard has key nobody" in error
-    with TarWriter(str(tmp_path / "b.tar"), encoder=False) as tar:
+    with open(tmp_path / "b.tar", "wb") as file, TarWriter(file, encoder=False) as tar:
         for key in ("x", "y", "x"):
             tar.write({"__key__": key, "jpg": photo(), "json": about()})
     assert cli.main(words) == 2
