@@ -48,6 +48,14 @@ def main() -> None:
         rows.append([f"ratio{suffix}, %", spread(ratios), "", "", " ".join(f"{r:.2f}" for r in ratios)])
     print(table(("DeepLab, learned from", *MEASURES, "mIoU of each seed"), rows))
 
+    if masks := [own[first["masks"]] for own in weak.values() if "plain_miou" in own[first["masks"]]]:
+        rows = []
+        for kind, suffix in (("plain", ""), ("crf", " + CRF")):
+            each = [own[f"{kind}_miou"] for own in masks]
+            rows.append([first["masks"] + suffix, spread(each), " ".join(f"{m:.2f}" for m in each)])
+        heading = f"masks that it learned from, on {masks[0]['split']}"
+        print("\n" + table((heading, "miou", "mIoU of each seed"), rows))
+
     labels = [key.removeprefix("iou_") for key in first if key.startswith("iou_")]
     each_class = []
     for name, runs in ((first["masks"], weak), ("true masks", full)):

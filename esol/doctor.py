@@ -9,7 +9,6 @@ import resource
 import shutil
 import socket
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +22,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode
 from esol.engines.base import Engine, gather_text
-from esol.errors import DataError, EsolError
+from esol.errors import DataError
 
 PACKAGES = ("esol", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "webdataset", "mlflow", "timm")
 SIZES = (1 << 10, 1 << 20, 64 << 20)  # bytes of the all-reduces
@@ -273,8 +272,5 @@ def run(config: Config) -> int:
     engine = make_engine(config.engine, config.seed)
     try:
         return examine(config, engine)
-    except EsolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         engine.close()

@@ -21,6 +21,7 @@ from esol.errors import EsolError
 from esol.files import atomic_write
 from esol.model_card import model_card
 from esol.models.deeplab import DeepLab
+from esol.models.regrid import pad_to_grid
 from esol.segmenter import FORMAT, WEIGHTS, load_model, write_model
 from esol.tracking import save_mlflow_model
 
@@ -41,16 +42,11 @@ class Graph(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) RGB -> probabilities (B, L, H, W), background first."""
-        # Indices instead of slices and padding: what torch.export then notes holds for every size.
-        sides, stride = image.shape[2:], self.net.backbone.stride
-        rows, columns = (
-            torch.arange((n + stride - 2) // stride * stride + 1, device=image.device).clamp(max=n - 1) for n in sides
-        )
-        padded = image[:, :, rows][:, :, :, columns]
+        padded = pad_to_grid(image, self.net.backbone.stride)
         size = (padded.shape[2], padded.shape[3])
         logits = F.interpolate(self.net(padded).float(), size, mode="bilinear", align_corners=True)
-        top, left = (torch.arange(n, device=image.device) for n in sides)
-        return logits[:, :, top][:, :, :, left].softmax(1)
+        rows, columns = (torch.arange(n, device=image.device) for n in image.shape[2:])  # as in pad_to_grid: no slices
+        return logits[:, :, rows][:, :, :, columns].softmax(1)
 
 
 def export(run_dir: Path, out: Path) -> None:

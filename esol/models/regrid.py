@@ -16,11 +16,12 @@ def pad_to_grid(image: Tensor, stride: int) -> Tensor:
     At such sizes the features look where this module says, whatever the network's padding. Networks that TensorFlow
     trained (timm's tf_*) pad by the image's size: at multiples of the stride they look half a stride or more beside it.
     """
-    height, width = image.shape[2:]
+    # Indices whatever the size, and no branch: what torch.export notes of it then holds for every size.
     rows, columns = (
-        (torch.arange(n + (1 - n) % stride, device=image.device).clamp(max=n - 1)) for n in (height, width)
+        torch.arange((n + stride - 2) // stride * stride + 1, device=image.device).clamp(max=n - 1)
+        for n in image.shape[2:]
     )
-    return image[:, :, rows][..., columns] if len(rows) > height or len(columns) > width else image
+    return image[:, :, rows][:, :, :, columns]
 
 
 def regrid(features: Tensor, stride: int, target: int, size: tuple[int, int] | None = None) -> Tensor:
