@@ -27,3 +27,7 @@ class DivergenceError(EsolError):
 
 class LaunchError(EsolError):
     """The processes that were started do not form the job that was asked for."""
+
+
+class LostRankError(LaunchError):
+    """Another process of the job ended or does not answer; nothing to mend here, so it has an exit code of its own."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
+import socket
+import time
 from pathlib import Path
+from typing import IO
 
 
 def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:
@@ -41,3 +46,28 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hold(path: Path, patience: float) -> IO[str]:
+    """Locks path until the returned file is closed or the process ends, however it ends; works over NFS.
+
+    TimeoutError, naming the holder, where another process has it for longer than `patience` seconds. File systems
+    without locks are taken as they are.
+    """
+    file = open(path, "a+")  # noqa: SIM115  it stays open
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file
+        if time.monotonic() > deadline:
+            file.seek(0)
+            raise TimeoutError(file.read().strip() or "a process that has not said its name")
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

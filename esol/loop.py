@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys
@@ -22,16 +23,14 @@ from esol.tasks.base import Batch
 
 _LOG = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75
-"""Exit code after a signal and a saved checkpoint: EX_TEMPFAIL of sysexits.h, "try again later", which neither Python
-(1), esol's own errors (2) nor a signal's death (128 + n) gives. A scheduler script requeues on it. torchrun and
-accelerate launch report 1 instead."""
-
 MAX_SKIPPED = 20  # fp16 scaling halves at each skip: from 2**16 this many leave nothing that could still overflow
 
 
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # set by torchrun and accelerate, by deepspeed
+
+
 class Stopped(Exception):  # noqa: N818  it is no error: all is saved
-    """Training was asked to stop and has saved its state; entry points leave with EXIT_STOPPED."""
+    """Training was asked to stop and has saved its state; entry points leave with exits.STOPPED."""
 
 
 class Saver(Protocol):
@@ -44,12 +43,18 @@ class Saver(Protocol):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 while it is entered; signals may come twice (torchrun sends them so)."""
+    """Notes SIGTERM and SIGUSR1 while it is entered; signals may come twice (torchrun sends them so).
+
+    The death of the launcher counts as one: nobody else would ever end its processes.
+    """
 
     def __init__(self) -> None:
         self.name = ""
+        self._launcher = os.getppid() if os.environ.keys() & _LAUNCHED else None
 
     def __bool__(self) -> bool:
+        if self._launcher is not None and os.getppid() != self._launcher and not self.name:
+            self.name = "the launcher is gone"
         return bool(self.name)
 
     def __enter__(self) -> StopSignal:

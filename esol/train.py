@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
 Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 70 a rank
-stood still (go on with --resume after either).
+stood still or was lost (go on with --resume after either).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if __name__ == "__main__":  # launchers put esol/ first on the path, where its m
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from esol import config as configuration
-from esol.errors import EsolError
+from esol import exits
+from esol.errors import EsolError, LaunchError, LostRankError
+
+_PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
         return _run(config, args.stages.split(",") if args.stages else None, args.resume)
     except EsolError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exits.LOST if isinstance(error, LostRankError) else exits.MEND
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         what = f"{error.filename or args.config}: {error.strerror}"
         print(f"error: {what}; when that is mended, go on with --resume", file=sys.stderr, flush=True)
-        return 2
+        return exits.MEND
 
 
 def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> int:
@@ -64,8 +67,9 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.data.index import Index
     from esol.data.reader import ShardReader
     from esol.engines import make_engine
-    from esol.files import atomic_write
-    from esol.loop import EXIT_STOPPED, Stopped, StopSignal
+    from esol.engines.base import gather_text
+    from esol.files import atomic_write, hold
+    from esol.loop import Stopped, StopSignal
     from esol.report import load_results, summary
     from esol.stages import check_splits, chosen, run_stages
     from esol.tracking import Tracker
@@ -76,10 +80,16 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     index.check_files()
     engine = make_engine(config.engine, config.seed)
     run_dir = Path(config.run_dir)
+    busy = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(run_dir / "resolved.yaml", configuration.to_yaml(config))
-    engine.barrier(f"the run directory {run_dir}")
+        try:
+            lock = hold(run_dir / ".lock", _PATIENCE)  # noqa: F841  as long as this function runs
+            atomic_write(run_dir / "resolved.yaml", configuration.to_yaml(config))
+        except TimeoutError as other:
+            busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
+    if busy := "".join(gather_text(engine, busy)):
+        raise LaunchError(busy)
     with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
@@ -87,7 +97,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
                 run_stages(context, only)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
-            return EXIT_STOPPED
+            return exits.STOPPED
     if engine.is_main and (run_dir / "results.json").exists():
         print(f"\n{summary(load_results(run_dir))}\n\nall numbers: esol report {run_dir}", flush=True)
     engine.close()
@@ -101,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exits.note(main()))

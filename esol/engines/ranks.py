@@ -21,7 +21,7 @@ from torch import Tensor
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
 from esol.engines.watchdog import Watchdog
-from esol.errors import CheckpointError, DivergenceError, LaunchError
+from esol.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
 from esol.files import atomic_write
 from esol.tasks.base import Batch
 
@@ -163,7 +163,7 @@ class Ranks(Engine):
 
     @contextmanager
     def _contact(self, waiting_for: str) -> Iterator[None]:
-        """Turns a lost or silent peer into a LaunchError that says what was waited for."""
+        """Turns a lost or silent peer into a LostRankError that says what was waited for."""
         try:
             with self._watchdog.waiting(waiting_for) if self._watchdog is not None else nullcontext():
                 yield
@@ -173,7 +173,7 @@ class Ranks(Engine):
             )
             if not lost or self.world_size == 1:
                 raise
-            raise LaunchError(
+            raise LostRankError(
                 f"rank {self.rank} lost its peers while waiting for {waiting_for} (at most {self._config.timeout:g} "
                 f"minutes, engine.timeout): see the output of the other ranks. {first_line(error)}"
             ) from error

@@ -15,8 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-EXIT_STALLED = 70
-"""Exit code of every rank that the watchdog ended (EX_SOFTWARE of sysexits.h)."""
+from esol import exits
 
 _BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
 
@@ -143,7 +142,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         threading.Thread(target=self._write_stacks, args=(path, verdict), daemon=True).start()  # the disk may hang too
         time.sleep(2 * self._period + 0.5)  # the others must still find the verdict in the store
-        os._exit(EXIT_STALLED)
+        os._exit(exits.note(exits.LOST))
 
     def _write_stacks(self, path: Path, verdict: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

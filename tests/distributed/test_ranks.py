@@ -10,7 +10,7 @@ import torch
 import toy
 from ranks import run_ranks
 
-from esol.loop import EXIT_STOPPED
+from esol import exits
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_sigterm_to_one_rank_saves_on_all_and_resume_is_bit_identical(tmp_path: 
     for outcome in run_ranks(2, toy.run, tmp_path / "unbroken", 12, 12, 0.3):
         assert outcome.exitcode == 0, outcome.output
     for outcome in run_ranks(2, toy.run, tmp_path / "broken", 12, 12, 0.3, 1, toy.sigterm_rank_1_twice):
-        assert outcome.exitcode == EXIT_STOPPED, outcome.output
+        assert outcome.exitcode == exits.STOPPED, outcome.output
         assert "stopped after step 6 of 12" in outcome.output
     for outcome in run_ranks(2, toy.run, tmp_path / "broken", 12, 12, 0.3):
         assert outcome.exitcode == 0, outcome.output

@@ -8,7 +8,7 @@ import pytest
 import toy
 from ranks import run_ranks
 
-from esol.engines.watchdog import EXIT_STALLED
+from esol import exits
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from esol.engines.watchdog import EXIT_STALLED
 )
 def test_the_stalled_rank_is_named_and_all_leave(tmp_path: Path, how: str, verdict: str) -> None:
     outcomes = run_ranks(2, toy.stall, tmp_path, how, bound=40)
-    assert [outcome.exitcode for outcome in outcomes] == [EXIT_STALLED] * 2, [o.output for o in outcomes]
+    assert [outcome.exitcode for outcome in outcomes] == [exits.LOST] * 2, [o.output for o in outcomes]
     for rank, outcome in enumerate(outcomes):
         assert f"error: stalled: {verdict}" in outcome.output
         stacks = (tmp_path / f"rank-{rank}.txt").read_text()
@@ -36,7 +36,7 @@ def test_a_process_that_does_not_answer_is_named_by_the_others(tmp_path: Path) -
     with pytest.raises(AssertionError, match=r"ranks \[1\] ran longer") as error:  # stopped, it cannot leave
         run_ranks(2, toy.stall, tmp_path, "frozen", bound=20)
     text = str(error.value)
-    assert f"--- rank 0: {EXIT_STALLED}" in text
+    assert f"--- rank 0: {exits.LOST}" in text
     assert "error: stalled: rank 1 has stood for 3 s, and its process does not answer, at: the data of step 3" in text
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from esol import doctor
+from esol import doctor, exits
 from esol.checkpoint import Checkpointer
 from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
 from esol.errors import CheckpointError, DivergenceError, LaunchError
-from esol.loop import EXIT_STOPPED, Stopped, StopSignal, train
+from esol.loop import Stopped, StopSignal, train
 from esol.optim import build_optimizer
 from esol.schema import build
 from esol.tasks.base import Batch, ParameterGroup, Task
@@ -175,7 +175,7 @@ def run(
     micro: int = 1,
     event: Callable[[Engine, int], None] = print,
 ) -> None:
-    """Trains from the newest checkpoint in folder to step total; leaves with EXIT_STOPPED after a signal.
+    """Trains from the newest checkpoint in folder to step total; leaves with exits.STOPPED after a signal.
 
     event: called with the step whose batch is drawn.
     """
@@ -205,7 +205,7 @@ def run(
             )
         except Stopped as stopped:
             print(stopped, flush=True)
-            os._exit(EXIT_STOPPED)
+            os._exit(exits.STOPPED)
     engine.close()
 
 

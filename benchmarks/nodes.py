@@ -1,0 +1,95 @@
+"""Two machines on this one (Linux, root): network namespaces with names of their own, joined by a cable to pull."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil  # accelerate brings it
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+class Nodes:
+    """node0 and node1, entered as a context; they see the same files and each other, and nothing else.
+
+    folder: for their hosts file. Processes that start adds run until they end or the context does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._spaces = [f"esol-{os.getpid()}-{k}" for k in (0, 1)]
+        self._hosts = folder / "hosts"
+        self._processes: list[subprocess.Popen[Any]] = []
+
+    def __enter__(self) -> Nodes:
+        lines = [f"{address} node{k}\n" for k, address in enumerate(ADDRESSES)]
+        self._hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
+        first, second = self._spaces
+        for space in self._spaces:
+            _ip("netns", "add", space)
+        _ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        for space, address in zip(self._spaces, ADDRESSES, strict=True):
+            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "cable")
+            _ip("-n", space, "link", "set", "lo", "up")
+            _ip("-n", space, "link", "set", "cable", "up")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            kill_tree(process)
+        for space in self._spaces:
+            _ip("netns", "del", space)
+
+    def start(self, node: int, command: Sequence[str], env: dict[str, str], **options: Any) -> subprocess.Popen[Any]:
+        """Starts a command on a node; its process is the command's own."""
+        enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+        inside = ["unshare", "-m", "-u", "sh", "-c", enter, "sh", f"node{node}", str(self._hosts), *command]
+        env = env | {"GLOO_SOCKET_IFNAME": "cable", "TP_SOCKET_IFNAME": "cable"}
+        # ip mounts a new /sys, which unshare's own mounts would lose: so in this order
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self._spaces[node], *inside], env=env, start_new_session=True, **options
+        )
+        self._processes.append(process)
+        return process
+
+    def pull(self) -> None:
+        """Packets are lost from now on; no end hears of it."""
+        _ip("-n", self._spaces[1], "link", "set", "cable", "down")
+
+    def plug(self) -> None:
+        """The cable is whole again."""
+        _ip("-n", self._spaces[1], "link", "set", "cable", "up")
+
+    def sent(self, node: int) -> int:
+        """Bytes that the node has put on the cable so far, headers too."""
+        shown = subprocess.run(
+            ["ip", "netns", "exec", self._spaces[node], "cat", "/sys/class/net/cable/statistics/tx_bytes"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return int(shown.stdout)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """kill -9 of a process and all that it started."""
+    victims = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        victims = [*root.children(recursive=True), root]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    with contextlib.suppress(ProcessLookupError):  # those whose parent had died before
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
