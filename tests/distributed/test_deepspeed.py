@@ -18,6 +18,7 @@ from esol.schema import build
 
 ALL = (0, 1, 2, 3)
 BOUND = 120  # seconds
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def drill(count: int, *args: Any) -> dict[int, tuple[list[tuple[float, float]], dict[str, torch.Tensor]]]:
@@ -50,6 +51,24 @@ def test_five_float32_steps_are_the_same_on_both_engines(tmp_path: Path, count: 
         for index, slots in theirs["state"].items():
             for slot, value in slots.items():
                 torch.testing.assert_close(ours["state"][index][slot], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "extra"),
+    [
+        ("bf16", {}),
+        ("fp32", {"offload": True}),
+        ("fp32", {"json": str(LAUNCH / "deepspeed-fast-network.json")}),
+        ("fp32", {"json": str(LAUNCH / "deepspeed-small-memory.json")}),
+    ],
+    ids=["bf16", "offload", "fast-network", "small-memory"],
+)
+def test_what_changes_no_result(tmp_path: Path, precision: str, extra: dict[str, Any]) -> None:
+    expected = drill(2, "accelerate", (0,), tmp_path, None, "sgd", precision)[0]
+    zeros = (1, 2, 3)
+    found = drill(2, "deepspeed", zeros, tmp_path, None, "sgd", precision, extra)
+    for zero in zeros:
+        assert_equal(found[zero], expected)
 
 
 def test_either_engine_goes_on_from_the_others_checkpoint_on_another_number_of_ranks(tmp_path: Path) -> None:

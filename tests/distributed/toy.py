@@ -20,7 +20,12 @@ from torch import nn
 
 from esol import doctor, exits
 from esol.checkpoint import Checkpointer
-from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
+from esol.config import Config, DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
+from esol.data.index import Index
+from esol.data.plan import Plan, share_of
+from esol.data.reader import ShardReader
+from esol.data.stream import training_stream
+from esol.data.transforms import Crop
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
 from esol.errors import CheckpointError, DivergenceError, LaunchError
@@ -81,18 +86,26 @@ def batches(engine: Engine, start_step: int, global_batch: int = 8, micro: int =
 
 
 def drill(
-    name: str, zeros: tuple[int, ...], folder: Path, source: Path | None = None, optimizer: str = "sgd"
+    name: str,
+    zeros: tuple[int, ...],
+    folder: Path,
+    source: Path | None = None,
+    optimizer: str = "sgd",
+    precision: str = "fp32",
+    extra: dict[str, Any] | None = None,
 ) -> dict[int, tuple[list[tuple[float, float]], dict[str, torch.Tensor]]]:
     """Five steps from scratch or from a checkpoint, by ZeRO stage: losses and gradient norms, and the weights after.
 
+    extra: other fields of DeepSpeedConfig.
+
     Saves into folder/<name><zero>. One engine for all stages: DeepSpeed cannot start twice in a process.
     """
-    options = build(EngineConfig, {"name": name, "threads": 1, "timeout": 0.5})
+    options = build(EngineConfig, {"name": name, "threads": 1, "timeout": 0.5, "precision": precision})
     config = replace(CONFIG, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.01)
     engine: Any = make_engine(options, seed=7)
     found = {}
     for zero in zeros:
-        engine._config = replace(options, deepspeed=DeepSpeedConfig(zero=zero))  # type: ignore[arg-type]
+        engine._config = replace(options, deepspeed=DeepSpeedConfig(zero=zero, **extra or {}))  # type: ignore[arg-type]
         torch.manual_seed(7)
         task = Toy()
         engine.prepare(task, build_optimizer(task, config), config.clip_norm)
@@ -110,6 +123,32 @@ def drill(
         found[zero] = trace, engine.model_state_dict()
     engine.close()
     return found
+
+
+def elastic(root: Path, folder: Path, name: str, zero: int, until: int) -> list[tuple[str, float]]:
+    """Trains on real shards from the newest checkpoint to step `until`: keys and loss of each step's global batch."""
+    options = build(EngineConfig, {"name": name, "threads": 1, "timeout": 0.5, "deepspeed": {"zero": zero}})
+    engine = make_engine(options, seed=7)
+    index = Index.load(str(root))
+    ordinals = index.split("train")
+    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
+    task = Toy()
+    engine.prepare(task, build_optimizer(task, CONFIG), CONFIG.clip_norm)
+    checkpointer = Checkpointer(folder, engine, fingerprint="f", config={})
+    resumed = checkpointer.resume()
+    start = resumed.step if resumed else 0
+    share = share_of(engine.rank, engine.world_size, 8, 0)
+    crop, data = Crop(16, (16, 24)), DataConfig(str(root), workers=0)
+    stream, trace = training_stream(ShardReader(index), plan, share, start, until, crop, data, (0, 0, 0)), []
+    for microbatches in stream:
+        for item in microbatches:
+            item["labels"] = item["labels"][:, :2]
+        result = engine.train_step(microbatches, CONFIG.lr)
+        keys = gather_text(engine, " ".join(key for item in microbatches for key in item["key"]))
+        trace.append((" ".join(keys), engine.reduce(result.losses["loss"], "mean").item()))
+    checkpointer.save(until)
+    engine.close()
+    return trace
 
 
 def deepspeed_overflow_and_divergence() -> dict[str, Any]:

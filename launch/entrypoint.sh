@@ -1,0 +1,20 @@
+#!/bin/bash
+# Runs any launcher for a scheduler that looks at exit codes: launch/entrypoint.sh torchrun ... esol/train.py ... --resume
+# Launchers replace a process's exit code by 1, and USR1 kills torchrun. This passes TERM and USR1 on as TERM, and ends
+# with the code of the machine's first process: 0 done, 2 yours to mend, 70 and 75 start me again (esol/exits.py).
+ESOL_EXIT_FILE=$(mktemp)
+export ESOL_EXIT_FILE
+trap 'kill -TERM "$launcher" 2>/dev/null' TERM USR1
+"$@" &
+launcher=$!
+while true; do  # a trapped signal ends wait, not the launcher
+    wait "$launcher"
+    code=$?
+    if [ "$code" -le 128 ] || ! kill -0 "$launcher" 2>/dev/null; then break; fi
+done
+noted=$(cat "$ESOL_EXIT_FILE")
+rm -f "$ESOL_EXIT_FILE"
+if [ "$code" -ne 0 ] && [ -n "$noted" ] && [ "$noted" -ne 0 ]; then
+    code=$noted
+fi
+exit "$code"

@@ -1,0 +1,39 @@
+"""A job that changes its size and its engine on the way: the samples go on in order, as if nothing had happened."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from ranks import run_ranks
+
+
+def legs(root: Path, folder: Path, *plan: tuple[int, str, int, int]) -> list[tuple[str, float]]:
+    """Runs (ranks, engine, zero, until step) one after the other; what rank 0 saw of all of them."""
+    trace = []
+    for count, name, zero, until in plan:
+        outcomes = run_ranks(count, toy.elastic, root, folder, name, zero, until, bound=120)
+        assert all(outcome.exitcode == 0 for outcome in outcomes), outcomes
+        assert all(outcome.result == outcomes[0].result for outcome in outcomes[1:])
+        trace += outcomes[0].result
+    return trace
+
+
+@pytest.mark.parametrize("engines", [("accelerate",) * 4, ("accelerate", "deepspeed", "deepspeed", "accelerate")])
+def test_4_ranks_to_2_to_1_and_back(tmp_path: Path, shard_set: Path, engines: tuple[str, ...]) -> None:
+    """48 samples, 6 steps an epoch: three epochs, changed within each."""
+    sizes, ends = (4, 2, 1, 4), (4, 9, 13, 18)
+    plan = [(n, name, 2, end) for n, name, end in zip(sizes, engines, ends, strict=True)]
+    whole = legs(shard_set, tmp_path / "whole", (1, "accelerate", 0, 18))
+    found = legs(shard_set, tmp_path / "moved", *plan)
+    assert [keys for keys, _ in found] == [keys for keys, _ in whole]
+    for begin, end in pairwise((0, 6, 12, 18)):
+        assert len({key for keys, _ in found[begin:end] for key in keys.split()}) == 48
+    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in whole], rtol=0, atol=1e-6)
+    a, b = (torch.load(tmp_path / f / "step-18/state.pt", weights_only=True)["model"] for f in ("whole", "moved"))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-6)
