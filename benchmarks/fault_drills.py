@@ -3,9 +3,10 @@
     python -m benchmarks.fault_drills --data data/demo            (Linux, root: network namespaces are the machines)
 
 A torchrun on each of two machines, one rank each with a data worker, trains classify of the demo. A drill starts the
-job, lets the fault happen at a moment drawn uniformly over the unbroken run's time, waits for the job's end (with the
-fault still there), mends it, starts again with --resume where the job has not finished, and compares the weights with
-the unbroken run's. `end` is the time from the fault to the last process's end; more than BOUND would be a hang.
+job, lets the fault happen at a moment drawn uniformly between the start of both ranks and the unbroken run's end, waits
+for the job's end (with the fault still there), mends it, starts again with --resume where the job has not finished, and
+compares the weights with the unbroken run's. `end` is the time from the fault to the last process's end; more than
+BOUND would be a hang.
 """
 
 from __future__ import annotations
@@ -253,9 +254,10 @@ def drill(kind: str, job: Job, rng: random.Random, length: float) -> tuple[float
     """(seconds from fault to end, finished without a second start, steps lost, moment)."""
     inject = FAULTS[kind][1]
     while True:
-        moment = rng.uniform(1, length)
+        moment = rng.uniform(0, length)
         shutil.rmtree(job.run_dir, ignore_errors=True)
         job.start()
+        _await(lambda: job.rank(0) and job.rank(1), 60)
         time.sleep(moment)
         if job.running() and not job.done():
             break
@@ -295,8 +297,9 @@ def main() -> int:
     try:
         with Nodes(folder) as nodes:
             whole = Job(nodes, data, folder / "unbroken")
-            begun = time.monotonic()
             whole.start()
+            _await(lambda: whole.rank(0) and whole.rank(1), 60)
+            begun = time.monotonic()
             whole.wait(600)
             if not whole.done():
                 print(f"the unbroken run failed: {whole.log}")

@@ -50,13 +50,11 @@ class Nodes:
 
     def start(self, node: int, command: Sequence[str], env: dict[str, str], **options: Any) -> subprocess.Popen[Any]:
         """Starts a command on a node; its process is the command's own."""
-        enter = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
-        inside = ["unshare", "-m", "-u", "sh", "-c", enter, "sh", f"node{node}", str(self._hosts), *command]
+        name = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+        inside = ["unshare", "-m", "-u", "sh", "-c", name, "sh", f"node{node}", str(self._hosts), *command]
         env = env | {"GLOO_SOCKET_IFNAME": "cable", "TP_SOCKET_IFNAME": "cable"}
-        # ip mounts a new /sys, which unshare's own mounts would lose: so in this order
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self._spaces[node], *inside], env=env, start_new_session=True, **options
-        )
+        enter = ["nsenter", f"--net=/run/netns/{self._spaces[node]}"]  # ip netns exec would hide /sys/fs/cgroup
+        process = subprocess.Popen([*enter, *inside], env=env, start_new_session=True, **options)
         self._processes.append(process)
         return process
 

@@ -4,8 +4,8 @@
 # with the code of the machine's first process: 0 done, 2 yours to mend, 70 and 75 start me again (esol/exits.py).
 ESOL_EXIT_FILE=$(mktemp)
 export ESOL_EXIT_FILE
-trap 'kill -TERM "$launcher" 2>/dev/null' TERM USR1
-"$@" &
+trap 'kill -TERM -- "-$launcher" 2>/dev/null' TERM USR1
+setsid "$@" &  # a group of its own: the deepspeed command does not hand signals on, but its ranks are in its group
 launcher=$!
 while true; do  # a trapped signal ends wait, not the launcher
     wait "$launcher"

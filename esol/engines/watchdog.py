@@ -30,7 +30,7 @@ class _Seen:
 
 
 class Watchdog:
-    """A thread of each rank that tells the others what its rank does, and watches them.
+    """Threads of each rank that tell the others what its rank does, and watch them.
 
     A rank has stalled when for `limit` seconds it has begun nothing new and is not waiting for others, or its process
     does not answer. All ranks waiting for as long is a stall as well. store: the job's, None for a single process;
@@ -47,8 +47,11 @@ class Watchdog:
         self._doing, self._count, self._waiting = "starting", 0, False
         now = time.monotonic()
         self._seen = {r: _Seen({}, now, now) for r in range(world_size)}
+        self._heard, self._verdict = now, ""  # when the store last answered, and why the job must end
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # two, because a store whose machine is gone without a farewell never answers, and holds who asks it
+        threads = (("talks", self._talk), ("watches", self._watch))
+        self._threads = [threading.Thread(target=f, name=f"watchdog {name}", daemon=True) for name, f in threads]
 
     def beat(self, doing: str) -> None:
         """The rank begins something new."""
@@ -66,29 +69,31 @@ class Watchdog:
             self._count += 1
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """This rank is done; the others no longer wait for its word."""
         self._done.set()
-        self._thread.join(self._period + 1)
-        if self._store is not None:
+        for thread in self._threads:
+            thread.join(self._period + 1)
+        if self._store is not None and not self._threads[0].is_alive():
             with suppress(Exception):  # where the host of the store has left first, nobody needs to hear it
                 self._store.set(_BEAT.format(self._rank), json.dumps({"left": True}))
 
-    def _watch(self) -> None:
-        tick, lost = 0, 0.0
-        while not self._done.wait(self._period):
+    def _talk(self) -> None:
+        tick = 0
+        while not self._verdict and not self._done.wait(self._period):
             tick += 1
             own = {"tick": tick, "count": self._count, "doing": self._doing, "waiting": self._waiting}
-            try:
-                verdict = self._exchange(own)
-                lost = 0.0
-            except Exception as error:  # whatever a store raises whose host is gone
-                lost = lost or time.monotonic()
-                verdict = ""
-                if time.monotonic() - lost > self._limit:
-                    verdict = f"the job's store (on rank 0) has not answered for {self._limit:g} s: {error}"
+            with suppress(Exception):  # whatever a store raises whose host is gone
+                self._verdict = self._exchange(own)
+                self._heard = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._period):
+            silent = time.monotonic() - self._heard > self._limit + self._period
+            verdict = self._verdict or ("the job's store (on rank 0) does not answer" if silent else "")
             if verdict and not self._done.is_set():
                 self._end(verdict)
 
