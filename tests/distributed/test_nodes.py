@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STAGES = "classify,expand,shrink,localize"
 SHORT = (
-    "classify.duration=40 steps",
+    "classify.duration=10 steps",
     "classify.optimizer=sgd",
     "classify.lr=0.05",
-    "expand.duration=20 steps",
-    "shrink.duration=20 steps",
+    "expand.duration=5 steps",
+    "shrink.duration=5 steps",
     "engine.timeout=2",
 )
 TORCHRUN = [
@@ -92,7 +92,7 @@ def test_two_nodes_agree_with_one_process(
         outputs = [process.communicate(timeout=600)[0] for process in launchers]
         sent = nodes.sent(0) - sent
     assert [process.returncode for process in launchers] == [0, 0], "\n".join(outputs)
-    assert sent > 10e6  # gradients did cross the cable
+    assert sent > 1e6  # gradients did cross the cable
     for stage in ("classify", "expand", "shrink"):
         ours, theirs = (load_file(folder / stage / "model.safetensors") for folder in (one, tmp_path / "two"))
         worst = max(float(abs(ours[key] - theirs[key]).max()) for key in ours)

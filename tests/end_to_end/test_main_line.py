@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil  # accelerate brings it
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -248,6 +249,28 @@ def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config:
     assert f"{stage}: resumed after step" in resumed.stdout
     whole = config.parent / f"runs/whole-{stage}"
     assert (broken / stage / "model.safetensors").read_bytes() == (whole / stage / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["USR1 to the entry point", "kill -9 of the launcher"])
+def test_ranks_behind_a_launcher_save_and_end(config: Path, how: str) -> None:
+    """launch/entrypoint.sh gives back the code 75 that torchrun replaces; without a launcher the ranks end as well."""
+    run_dir = config.parent / f"runs/{how[:4]}"
+    entry = [str(ROOT / "launch/entrypoint.sh"), *TWO_RANKS, str(ROOT / "esol/train.py"), "--config", str(config)]
+    options = ("tracking.uri=none", "classify.duration=100000 steps", f"run_dir={run_dir}", "checkpoint.every=100000")
+    command = [*entry, "--stages", "classify", *(part for text in options for part in ("--set", text))]
+    process = subprocess.Popen(command, cwd=config.parent, stdout=subprocess.PIPE, text=True)
+    log = run_dir / "metrics.jsonl"
+    while not log.exists() or '"step": 20' not in log.read_text():
+        assert process.poll() is None, "ended before the signal"
+        time.sleep(0.05)
+    if how.startswith("USR1"):
+        process.send_signal(signal.SIGUSR1)
+    else:
+        psutil.Process(process.pid).children()[0].kill()
+    output, _ = process.communicate(timeout=60)  # until the last rank has closed it
+    assert process.returncode == (75 if how.startswith("USR1") else 128 + 9)
+    assert "stopped after step" in output
+    assert list((run_dir / "classify/checkpoints").glob("step-*[0-9]"))
 
 
 def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) -> None:
