@@ -10,6 +10,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+PARENT = os.getppid()
+"""Who started this process, noted early: a launcher may be gone by the time that torch is imported."""
+
 MEND = 2
 """Something the user can mend, said in one line: starting again without that is of no use."""
 

@@ -189,7 +189,6 @@ def _fit(
             write_model(folder / WEIGHTS, kept, info)
         else:
             atomic_write(folder / WEIGHTS, save({key: value.contiguous() for key, value in kept.items()}))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {key: value for key, value in last.items() if key != "lr"}
 
 

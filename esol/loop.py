@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from esol import exits
 from esol.config import TrainConfig
 from esol.engines.base import Engine
 from esol.errors import DivergenceError
@@ -50,7 +51,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
-        self._launcher = os.getppid() if os.environ.keys() & _LAUNCHED else None
+        self._launcher = exits.PARENT if os.environ.keys() & _LAUNCHED else None
 
     def __bool__(self) -> bool:
         if self._launcher is not None and os.getppid() != self._launcher and not self.name:

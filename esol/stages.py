@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,9 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
             results["seconds"] = round(time.monotonic() - begun, 1)
             if context.engine.is_main:
                 _write_manifest(stage, folder, context, settings, consumed, results)
+                shutil.rmtree(
+                    folder / "checkpoints", ignore_errors=True
+                )  # no earlier: faults
                 _add_results(context.run_dir / "results.json", stage.name, results)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from esol.config import EngineConfig
 from esol.engines.base import StepResult
-from esol.engines.ranks import Ranks, read_state, seed_all, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
 from esol.errors import CheckpointError, LaunchError
 from esol.tasks.base import Batch, Task
 
@@ -33,7 +33,8 @@ class AccelerateEngine(Ranks):
     def __init__(self, config: EngineConfig, seed: int) -> None:
         super().__init__(config, seed)
         cpu, threads = self._wants_cpu(), self._set_threads()
-        self._accelerator = self._start(cpu)
+        with self._bounded():
+            self._accelerator = self._start(cpu)
         torch.set_num_threads(threads)
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
@@ -66,7 +67,7 @@ class AccelerateEngine(Ranks):
                 ],
             )
         except (RuntimeError, ValueError) as error:
-            raise self._no_job(error) from error
+            raise self._no_job(first_line(error)) from error
 
     def prepare(self, task: Task, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> None:
         """See base.Engine."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from esol.config import DeepSpeedConfig, EngineConfig
 from esol.engines.base import StepResult
-from esol.engines.ranks import Ranks, read_state, seed_all, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
 from esol.errors import CheckpointError, ConfigError
 from esol.tasks.base import Batch, Task
 
@@ -58,9 +58,10 @@ class DeepSpeedEngine(Ranks):
             {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         )
         try:
-            dist.init_process_group("gloo" if cpu else "nccl", timeout=self._timeout, **alone)
+            with self._bounded():
+                dist.init_process_group("gloo" if cpu else "nccl", timeout=self._timeout, **alone)
         except (RuntimeError, ValueError) as error:
-            raise self._no_job(error) from error
+            raise self._no_job(first_line(error)) from error
         with _quiet():
             import deepspeed
 

@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import random
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esol import exits
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
 from esol.engines.watchdog import Watchdog
@@ -27,6 +30,7 @@ from esol.tasks.base import Batch
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GRACE = 10  # seconds: torch says itself, and better, what it waited for in vain, where it can
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,12 +71,28 @@ class Ranks(Engine):
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         seed_all(self._seed)  # the same on all ranks: they build the same model
 
-    def _no_job(self, error: BaseException) -> LaunchError:
+    def _no_job(self, reason: str) -> LostRankError:
         given = " ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in _VARIABLES)
-        return LaunchError(
+        return LostRankError(
             f"the processes did not form a job within {self._config.timeout:g} minutes (engine.timeout); "
-            f"this one was given {given}. {first_line(error)}"
+            f"this one was given {given}. {reason}"
         )
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Inside, torch's store is asked: it waits without end for a machine that is gone without a farewell."""
+
+        def leave() -> None:
+            print(f"error: {self._no_job('The store of the job does not answer')}", file=sys.stderr, flush=True)
+            os._exit(exits.note(exits.LOST))
+
+        timer = threading.Timer(self._timeout.total_seconds() + _GRACE, leave)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _check_world(self) -> None:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -144,7 +164,8 @@ class Ranks(Engine):
             yield
             return
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
-        self._watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
+        with self._bounded():
+            self._watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
         self.barrier("the watchdogs of all ranks")
         self._watchdog.start()
         try:

@@ -34,7 +34,8 @@ class Watchdog:
 
     A rank has stalled when for `limit` seconds it has begun nothing new and is not waiting for others, or its process
     does not answer. All ranks waiting for as long is a stall as well. store: the job's, None for a single process;
-    folder: for rank-N.txt with the stacks. Calls of beat cost an assignment.
+    folder: for rank-N.txt with the stacks. Between making and starting it all ranks must meet. Calls of beat cost an
+    assignment.
     """
 
     def __init__(self, rank: int, world_size: int, store: Any, folder: Path, limit: float) -> None:
@@ -44,6 +45,8 @@ class Watchdog:
         if store is not None:
             self._store = store.clone()  # a connection of its own, or it would stand behind a waiting one
             self._store.set_timeout(timedelta(seconds=30))
+            self._store.set(_VERDICT, "")
+            self._store.set(_BEAT.format(rank), "{}")
         self._doing, self._count, self._waiting = "starting", 0, False
         now = time.monotonic()
         self._seen = {r: _Seen({}, now, now) for r in range(world_size)}
@@ -103,11 +106,12 @@ class Watchdog:
         said = {self._rank: own}
         if self._store is not None:
             self._store.set(_BEAT.format(self._rank), json.dumps(own))
-            if self._store.check([_VERDICT]):
-                return self._store.get(_VERDICT).decode()
-            for rank in sorted(self._seen.keys() - {self._rank}):
-                if self._store.check([_BEAT.format(rank)]):
-                    said[rank] = json.loads(self._store.get(_BEAT.format(rank)))
+            ranks = sorted(self._seen)
+            keys = [_VERDICT, *(_BEAT.format(rank) for rank in ranks)]  # one request, however many ranks
+            verdict, *beats = (value.decode() for value in self._store.multi_get(keys))
+            if verdict:
+                return verdict
+            said = {rank: json.loads(beat) for rank, beat in zip(ranks, beats, strict=True)}
         for rank, new in said.items():
             if "left" in new:
                 self._seen.pop(rank, None)
