@@ -117,9 +117,9 @@ class Watchdog:
                 self._seen.pop(rank, None)
                 continue
             seen = self._seen[rank]
-            if new["tick"] != seen.said.get("tick"):
+            if new.get("tick") != seen.said.get("tick"):
                 seen.alive = now
-            if new["count"] != seen.said.get("count"):
+            if new.get("count") != seen.said.get("count"):
                 seen.moved = now
             seen.said = new
         verdict = self._judge(now)
