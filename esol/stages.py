@@ -160,9 +160,8 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
             results["seconds"] = round(time.monotonic() - begun, 1)
             if context.engine.is_main:
                 _write_manifest(stage, folder, context, settings, consumed, results)
-                shutil.rmtree(
-                    folder / "checkpoints", ignore_errors=True
-                )  # no earlier: faults
+                # no earlier, or a fault in between would cost the whole stage
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 _add_results(context.run_dir / "results.json", stage.name, results)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")
