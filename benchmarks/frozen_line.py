@@ -1,0 +1,217 @@
+"""The main line on a frozen backbone, from features that are computed once: a setting costs a minute, not ten.
+
+Crops, order, tasks, optimizer, precision and inference are the pipeline's own; only the backbone's forward pass is
+looked up. tests/end_to_end/test_frozen_line.py holds it against the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from esol.config import Config, TrainConfig
+from esol.data.index import Index
+from esol.data.plan import Plan, share_of
+from esol.data.reader import ShardReader
+from esol.data.stream import training_stream
+from esol.data.transforms import Crop, decode, decode_mask
+from esol.localize.class_maps import ClassMaps, class_maps
+from esol.localize.seeds import best_class
+from esol.metrics import ThresholdCurve
+from esol.models.cam_net import CamNet
+from esol.models.regrid import to_grid
+from esol.optim import build_optimizer, learning_rate
+from esol.progress import progress
+from esol.tasks.base import Batch, Task
+
+
+class Remembered(nn.Module):
+    """In the backbone's place: images that are features already pass, others are looked up by their size."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        self.photo: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image if image.shape[1] == self.channels else self.photo[tuple(image.shape[2:])]
+
+
+REACH = (0.25, 0.5, 0.75, 1.0, 1.5)  # edges of distances from the CAM's peak, in square roots of the object's area
+
+
+@dataclass
+class Evidence:
+    """Everything that tables need of maps: whole numbers, which add up over photos.
+
+    reach, int64 (bins, 2, levels): pixels of the present classes' objects (0) and of the background (1) by distance
+    from the CAM's peak of that class and by the level of its map, as in ThresholdCurve.
+    """
+
+    curve: ThresholdCurve
+    reach: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, num_classes: int) -> Evidence:
+        curve = ThresholdCurve(num_classes)
+        return cls(curve, np.zeros((len(REACH) + 1, 2, curve.counts.shape[2]), np.int64))
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], reach: NDArray[np.int64]) -> Evidence:
+        curve = ThresholdCurve(counts.shape[1])
+        curve.add(counts)
+        return cls(curve, reach)
+
+    def update(self, truth: NDArray[np.uint8], cam: ClassMaps, own: ClassMaps) -> None:
+        """One photo: its truth (H, W), its CAM, and the maps that are judged."""
+        winner, score = (t.numpy() for t in best_class(own.full, own.classes))
+        self.curve.update(truth, winner, score)
+        rows, columns = np.indices(truth.shape)
+        for c, first, last in zip(cam.classes.tolist(), cam.full.numpy(), own.full.numpy(), strict=True):
+            inside = truth == c + 1
+            if not inside.any():
+                continue
+            y, x = np.unravel_index(int(first.argmax()), first.shape)
+            distance = np.hypot(rows - y, columns - x) / np.sqrt(inside.sum())
+            level = np.searchsorted(self.curve.thresholds, last.astype(np.float32), side="left")
+            cell = np.searchsorted(REACH, distance) * self.reach.shape[2] + level
+            for which, pixels in enumerate((inside, truth == 0)):
+                size = len(self.reach) * self.reach.shape[2]
+                found = np.bincount(cell[pixels], minlength=size)
+                self.reach[:, which] += found.reshape(len(self.reach), -1)
+
+
+@dataclass
+class Photo:
+    """What inference needs of a photo: labels (C,), truth (H, W) and the features of each input size, mirrored too."""
+
+    key: str
+    labels: Tensor
+    truth: NDArray[np.uint8]
+    features: dict[tuple[int, ...], Tensor]
+
+
+class FrozenLine:
+    """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory)."""
+
+    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int, every: int = 1) -> None:
+        self.config = config
+        self.index = Index.load(config.data.root)
+        self.reader = ShardReader(self.index, config.data.cache)
+        self.net = net.eval()
+        self._type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.backbone = self.net.backbone
+        self.net.backbone = Remembered(self.backbone.channels, self.backbone.stride)  # type: ignore[assignment]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.crops, self.labels = self._crops(folder, epochs)
+        self.photos = self._photos(folder, every)
+
+    @torch.no_grad()
+    def _features(self, image: Tensor) -> Tensor:
+        with self._autocast():
+            return self.backbone(image).to(self._type)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._type == torch.bfloat16)
+
+    def _crops(self, folder: Path, epochs: int) -> tuple[NDArray[np.int16], Tensor]:
+        config = self.config
+        ordinals = self.index.split(config.data.train_split)
+        batch = config.classify.global_batch
+        plan = Plan(ordinals, self.index.shard_of[ordinals], config.seed, batch)
+        steps = epochs * plan.steps_per_epoch
+        side = -(-config.data.crop // self.backbone.stride)
+        shape = (steps, batch, self.backbone.channels, side, side)
+        path = folder / f"crops-seed{config.seed}-{steps}x{config.data.crop}.npy"
+        labels = path.with_suffix(".labels.npy")
+        if not labels.exists():
+            store = np.lib.format.open_memmap(path, "w+", np.int16 if self._type == torch.bfloat16 else np.int32, shape)
+            found = np.zeros((steps, batch, len(self.index.classes)), np.float32)
+            share = share_of(0, 1, batch, 0)
+            fill = tuple(self.backbone.mean.flatten().round().int().tolist())
+            stream = training_stream(
+                self.reader, plan, share, 0, steps, Crop(config.data.crop, config.data.long_side), config.data, fill
+            )
+            with progress("features of crops", steps, "steps", True) as advance:
+                for step, (one,) in enumerate(stream):
+                    x = self._features(one["image"])
+                    store[step] = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).numpy()
+                    found[step] = one["labels"].numpy()
+                    advance(step + 1, "")
+            np.save(labels, found)
+        return np.load(path, mmap_mode="r"), torch.from_numpy(np.load(labels))
+
+    def _photos(self, folder: Path, every: int) -> list[Photo]:
+        config, stride = self.config, self.backbone.stride
+        photos = []
+        ordinals = self.index.split(config.data.score_split)[::every]
+        with progress("features of photos", len(ordinals), "photos", True) as advance:
+            for done, ordinal in enumerate(ordinals.tolist(), 1):
+                data, labels = self.reader.image_and_labels(ordinal)
+                image = decode(data, self.reader.name(ordinal))
+                truth = decode_mask(self.reader.read(ordinal, "mask.png"), self.reader.name(ordinal))
+                features = {}
+                for scale in config.localize.scales:
+                    inputs = to_grid(image[None], scale, stride)
+                    features[tuple(inputs.shape[2:])] = self._features(torch.cat((inputs, inputs.flip(3))))
+                photos.append(Photo(str(self.index.keys[ordinal]), torch.from_numpy(labels), truth, features))
+                advance(done, "")
+        return photos
+
+    def batches(self, start: int, steps: int) -> Iterator[Batch]:
+        """Batches start..start+steps-1 of the crops, in the order of the pipeline's plan."""
+        for step in range(start, start + steps):
+            x = torch.from_numpy(self.crops[step].copy()).view(self._type)
+            yield {"image": x, "labels": self.labels[step], "key": []}
+
+    def train(
+        self,
+        task: Task,
+        config: TrainConfig,
+        steps: int,
+        start: int = 0,
+        look: dict[int, Callable[[], None]] | None = None,
+    ) -> dict[str, float]:
+        """The pipeline's steps; look: called after a number of steps; returns the means of the last 20 steps."""
+        task.train()
+        optimizer = build_optimizer(task, config)
+        values: list[dict[str, float]] = []
+        for step, batch in enumerate(self.batches(start, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, config) * group.get("lr_multiplier", 1.0)
+            with self._autocast():
+                losses, report = task(batch)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], config.clip_norm)
+            optimizer.step()
+            values.append({k: float(v.detach()) for k, v in (losses | report).items()})
+            if look and step + 1 in look:
+                look[step + 1]()
+        task.eval()
+        last = values[-20:]
+        return {k: sum(v[k] for v in last) / len(last) for k in last[0]}
+
+    @torch.no_grad()
+    def maps(self, photo: Photo, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> dict[str, ClassMaps]:
+        net.backbone.photo = photo.features  # type: ignore[assignment]
+        blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
+        scales, flip = self.config.localize.scales, self.config.localize.flip
+        with self._autocast():
+            return class_maps(blank, photo.labels[None], net, expansion, shrinkage, scales=scales, flip=flip)[0]
+
+    def score(self, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> Evidence:
+        """Of the last stage that is given."""
+        evidence = Evidence.empty(len(self.index.classes))
+        for photo in self.photos:
+            maps = self.maps(photo, net, expansion, shrinkage)
+            evidence.update(photo.truth, maps["cam"], list(maps.values())[-1])
+        return evidence

@@ -1,0 +1,75 @@
+"""benchmarks/frozen_line.py gives the pipeline's numbers, or the ablations would be of something else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.ablations import Found, read
+from benchmarks.frozen_line import REACH, Evidence, FrozenLine
+from esol import config as configuration
+from esol.localize.class_maps import ClassMaps
+from esol.networks import trained_expansion, trained_net, trained_shrinkage
+from esol.tasks.expand import Expand
+from esol.tasks.shrink import Shrink
+
+
+@pytest.fixture(scope="module")
+def line(one: Path, tmp_path_factory: pytest.TempPathFactory) -> FrozenLine:
+    config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}"])
+    return FrozenLine(config, trained_net(config, 5), tmp_path_factory.mktemp("features"), epochs=1)
+
+
+def test_expand_and_shrink_learn_what_they_learn_in_the_pipeline(line: FrozenLine, one: Path) -> None:
+    config = line.config
+    task = Expand(line.net, config.expand)
+    line.train(task, config.expand, 4)
+    own, theirs = task.handover.state_dict(), load_file(one / "expand/model.safetensors")
+    assert theirs["offset.conv.weight"].abs().max() > 0
+    for name, value in theirs.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-7)
+    second = Shrink(line.net, task.handover, config.shrink)
+    line.train(second, config.shrink, 4)
+    for name, value in load_file(one / "shrink/model.safetensors").items():
+        torch.testing.assert_close(second.handover.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
+    plain = trained_net(line.config, 5)
+    expansion = trained_expansion(line.config, plain)
+    shrinkage = trained_shrinkage(line.config, expansion)
+    results = json.loads((one / "results.json").read_text())["localize"]
+    for source, nets in (("cam", ()), ("expand", (expansion,)), ("shrink", (expansion, shrinkage))):
+        best = line.score(line.net, *nets).curve.best()
+        assert 100 * best.miou == pytest.approx(results[f"{source}_miou"], abs=0.02)
+        assert best.threshold == pytest.approx(results[f"{source}_threshold"], abs=0.011)
+
+
+def test_reach_counts_objects_and_background_by_distance_from_the_peak() -> None:
+    truth = np.zeros((8, 8), np.uint8)
+    truth[:, :4] = 1  # 32 pixels: an object size of 5.66
+    truth[0, 7] = 255
+    cam = torch.zeros(1, 8, 8)
+    cam[0, 0, 0] = 1
+    own = torch.where(torch.from_numpy(truth == 1), 0.8, 0.3)[None]
+    maps = [ClassMaps(torch.tensor([0]), full[:, ::4, ::4], full) for full in (cam, own)]
+    evidence = Evidence.empty(2)
+    evidence.update(truth, *maps)
+    assert evidence.reach.sum((0, 2)).tolist() == [32, 31]  # void is neither
+    near = np.hypot(*np.indices((8, 8))) <= REACH[0] * np.sqrt(32)
+    assert evidence.reach[0].sum(1).tolist() == [int((near & (truth == 1)).sum()), int((near & (truth == 0)).sum())]
+    found = read(evidence)
+    assert found.reached(0.5)[0].tolist() == [100, 0]
+    assert found.reached(0.1)[-2].tolist() == [100, 100]
+
+
+def test_precision_and_recall_are_read_between_thresholds() -> None:
+    thresholds = np.array([0, 0.5, 0.9], np.float32)
+    found = Found(0, 0.5, np.array([40.0, 60, 80]), np.array([90.0, 70, 20]), 0, np.zeros((3, 6, 2)), thresholds)
+    assert found.recall_at_precision(70) == pytest.approx(45)
+    assert found.precision_at_recall(80) == pytest.approx(50)
+    assert found.recall_at(0.5) == 70
+    assert found.precision_at(0.9) == 80
