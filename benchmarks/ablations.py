@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine
 from esol import config as configuration
-from esol.config import Config, parse_duration
-from esol.models.expansion import Expansion
+from esol.config import Config, TrainConfig
 from esol.networks import trained_net
 from esol.schema import fingerprint
 from esol.tasks.classify import Classify
@@ -140,6 +139,13 @@ def read(evidence: Evidence) -> Found:
     )
 
 
+def _steps(config: TrainConfig) -> int:
+    """Of a duration in steps; also none, which the pipeline has no use for."""
+    if not config.duration.endswith("steps"):
+        raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
+    return int(config.duration.split()[0])
+
+
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Over the classes that have a value; 1 without any: where nothing is claimed nothing is wrong."""
     known = ~np.isnan(values)
@@ -192,14 +198,12 @@ class Lab:
             line.train(Classify(net, self.config.classify), self.config.classify, chain.longer)
         net.requires_grad_(False)
         if expand is not None:
-            steps, _ = parse_duration(expand.duration, "expand.duration")
             task = Expand(net, expand)
-            if steps:
-                line.train(task, expand, steps)
-            expansion: Expansion = task.handover
+            line.train(task, expand, _steps(expand))
+            expansion = task.handover
             if shrink is not None:
                 second = Shrink(net, expansion, shrink)
-                line.train(second, shrink, parse_duration(shrink.duration, "shrink.duration")[0])
+                line.train(second, shrink, _steps(shrink))
                 shrinkage = second.handover
         found = line.score(net, expansion, shrinkage)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -198,7 +198,7 @@ class FrozenLine:
                 look[step + 1]()
         task.eval()
         last = values[-20:]
-        return {k: sum(v[k] for v in last) / len(last) for k in last[0]}
+        return {k: sum(v[k] for v in last) / len(last) for k in last[0]} if last else {}
 
     @torch.no_grad()
     def maps(self, photo: Photo, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> dict[str, ClassMaps]:
