@@ -266,7 +266,7 @@ def tables(found: dict[str, list[Found]]) -> str:
     rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND)]
     parts.append(table((*heads, "recall at the CAM's precision", "area under the curve"), rows))
     parts.append(
-        "\nClaimed share of objects / of background by distance from the CAM's peak, in square roots of its area\n"
+        "\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n"
     )
     heads = tuple(f"{low:g}-{high:g}" for low, high in zip((0.0, *REACH), (*REACH, float("inf")), strict=True))
     rows = []
