@@ -265,9 +265,7 @@ def tables(found: dict[str, list[Found]]) -> str:
     heads = ("", "mIoU", "over the CAM", "threshold", "recall at the CAM's threshold", "precision there")
     rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND)]
     parts.append(table((*heads, "recall at the CAM's precision", "area under the curve"), rows))
-    parts.append(
-        "\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n"
-    )
+    parts.append("\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n")
     heads = tuple(f"{low:g}-{high:g}" for low, high in zip((0.0, *REACH), (*REACH, float("inf")), strict=True))
     rows = []
     for name, threshold in ((CAM, "the CAM's"), (EXPAND, "the CAM's"), (CLIP, "its own"), (EXPAND, "its own")):
