@@ -12,12 +12,9 @@ import argparse
 import copy
 import json
 import shutil
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +23,36 @@ from numpy.typing import NDArray
 
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine
+from benchmarks.main_line import of_seed, run, spread
 from esol import config as configuration
-from esol.config import Config, TrainConfig
+from esol.config import TrainConfig
+from esol.data.index import Index
 from esol.networks import trained_net
 from esol.schema import fingerprint
 from esol.tasks.classify import Classify
 from esol.tasks.expand import Expand
 from esol.tasks.shrink import Shrink
 
-ROOT = Path(__file__).parents[1]
-
 
 @dataclass(frozen=True)
 class Chain:
     """What is trained behind the CAM network; fields that differ from the config's.
 
-    longer: steps that W1 and V are trained on for, with classify's settings; expand, shrink: None = not there.
+    longer: W1 and V are trained on for as many steps as expand and shrink have, with classify's settings;
+    expand, shrink: None = not there.
     """
 
-    longer: int = 0
+    longer: bool = False
     expand: dict[str, Any] | None = None
     shrink: dict[str, Any] | None = None
 
 
 NONE = {"duration": "0 steps", "clip": 0.0}  # an Expansion that is the CAM network
-CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, 350 steps more", "clipping alone", "Expansion"
+CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
 SHRINK, ALONE = "Expansion, Shrinkage", "Shrinkage alone"
 CONTROLS = {
     CAM: Chain(),
-    LONGER: Chain(longer=350),
+    LONGER: Chain(longer=True),
     CLIP: Chain(expand={"duration": "0 steps"}),
     EXPAND: Chain(expand={}),
     SHRINK: Chain(expand={}, shrink={}),
@@ -92,7 +90,7 @@ class Found:
     recall: NDArray[np.float64]
     area: float  # under precision over recall
     reach: NDArray[np.float64]  # (T, bins, 2): claimed share of objects and of background, by distance
-    thresholds: NDArray[np.float32] = field(repr=False)
+    thresholds: NDArray[np.float32]
 
     def recall_at(self, threshold: float) -> float:
         return float(self.recall[self._at(threshold)])
@@ -156,46 +154,44 @@ class Lab:
     """One seed: its classify, its remembered features, the chains that are done."""
 
     def __init__(self, path: str, seed: int, overrides: list[str]) -> None:
-        base = configuration.load(path, overrides)
-        run_dir = f"{base.run_dir}-ablations-seed{seed}"
-        overrides = [*overrides, f"seed={seed}", f"run_dir={run_dir}", "stages=[classify]", "tracking.uri=none"]
-        options = [part for text in overrides for part in ("--set", text)]
-        subprocess.run(
-            [sys.executable, str(ROOT / "esol/train.py"), "--config", path, "--resume", *options], check=True
-        )
-        self.config: Config = configuration.load(path, overrides)
-        self.folder = Path(run_dir, "ablations")
-        manifest = json.loads(Path(run_dir, "classify", "manifest.json").read_text())
+        overrides = [*overrides, "stages=[classify]", "tracking.uri=none"]
+        run(path, seed, overrides, suffix="-ablations")
+        self.config = configuration.load(path, of_seed(path, seed, overrides, "-ablations"))
+        run_dir = Path(self.config.run_dir)
+        self.folder = run_dir / "ablations"
+        manifest = json.loads((run_dir / "classify/manifest.json").read_text())
         self.stamp = [manifest["fingerprint"], list(self.config.localize.scales), self.config.data.score_split]
         self._line: FrozenLine | None = None
 
     @property
     def line(self) -> FrozenLine:
         if self._line is None:
-            classes = len(json.loads(Path(self.config.data.root, "index.json").read_text())["classes"])
-            self._line = FrozenLine(self.config, trained_net(self.config, classes), self.folder / "features", epochs=2)
+            net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
+            self._line = FrozenLine(self.config, net, self.folder / f"features-{fingerprint(self.stamp)}", epochs=2)
         return self._line
 
     def close(self) -> None:
         """Gives the disk back: 3 GB a seed."""
         self._line = None
-        shutil.rmtree(self.folder / "features", ignore_errors=True)
+        for folder in self.folder.glob("features-*"):
+            shutil.rmtree(folder)
 
     def evidence(self, name: str, chain: Chain) -> Evidence:
         expand = None if chain.expand is None else replace(self.config.expand, **chain.expand)
         shrink = None if chain.shrink is None else replace(self.config.shrink, **chain.shrink)
-        path = self.folder / f"{fingerprint(self.stamp, chain.longer, expand, shrink)}.npz"
+        longer = _steps(self.config.expand) + _steps(self.config.shrink) if chain.longer else 0
+        path = self.folder / f"{fingerprint(self.stamp, longer, expand, shrink)}.npz"
         if path.exists():
             with np.load(path) as found:
                 return Evidence.of(found["counts"], found["reach"])
         begun = time.monotonic()
         line = self.line
         net, expansion, shrinkage = copy.deepcopy(line.net), None, None
-        if chain.longer:
+        if longer:
             for p in (net.kernel, net.classifier):
                 if p is not None:
                     p.requires_grad_(True)
-            line.train(Classify(net, self.config.classify), self.config.classify, chain.longer)
+            line.train(Classify(net, self.config.classify), self.config.classify, longer)
         net.requires_grad_(False)
         if expand is not None:
             task = Expand(net, expand)
@@ -210,10 +206,6 @@ class Lab:
         np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
         print(f"{name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s", flush=True)
         return found
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ looked up. tests/end_to_end/test_frozen_line.py holds it against the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,6 @@ class Evidence:
 class Photo:
     """What inference needs of a photo: labels (C,), truth (H, W) and the features of each input size, mirrored too."""
 
-    key: str
     labels: Tensor
     truth: NDArray[np.uint8]
     features: dict[tuple[int, ...], Tensor]
@@ -101,17 +99,20 @@ class Photo:
 class FrozenLine:
     """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory)."""
 
-    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int, every: int = 1) -> None:
+    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int) -> None:
         self.config = config
         self.index = Index.load(config.data.root)
         self.reader = ShardReader(self.index, config.data.cache)
         self.net = net.eval()
-        self._type = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        half = config.engine.precision == "bf16"
+        self._type, self._bits = (
+            (torch.bfloat16, torch.int16) if half else (torch.float32, torch.int32)
+        )  # numpy has no bf16
         self.backbone = self.net.backbone
         self.net.backbone = Remembered(self.backbone.channels, self.backbone.stride)  # type: ignore[assignment]
         folder.mkdir(parents=True, exist_ok=True)
         self.crops, self.labels = self._crops(folder, epochs)
-        self.photos = self._photos(folder, every)
+        self.photos = self._photos()
 
     @torch.no_grad()
     def _features(self, image: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class FrozenLine:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._type == torch.bfloat16)
 
-    def _crops(self, folder: Path, epochs: int) -> tuple[NDArray[np.int16], Tensor]:
+    def _crops(self, folder: Path, epochs: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
         config = self.config
         ordinals = self.index.split(config.data.train_split)
         batch = config.classify.global_batch
@@ -129,10 +130,10 @@ class FrozenLine:
         steps = epochs * plan.steps_per_epoch
         side = -(-config.data.crop // self.backbone.stride)
         shape = (steps, batch, self.backbone.channels, side, side)
-        path = folder / f"crops-seed{config.seed}-{steps}x{config.data.crop}.npy"
+        path = folder / "crops.npy"
         labels = path.with_suffix(".labels.npy")
         if not labels.exists():
-            store = np.lib.format.open_memmap(path, "w+", np.int16 if self._type == torch.bfloat16 else np.int32, shape)
+            store = np.lib.format.open_memmap(path, "w+", str(self._bits).removeprefix("torch."), shape)
             found = np.zeros((steps, batch, len(self.index.classes)), np.float32)
             share = share_of(0, 1, batch, 0)
             fill = tuple(self.backbone.mean.flatten().round().int().tolist())
@@ -141,17 +142,16 @@ class FrozenLine:
             )
             with progress("features of crops", steps, "steps", True) as advance:
                 for step, (one,) in enumerate(stream):
-                    x = self._features(one["image"])
-                    store[step] = x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).numpy()
+                    store[step] = self._features(one["image"]).view(self._bits).numpy()
                     found[step] = one["labels"].numpy()
                     advance(step + 1, "")
             np.save(labels, found)
         return np.load(path, mmap_mode="r"), torch.from_numpy(np.load(labels))
 
-    def _photos(self, folder: Path, every: int) -> list[Photo]:
+    def _photos(self) -> list[Photo]:
         config, stride = self.config, self.backbone.stride
         photos = []
-        ordinals = self.index.split(config.data.score_split)[::every]
+        ordinals = self.index.split(config.data.score_split)
         with progress("features of photos", len(ordinals), "photos", True) as advance:
             for done, ordinal in enumerate(ordinals.tolist(), 1):
                 data, labels = self.reader.image_and_labels(ordinal)
@@ -161,44 +161,27 @@ class FrozenLine:
                 for scale in config.localize.scales:
                     inputs = to_grid(image[None], scale, stride)
                     features[tuple(inputs.shape[2:])] = self._features(torch.cat((inputs, inputs.flip(3))))
-                photos.append(Photo(str(self.index.keys[ordinal]), torch.from_numpy(labels), truth, features))
+                photos.append(Photo(torch.from_numpy(labels), truth, features))
                 advance(done, "")
         return photos
 
-    def batches(self, start: int, steps: int) -> Iterator[Batch]:
-        """Batches start..start+steps-1 of the crops, in the order of the pipeline's plan."""
-        for step in range(start, start + steps):
-            x = torch.from_numpy(self.crops[step].copy()).view(self._type)
-            yield {"image": x, "labels": self.labels[step], "key": []}
-
-    def train(
-        self,
-        task: Task,
-        config: TrainConfig,
-        steps: int,
-        start: int = 0,
-        look: dict[int, Callable[[], None]] | None = None,
-    ) -> dict[str, float]:
-        """The pipeline's steps; look: called after a number of steps; returns the means of the last 20 steps."""
+    def train(self, task: Task, config: TrainConfig, steps: int) -> None:
+        """The pipeline's steps on its batches, in the order of its plan."""
         task.train()
         optimizer = build_optimizer(task, config)
-        values: list[dict[str, float]] = []
-        for step, batch in enumerate(self.batches(start, steps)):
+        for step in range(steps):
+            x = torch.from_numpy(self.crops[step].copy()).view(self._type)
+            batch: Batch = {"image": x, "labels": self.labels[step], "key": []}
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config) * group.get("lr_multiplier", 1.0)
+                group["lr"] = learning_rate(step, steps, config) * group["lr_multiplier"]
             with self._autocast():
-                losses, report = task(batch)
+                losses, _ = task(batch)
             optimizer.zero_grad()
             losses["loss"].backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], config.clip_norm)
             optimizer.step()
-            values.append({k: float(v.detach()) for k, v in (losses | report).items()})
-            if look and step + 1 in look:
-                look[step + 1]()
         task.eval()
-        last = values[-20:]
-        return {k: sum(v[k] for v in last) / len(last) for k in last[0]} if last else {}
 
     @torch.no_grad()
     def maps(self, photo: Photo, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> dict[str, ClassMaps]:

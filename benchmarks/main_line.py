@@ -29,10 +29,16 @@ def run(
     config: str, seed: int, overrides: list[str], launcher: Sequence[str] = (sys.executable,), suffix: str = ""
 ) -> dict[str, dict[str, Any]]:
     """results.json of one seed."""
-    run_dir = f"{configuration.load(config, overrides).run_dir}{suffix}-seed{seed}"
-    options = [part for text in (*overrides, f"seed={seed}", f"run_dir={run_dir}") for part in ("--set", text)]
+    overrides = of_seed(config, seed, overrides, suffix)
+    options = [part for text in overrides for part in ("--set", text)]
     subprocess.run([*launcher, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
-    return json.loads(Path(run_dir, "results.json").read_text())
+    return json.loads(Path(configuration.load(config, overrides).run_dir, "results.json").read_text())
+
+
+def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> list[str]:
+    """The overrides with which one seed runs, in a run directory of its own."""
+    run_dir = f"{configuration.load(config, overrides).run_dir}{suffix}-seed{seed}"
+    return [*overrides, f"seed={seed}", f"run_dir={run_dir}"]
 
 
 def spread(values: list[float]) -> str:
