@@ -48,6 +48,7 @@ class Chain:
 
 
 NONE = {"duration": "0 steps", "clip": 0.0}  # an Expansion that is the CAM network
+DECIDE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
 SHRINK, ALONE = "Expansion, Shrinkage", "Shrinkage alone"
 CONTROLS = {
@@ -76,6 +77,13 @@ POINTS: dict[str, dict[str, Chain]] = {
         "W2 fixed": Chain(expand={}, shrink={"learn_kernel": False}),
         "W2 starts as identity": Chain(expand={}, shrink={"kernel": "identity"}),
         "V fixed": Chain(expand={}, shrink={"learn_classifier": False}),
+    },
+    "area term of Shrinkage": {
+        "decide": Chain(expand={}, shrink=DECIDE),
+        "decide, no Expansion": Chain(expand=NONE, shrink=DECIDE),
+        "decide, fast": Chain(expand={}, shrink={**DECIDE, "lr": 0.02, "duration": "150 steps"}),
+        "decide, fast, no Expansion": Chain(expand=NONE, shrink={**DECIDE, "lr": 0.02, "duration": "150 steps"}),
+        "mean, as strong": Chain(expand={}, shrink={**DECIDE, "area_term": "mean"}),
     },
 }
 
@@ -213,11 +221,17 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    parser.add_argument("--controls", action="store_true", help="without the open points")
+    parser.add_argument(
+        "--points",
+        nargs="*",
+        default=list(POINTS),
+        choices=list(POINTS),
+        metavar="POINT",
+        help="open points beside the controls, all unless said: " + ", ".join(f"'{p}'" for p in POINTS),
+    )
     args = parser.parse_args()
     chains = dict(CONTROLS)
-    if not args.controls:
-        chains |= {f"{point}: {name}": chain for point, own in POINTS.items() for name, chain in own.items()}
+    chains |= {f"{point}: {name}": chain for point in args.points for name, chain in POINTS[point].items()}
     found: dict[str, list[Found]] = {name: [] for name in chains}
     for seed in args.seeds:
         lab = Lab(args.config, seed, args.overrides)
@@ -282,11 +296,12 @@ def tables(found: dict[str, list[Found]]) -> str:
     heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
     parts.append(table((*heads, *(f"at recall {r}" for r in (50, 70, 80, 90))), rows))
 
-    if any(name not in CONTROLS for name in found):
+    points = {p: own for p, own in POINTS.items() if all(f"{p}: {name}" in found for name in own)}
+    if points:
         parts.append("\n### Open points, one changed at a time\n")
         rows = []
-        for point, own in POINTS.items():
-            base = SHRINK if point.startswith("Shrinkage") else EXPAND
+        for point, own in points.items():
+            base = SHRINK if "Shrinkage" in point else EXPAND
             rows.append([f"**{point}**: as configured ({base})", *row(base, miou, gain, area)[1:]])
             rows += [[name, *row(f"{point}: {name}", miou, gain, area)[1:]] for name in own]
         parts.append(table(("", "mIoU", "over the CAM", "area under the curve"), rows))

@@ -114,7 +114,7 @@ class ShrinkConfig(TrainConfig):
     kernel: Literal["identity", "copy", "box"] = key("box")  # where W2 starts
     learn_kernel: bool = key(True)
     learn_classifier: bool = key(True)
-    normalise: Literal["minmax", "max"] = key("minmax")  # of the class maps inside the area loss
+    area_term: Literal["mean", "max", "decide"] = key("mean")  # of the normalised maps: see esol/tasks/losses.py
 
 
 @dataclass(frozen=True)

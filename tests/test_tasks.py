@@ -62,7 +62,8 @@ ALL = [
     ("expand", {"classes": "present", "bound": 0, "clip": 0.3}),
     ("expand", {"game": True}),
     ("shrink", {}),
-    ("shrink", {"kernel": "identity", "normalise": "max", "clip": 0.5, "learn_kernel": False}),
+    ("shrink", {"area_term": "decide", "area": 2.0}),
+    ("shrink", {"kernel": "identity", "area_term": "max", "clip": 0.5, "learn_kernel": False}),
 ]
 
 
@@ -126,6 +127,8 @@ def test_losses_against_plain_references() -> None:
     m = maps[1, 3]
     assert torch.allclose(area_loss(maps, labels)[1], ((m - m.min()) / (m.max() - m.min() + 1e-5)).mean())
     assert torch.allclose(area_loss(maps, labels, "max")[1], (m.relu() / (m.max() + 1e-5)).mean())
+    n = (m - m.min()) / (m.max() - m.min() + 1e-5)
+    assert torch.allclose(area_loss(maps, labels, "decide")[1], (4 * n - 4 * n.square()).mean())
     assert area_loss(maps, labels)[2] == 0
 
 

@@ -15,19 +15,22 @@ def classification_loss(logits: Tensor, labels: Tensor, classes: Literal["all", 
     return each.mean(1) if classes == "all" else _present_mean(each, labels)
 
 
-def area_loss(maps: Tensor, labels: Tensor, normalise: Literal["minmax", "max"] = "minmax") -> Tensor:
-    """Mean normalised activation of the present classes, per image: maps (B, C, h, w), labels (B, C) -> (B,).
+def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide"] = "mean") -> Tensor:
+    """What the present classes' maps A cover, per image: maps (B, C, h, w), labels (B, C) -> (B,), in 0..1.
 
-    minmax: (A - min) / (max - min), all of it with gradient. max: relu(A) over its detached maximum, which switching
-    every map off minimises: it was seen to collapse.
+    mean: of N = (A - min) / (max - min), all of it with gradient. decide: of 4 N (1 - N), 0 where N is 0 or 1, so
+    that it does not darken what is bright. max: of relu(A) over its detached maximum, which switching every map off
+    minimises: it was seen to collapse. The paper has the area, not how A is normalised; decide is ours.
     """
     maps = maps if maps.dtype == torch.float64 else maps.float()
     high = maps.amax((2, 3), keepdim=True)
-    if normalise == "minmax":
+    if term == "max":
+        each = F.relu(maps) / (high.detach().clamp_min(0) + 1e-5)
+    else:
         low = maps.amin((2, 3), keepdim=True)
         each = (maps - low) / (high - low + 1e-5)
-    else:
-        each = F.relu(maps) / (high.detach().clamp_min(0) + 1e-5)
+        if term == "decide":
+            each = 4 * each * (1 - each)
     return _present_mean(each.mean((2, 3)), labels)
 
 

@@ -38,7 +38,7 @@ class Shrink(Task):
         logits = pool(maps)
         with torch.autocast(maps.device.type, enabled=False):
             classification = classification_loss(logits, batch["labels"]).mean()
-            area = area_loss(maps, batch["labels"], self.config.normalise).mean()
+            area = area_loss(maps, batch["labels"], self.config.area_term).mean()
             loss = classification + self.config.area * area
         return {"loss": loss, "classification": classification, "area": area}, {}
 
