@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from esol.files import atomic_write
 from esol.model_card import model_card
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import pad_to_grid
-from esol.segmenter import FORMAT, WEIGHTS, load_model, write_model
+from esol.segmenter import WEIGHTS, describe, load_model, write_model
 from esol.tracking import save_mlflow_model
 
 TOLERANCE = 1e-3  # largest difference of a probability between ONNX Runtime and PyTorch
@@ -66,7 +65,7 @@ def export(run_dir: Path, out: Path) -> None:
         raise EsolError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     try:
         write_model(folder / WEIGHTS, net.state_dict(), info)
-        atomic_write(folder / "config.json", json.dumps({"format": FORMAT, **asdict(info)}, indent=1) + "\n")
+        atomic_write(folder / "config.json", json.dumps(describe(info), indent=1) + "\n")
         checks = _export_graphs(net, folder)
         print("MLflow model ...", flush=True)
         save_mlflow_model(folder / "mlflow", folder / WEIGHTS)

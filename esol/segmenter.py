@@ -20,7 +20,7 @@ from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.schema import build
 
-FORMAT = "esol-deeplab 1"
+FORMAT = "esol-deeplab 2"
 WEIGHTS = "model.safetensors"
 
 
@@ -43,9 +43,15 @@ class ModelInfo:
 
 
 def write_model(path: Path, state: Mapping[str, Tensor], info: ModelInfo) -> None:
-    """Writes weights and header."""
-    header = {"format": FORMAT, "about": json.dumps(asdict(info))}
+    """Writes weights and header; the same weights and info give the same bytes."""
+    # one entry: safetensors writes several in an order that differs from call to call
+    header = {"esol": json.dumps(describe(info))}
     atomic_write(path, save({key: value.contiguous() for key, value in state.items()}, header))
+
+
+def describe(info: ModelInfo) -> dict[str, Any]:
+    """What the header says."""
+    return {"format": FORMAT, **asdict(info)}
 
 
 def load_model(place: str | Path) -> tuple[DeepLab, ModelInfo]:
@@ -81,9 +87,9 @@ def read_info(path: Path) -> ModelInfo:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     try:
-        if header["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {header['format']!r}, this program reads {FORMAT!r}")
-        about: dict[str, Any] = json.loads(header["about"])
+        about: dict[str, Any] = json.loads(header["esol"])
+        if (found := about.pop("format")) != FORMAT:
+            raise CheckpointError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
         evaluate = build(EvaluateConfig, about["evaluate"], "evaluate")
         values = {**about, "evaluate": evaluate, "classes": tuple(about["classes"]), "rates": tuple(about["rates"])}
         return ModelInfo(**values)
