@@ -9,82 +9,86 @@ classify runs once per seed, in the pipeline; then every chain below is trained 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.chains import Chain, Lab, classify, expand, longer, readout, scales, shrink, together
 from benchmarks.common import machine, table
-from benchmarks.frozen_line import REACH, Evidence, FrozenLine
-from benchmarks.main_line import of_seed, run, spread
-from esol import config as configuration
-from esol.config import TrainConfig
-from esol.data.index import Index
-from esol.networks import trained_net
-from esol.schema import fingerprint
-from esol.tasks.classify import Classify
-from esol.tasks.expand import Expand
-from esol.tasks.shrink import Shrink
+from benchmarks.frozen_line import REACH, Evidence
+from benchmarks.main_line import spread
 
-
-@dataclass(frozen=True)
-class Chain:
-    """What is trained behind the CAM network; fields that differ from the config's.
-
-    longer: W1 and V are trained on for as many steps as expand and shrink have, with classify's settings;
-    expand, shrink: None = not there.
-    """
-
-    longer: bool = False
-    expand: dict[str, Any] | None = None
-    shrink: dict[str, Any] | None = None
-
-
-NONE = {"duration": "0 steps", "clip": 0.0}  # an Expansion that is the CAM network
-DECIDE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
-FAST = DECIDE | {"lr": 0.02, "duration": "150 steps"}
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
-SHRINK, ALONE = "Expansion, Shrinkage", "Shrinkage alone"
-CONTROLS = {
-    CAM: Chain(),
-    LONGER: Chain(longer=True),
-    CLIP: Chain(expand={"duration": "0 steps"}),
-    EXPAND: Chain(expand={}),
-    SHRINK: Chain(expand={}, shrink={}),
-    ALONE: Chain(expand=NONE, shrink={}),
+SHRINK, ALONE, READ = "Expansion, Shrinkage", "Shrinkage alone", "CAM, trained on with Shrinkage's loss"
+STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that is the CAM network
+CONTROLS: dict[str, Chain] = {
+    CAM: (),
+    LONGER: (longer,),
+    READ: (readout(),),
+    CLIP: (expand(duration="0 steps"),),
+    EXPAND: (expand(),),
+    SHRINK: (expand(), shrink()),
+    ALONE: (STILL, shrink()),
 }
+DECIDE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
+HEAD = {"area_term": "decide", "area": 1.0, "clip": 0.3, "lr": 0.02, "duration": "390 steps"}  # W1 and V
+ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
 POINTS: dict[str, dict[str, Chain]] = {
-    "bound r of Expansion": {f"r {r:g}": Chain(expand={"bound": r}) for r in (0.5, 2.0, 4.0)},
-    "classes whose loss is maximised": {"present": Chain(expand={"classes": "present"})},
+    "bound r of Expansion": {f"r {r:g}": (expand(bound=r),) for r in (0.5, 2.0, 4.0)},
+    "classes whose loss is maximised": {"present": (expand(classes="present"),)},
     "steps of Expansion (alpha x steps x lr is one budget)": {
-        f"{n} steps": Chain(expand={"duration": f"{n} steps"}) for n in (25, 50, 200)
+        f"{n} steps": (expand(duration=f"{n} steps"),) for n in (25, 50, 200)
     },
-    "clipping beta": {f"beta {b:g}": Chain(expand={"clip": b}) for b in (0.0, 0.1, 0.3, 0.5)},
+    "clipping beta": {f"beta {b:g}": (expand(clip=b),) for b in (0.0, 0.1, 0.3, 0.5)},
+    "where clipping sits": {
+        "in the maps alone": (expand(clip=0.0, maps_clip=0.2),),
+        "in the loss alone": (expand(maps_clip=0.0),),
+    },
     "W1 and V meanwhile": {
-        "learn, alpha 0.3 (game)": Chain(expand={"game": True, "alpha": 0.3, "lr": 0.02, "momentum": 0.9}),
-        "learn, offsets stay (alpha 0)": Chain(expand={"game": True, "alpha": 0.0, "lr": 0.02, "momentum": 0.9}),
+        "learn, alpha 0.3 (game)": (expand(game=True, alpha=0.3, lr=0.02, momentum=0.9),),
+        "learn, offsets stay (alpha 0)": (expand(game=True, alpha=0.0, lr=0.02, momentum=0.9),),
     },
-    "Shrinkage after Expansion": {
-        "area 0": Chain(expand={}, shrink={"area": 0.0}),
-        "area 0.3": Chain(expand={}, shrink={"area": 0.3}),
-        "no clip": Chain(expand={}, shrink={"clip": 0.0}),
-        "W2 fixed": Chain(expand={}, shrink={"learn_kernel": False}),
-        "W2 starts as identity": Chain(expand={}, shrink={"kernel": "identity"}),
-        "V fixed": Chain(expand={}, shrink={"learn_classifier": False}),
+    "what is maximised": {
+        "positions": (expand(regions=0),),
+        "3 x 3 regions": (expand(regions=3),),
+    },
+    "kernel W1": {
+        "none (no Expansion is possible)": (classify(0),),
+        **{
+            f"{n} channels, {what}": (classify(n), *steps)
+            for n in (64, 256, 512)
+            for what, steps in (("CAM", ()), (EXPAND, (expand(),)))
+        },
     },
     "area term of Shrinkage": {
-        "decide, lambda 2, clip 0.3, 390 steps at lr 0.005": Chain(expand={}, shrink=DECIDE),
-        "the same, no Expansion": Chain(expand=NONE, shrink=DECIDE),
-        "decide, lambda 2, clip 0.3, 150 steps at lr 0.02": Chain(expand={}, shrink=FAST),
-        "the same 150 steps, no Expansion": Chain(expand=NONE, shrink=FAST),
-        "mean, lambda 2, clip 0.3, 390 steps at lr 0.005": Chain(expand={}, shrink=DECIDE | {"area_term": "mean"}),
+        "decide, lambda 2, clip 0.3, 390 steps at lr 0.005": (expand(), shrink(**DECIDE)),
+        "the same, no Expansion": (STILL, shrink(**DECIDE)),
+        "the same, mean": (expand(), shrink(**DECIDE | {"area_term": "mean"})),
+    },
+    "Shrinkage's loss without its sampler": {
+        "Expansion, V learns": (expand(), readout(**ONLY_V)),
+        "V learns, no Expansion": (STILL, readout(**ONLY_V)),
+        "W1 and V learn, no Expansion": (readout(**HEAD),),
+        "W1 and V learn, Expansion": (readout(**HEAD), expand()),
+        "W1 and V learn, Expansion, Shrinkage": (readout(**HEAD), expand(), shrink(**DECIDE)),
+        "W1 and V learn, Expansion, V learns": (readout(**HEAD), expand(), readout(**ONLY_V)),
+        "two rounds: Expansion, V learns": (expand(), readout(**ONLY_V), expand(), readout(**ONLY_V)),
+    },
+    "Shrinkage after Expansion": {
+        "area 0": (expand(), shrink(area=0.0)),
+        "area 0.3": (expand(), shrink(area=0.3)),
+        "no clip": (expand(), shrink(clip=0.0)),
+        "W2 fixed": (expand(), shrink(learn_kernel=False)),
+        "W2 starts as identity": (expand(), shrink(kernel="identity")),
+        "V fixed": (expand(), shrink(learn_classifier=False)),
+        "in the same steps as Expansion": (together,),
+    },
+    "scales of inference": {
+        f"{name}, scales {', '.join(map(str, chosen))}": (*steps, scales(*chosen))
+        for chosen in ((1.0,), (0.5, 1.0, 1.5, 2.0))
+        for name, steps in ((CAM, ()), (EXPAND, (expand(),)), (SHRINK, (expand(), shrink())))
     },
 }
 
@@ -146,75 +150,10 @@ def read(evidence: Evidence) -> Found:
     )
 
 
-def _steps(config: TrainConfig) -> int:
-    """Of a duration in steps; also none, which the pipeline has no use for."""
-    if not config.duration.endswith("steps"):
-        raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
-    return int(config.duration.split()[0])
-
-
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Over the classes that have a value; 1 without any: where nothing is claimed nothing is wrong."""
     known = ~np.isnan(values)
     return np.where(known.any(1), np.nansum(values, 1) / np.maximum(known.sum(1), 1), 1.0)
-
-
-class Lab:
-    """One seed: its classify, its remembered features, the chains that are done."""
-
-    def __init__(self, path: str, seed: int, overrides: list[str]) -> None:
-        overrides = [*overrides, "stages=[classify]", "tracking.uri=none"]
-        run(path, seed, overrides, suffix="-ablations")
-        self.config = configuration.load(path, of_seed(path, seed, overrides, "-ablations"))
-        run_dir = Path(self.config.run_dir)
-        self.folder = run_dir / "ablations"
-        manifest = json.loads((run_dir / "classify/manifest.json").read_text())
-        self.stamp = [manifest["fingerprint"], list(self.config.localize.scales), self.config.data.score_split]
-        self._line: FrozenLine | None = None
-
-    @property
-    def line(self) -> FrozenLine:
-        if self._line is None:
-            net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
-            self._line = FrozenLine(self.config, net, self.folder / f"features-{fingerprint(self.stamp)}", epochs=2)
-        return self._line
-
-    def close(self) -> None:
-        """Gives the disk back: 3 GB a seed."""
-        self._line = None
-        for folder in self.folder.glob("features-*"):
-            shutil.rmtree(folder)
-
-    def evidence(self, name: str, chain: Chain) -> Evidence:
-        expand = None if chain.expand is None else replace(self.config.expand, **chain.expand)
-        shrink = None if chain.shrink is None else replace(self.config.shrink, **chain.shrink)
-        longer = _steps(self.config.expand) + _steps(self.config.shrink) if chain.longer else 0
-        path = self.folder / f"{fingerprint(self.stamp, longer, expand, shrink)}.npz"
-        if path.exists():
-            with np.load(path) as found:
-                return Evidence.of(found["counts"], found["reach"])
-        begun = time.monotonic()
-        line = self.line
-        net, expansion, shrinkage = copy.deepcopy(line.net), None, None
-        if longer:
-            for p in (net.kernel, net.classifier):
-                if p is not None:
-                    p.requires_grad_(True)
-            line.train(Classify(net, self.config.classify), self.config.classify, longer)
-        net.requires_grad_(False)
-        if expand is not None:
-            task = Expand(net, expand)
-            line.train(task, expand, _steps(expand))
-            expansion = task.handover
-            if shrink is not None:
-                second = Shrink(net, expansion, shrink)
-                line.train(second, shrink, _steps(shrink))
-                shrinkage = second.handover
-        found = line.score(net, expansion, shrinkage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
-        print(f"{name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s", flush=True)
-        return found
 
 
 def main() -> None:
@@ -234,8 +173,9 @@ def main() -> None:
     chains = dict(CONTROLS)
     chains |= {f"{point}: {name}": chain for point in args.points for name, chain in POINTS[point].items()}
     found: dict[str, list[Found]] = {name: [] for name in chains}
+    wider = {0.5, 2.0} if "scales of inference" in args.points else set()
     for seed in args.seeds:
-        lab = Lab(args.config, seed, args.overrides)
+        lab = Lab(args.config, seed, args.overrides, wider)
         for name, chain in chains.items():
             found[name].append(read(lab.evidence(f"seed {seed}, {name}", chain)))
         lab.close()
@@ -291,7 +231,7 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         return spread([f.precision_at_recall(r) for f, r in zip(found[name], own_recall, strict=True)])
 
     rows = []
-    for name in (CAM, LONGER, EXPAND, SHRINK, ALONE):
+    for name in (CAM, LONGER, READ, EXPAND, SHRINK, ALONE):
         fixed = [spread([f.precision_at_recall(r) for f in found[name]]) for r in (50.0, 70.0, 80.0, 90.0)]
         rows.append([*row(name, miou, gain, area), precision_at_expansions(name), *fixed])
     heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
@@ -302,9 +242,14 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         rows = []
         for point in points:
             base = SHRINK if "Shrinkage" in point else EXPAND
-            rows.append([f"**{point}**: as configured ({base})", *row(base, miou, gain, area)[1:]])
-            rows += [[name, *row(f"{point}: {name}", miou, gain, area)[1:]] for name in POINTS[point]]
-        parts.append(table(("", "mIoU", "over the CAM", "area under the curve"), rows))
+            named = {f"**{point}**: as configured ({base})": base} | {
+                name: f"{point}: {name}" for name in POINTS[point]
+            }
+            rows += [
+                [said, *row(name, miou, gain, area)[1:], precision_at_expansions(name)] for said, name in named.items()
+            ]
+        heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
+        parts.append(table(heads, rows))
     return "\n".join(parts)
 
 

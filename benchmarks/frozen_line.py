@@ -6,9 +6,9 @@ looked up. tests/end_to_end/test_frozen_line.py holds it against the pipeline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.seeds import best_class
 from esol.metrics import ThresholdCurve
 from esol.models.cam_net import CamNet
+from esol.models.expansion import Expansion, Shrinkage
 from esol.models.regrid import to_grid
 from esol.optim import build_optimizer, learning_rate
 from esol.progress import progress
@@ -97,10 +98,14 @@ class Photo:
 
 
 class FrozenLine:
-    """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory)."""
+    """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory).
 
-    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int) -> None:
+    scales: of the photos, all that maps will be asked for.
+    """
+
+    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int, scales: Sequence[float] = ()) -> None:
         self.config = config
+        self.scales = sorted({*config.localize.scales, *scales})
         self.index = Index.load(config.data.root)
         self.reader = ShardReader(self.index, config.data.cache)
         self.net = net.eval()
@@ -158,7 +163,7 @@ class FrozenLine:
                 image = decode(data, self.reader.name(ordinal))
                 truth = decode_mask(self.reader.read(ordinal, "mask.png"), self.reader.name(ordinal))
                 features = {}
-                for scale in config.localize.scales:
+                for scale in self.scales:
                     inputs = to_grid(image[None], scale, stride)
                     features[tuple(inputs.shape[2:])] = self._features(torch.cat((inputs, inputs.flip(3))))
                 photos.append(Photo(torch.from_numpy(labels), truth, features))
@@ -167,34 +172,53 @@ class FrozenLine:
 
     def train(self, task: Task, config: TrainConfig, steps: int) -> None:
         """The pipeline's steps on its batches, in the order of its plan."""
-        task.train()
-        optimizer = build_optimizer(task, config)
+        self.train_together([(task, config)], steps)
+
+    def train_together(self, tasks: list[tuple[Task, TrainConfig]], steps: int) -> None:
+        """Every task takes each step, in this order, on the same batch."""
+        optimizers = [build_optimizer(task.train(), config) for task, config in tasks]
         for step in range(steps):
             x = torch.from_numpy(self.crops[step].copy()).view(self._type)
             batch: Batch = {"image": x, "labels": self.labels[step], "key": []}
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config) * group["lr_multiplier"]
-            with self._autocast():
-                losses, _ = task(batch)
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            if config.clip_norm:
-                nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], config.clip_norm)
-            optimizer.step()
-        task.eval()
+            for (task, config), optimizer in zip(tasks, optimizers, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, config) * group["lr_multiplier"]
+                with self._autocast():
+                    losses, _ = task(batch)
+                optimizer.zero_grad()
+                losses["loss"].backward()
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], config.clip_norm)
+                optimizer.step()
+        for task, _ in tasks:
+            task.eval()
 
     @torch.no_grad()
-    def maps(self, photo: Photo, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> dict[str, ClassMaps]:
+    def maps(
+        self,
+        photo: Photo,
+        net: CamNet,
+        expansion: Expansion | None = None,
+        shrinkage: Shrinkage | None = None,
+        scales: Sequence[float] = (),
+    ) -> dict[str, ClassMaps]:
+        """Of the stages that are given, at the config's scales unless said."""
         net.backbone.photo = photo.features  # type: ignore[assignment]
         blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
-        scales, flip = self.config.localize.scales, self.config.localize.flip
+        scales, flip = scales or self.config.localize.scales, self.config.localize.flip
         with self._autocast():
             return class_maps(blank, photo.labels[None], net, expansion, shrinkage, scales=scales, flip=flip)[0]
 
-    def score(self, net: CamNet, expansion: Any = None, shrinkage: Any = None) -> Evidence:
+    def score(
+        self,
+        net: CamNet,
+        expansion: Expansion | None = None,
+        shrinkage: Shrinkage | None = None,
+        scales: Sequence[float] = (),
+    ) -> Evidence:
         """Of the last stage that is given."""
         evidence = Evidence.empty(len(self.index.classes))
         for photo in self.photos:
-            maps = self.maps(photo, net, expansion, shrinkage)
+            maps = self.maps(photo, net, expansion, shrinkage, scales)
             evidence.update(photo.truth, maps["cam"], list(maps.values())[-1])
         return evidence

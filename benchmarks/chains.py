@@ -1,0 +1,289 @@
+"""Chains of steps behind a trained CAM network, trained and scored on remembered features (frozen_line.py)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.frozen_line import Evidence, FrozenLine
+from benchmarks.main_line import of_seed, run
+from esol import config as configuration
+from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
+from esol.data.index import Index
+from esol.models.cam_net import CamNet, pool
+from esol.models.expansion import Expansion, Shrinkage
+from esol.networks import build_net, trained_net
+from esol.schema import fingerprint
+from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.tasks.classify import Classify
+from esol.tasks.expand import Expand
+from esol.tasks.losses import area_loss, classification_loss
+from esol.tasks.shrink import Shrink
+
+
+@dataclass
+class State:
+    """What a chain has trained so far; maps come from the last network that is there, at these scales."""
+
+    net: CamNet
+    expansion: Expansion | None = None
+    shrinkage: Shrinkage | None = None
+    scales: tuple[float, ...] = ()  # () = the config's
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a chain under one config. settings: all that it follows from, for fingerprint; train: moves a state."""
+
+    settings: list[Any]
+    train: Callable[[FrozenLine, State], None]
+
+
+Chain = tuple[Callable[[Config], Step], ...]
+
+
+def classify(channels: int) -> Callable[[Config], Step]:
+    """The CAM network anew, with so many outputs of W1, on the remembered crops; 0 = no W1."""
+
+    def make(config: Config) -> Step:
+        def train(line: FrozenLine, state: State) -> None:
+            model = replace(config.model, kernel_channels=channels)
+            net = build_net(replace(config, model=model), line.net.num_classes, pretrained=False)
+            net.backbone = line.net.backbone
+            state.net = net
+            line.train(Classify(net, config.classify), config.classify, len(line.crops))
+
+        return Step(["classify", config.classify, channels], train)
+
+    return make
+
+
+def longer(config: Config) -> Step:
+    """W1 and V go on with classify's settings for as many steps as expand and shrink have together."""
+    steps = steps_of(config.expand) + steps_of(config.shrink)
+
+    def train(line: FrozenLine, state: State) -> None:
+        line.train(Classify(_learning(state.net), config.classify), config.classify, steps)
+
+    return Step(["longer", config.classify, steps], train)
+
+
+def expand(regions: int | None = None, maps_clip: float | None = None, **fields: Any) -> Callable[[Config], Step]:
+    """The pipeline's expand; regions: of Regions, None = the image; maps_clip: of the maps, None = that of the loss."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.expand, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            task = Expand(state.net, own) if regions is None else Regions(state.net, own, regions)
+            line.train(task, own, steps_of(own))
+            state.expansion = task.handover
+            if maps_clip is not None:
+                state.expansion.clip = maps_clip
+
+        return Step(["expand", own, regions, maps_clip], train)
+
+    return make
+
+
+def shrink(**fields: Any) -> Callable[[Config], Step]:
+    """The pipeline's shrink."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.shrink, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            assert state.expansion is not None
+            task = Shrink(state.net, state.expansion, own)
+            line.train(task, own, steps_of(own))
+            state.shrinkage = task.handover
+
+        return Step(["shrink", own], train)
+
+    return make
+
+
+def readout(**fields: Any) -> Callable[[Config], Step]:
+    """Shrinkage's loss without its sampler: see Readout. Of the Expansion, or of the CAM network that is there."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.shrink, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            if state.expansion is None:
+                state.expansion = Expansion(state.net, replace(config.expand, clip=own.clip))
+            task = Readout(state.net, state.expansion, own)
+            line.train(task, own, steps_of(own))
+            with torch.no_grad():  # an expand that follows starts from what was learned
+                state.net.classifier.copy_(state.expansion.classifier)
+                assert state.net.kernel is not None
+                state.net.kernel.copy_(state.expansion.kernel)
+
+        return Step(["readout", own], train)
+
+    return make
+
+
+def together(config: Config) -> Step:
+    """expand and shrink in the same steps, shrink's; Expansion keeps its budget alpha x steps x lr."""
+    steps = steps_of(config.shrink)
+    slow = replace(config.expand, alpha=config.expand.alpha * steps_of(config.expand) / steps)
+
+    def train(line: FrozenLine, state: State) -> None:
+        first = Expand(state.net, slow)
+        second = Shrink(state.net, first.handover, config.shrink)  # which freezes what it is given
+        first.handover.offset.requires_grad_(True)
+        line.train_together([(first, slow), (second, config.shrink)], steps)
+        state.expansion, state.shrinkage = first.handover, second.handover
+
+    return Step(["together", slow, config.shrink], train)
+
+
+def scales(*values: float) -> Callable[[Config], Step]:
+    """Other scales of inference."""
+
+    def make(config: Config) -> Step:
+        def train(line: FrozenLine, state: State) -> None:
+            state.scales = values
+
+        return Step(["scales", list(values)], train)
+
+    return make
+
+
+def steps_of(config: TrainConfig) -> int:
+    """Of a duration in steps; also none, which the pipeline has no use for."""
+    if not config.duration.endswith("steps"):
+        raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
+    return int(config.duration.split()[0])
+
+
+def _learning(net: CamNet) -> CamNet:
+    for p in (net.kernel, net.classifier):
+        if p is not None:
+            p.requires_grad_(True)
+    return net
+
+
+class Readout(Task):
+    """L_cls + lambda * L_area on an Expansion's features without a second sampler: V learns; W1 where W2 would.
+
+    The offsets stay. The maps are clipped as config says from then on.
+    """
+
+    def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        self.handover = expansion.requires_grad_(False)
+        self.handover.clip = config.clip
+        self._learning = [expansion.classifier, *([expansion.kernel] if config.learn_kernel else [])]
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with torch.no_grad():
+            x = self.net.features(batch["image"])
+        maps = self.handover.class_maps(self.handover.features(x))
+        with torch.autocast(maps.device.type, enabled=False):
+            classification = classification_loss(pool(maps), batch["labels"]).mean()
+            area = area_loss(maps, batch["labels"], self.config.area_term).mean()
+        return {"loss": classification + self.config.area * area}, {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("head", self._learning)]
+
+
+class Regions(Task):
+    """Expansion whose loss is the mean over n x n regions, pooled and labelled as the image is; 0 = over positions."""
+
+    def __init__(self, net: CamNet, config: ExpandConfig, regions: int) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        self.handover = Expansion(net, config)
+        self.alpha, self.regions = config.alpha, regions
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with torch.no_grad():
+            x = self.net.features(batch["image"])
+        maps = self.handover.class_maps(self.handover.features(x)).float()
+        logits = F.adaptive_avg_pool2d(maps, self.regions) if self.regions else maps
+        with torch.autocast(maps.device.type, enabled=False):
+            labels = batch["labels"][:, :, None, None].expand_as(logits)
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+        return {"loss": -self.alpha * loss}, {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("offset", list(self.handover.offset.parameters()))]
+
+
+class Lab:
+    """One seed: its classify, its remembered features, the chains that are done."""
+
+    def __init__(self, path: str, seed: int, overrides: list[str], scales: set[float]) -> None:
+        """scales: those that chains ask for beside the config's."""
+        overrides = [*overrides, "stages=[classify]", "tracking.uri=none"]
+        run(path, seed, overrides, suffix="-ablations")
+        self.config = configuration.load(path, of_seed(path, seed, overrides, "-ablations"))
+        run_dir = Path(self.config.run_dir)
+        self.folder = run_dir / "ablations"
+        manifest = json.loads((run_dir / "classify/manifest.json").read_text())
+        self.stamp = [manifest["fingerprint"], list(self.config.localize.scales), self.config.data.score_split]
+        self._scales = sorted(scales)
+        self._line: FrozenLine | None = None
+        self._states: dict[str, State] = {}
+
+    @property
+    def line(self) -> FrozenLine:
+        if self._line is None:
+            net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
+            folder = self.folder / f"features-{fingerprint(self.stamp)}"
+            self._line = FrozenLine(self.config, net, folder, 2, self._scales)
+        return self._line
+
+    def close(self) -> None:
+        """Gives the disk back: 3 GB a seed."""
+        self._line, self._states = None, {}
+        for folder in self.folder.glob("features-*"):
+            shutil.rmtree(folder)
+
+    def evidence(self, name: str, chain: Chain) -> Evidence:
+        """What is there already, under everything that it follows from, is not done again."""
+        steps = [make(self.config) for make in chain]
+        path = self.folder / f"{self._key(steps)}.npz"
+        if path.exists():
+            with np.load(path) as stored:
+                return Evidence.of(stored["counts"], stored["reach"])
+        begun = time.monotonic()
+        state = self._state(steps)
+        found = self.line.score(state.net, state.expansion, state.shrinkage, state.scales)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
+        print(f"{name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s", flush=True)
+        return found
+
+    def _key(self, steps: list[Step]) -> str:
+        return fingerprint(self.stamp, *(part for step in steps for part in step.settings))
+
+    def _state(self, steps: list[Step]) -> State:
+        """Trained by these steps; chains that begin alike share what they have in common."""
+        if not steps:
+            return State(self.line.net.requires_grad_(False))
+        key = self._key(steps)
+        if key not in self._states:
+            state = copy.deepcopy(self._state(steps[:-1]))
+            steps[-1].train(self.line, state)
+            state.net.requires_grad_(False)
+            self._states[key] = state
+        return self._states[key]
