@@ -100,7 +100,7 @@ class Photo:
 class FrozenLine:
     """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory).
 
-    scales: of the photos, all that maps will be asked for.
+    scales: of the photos, all that maps will be asked for; epochs 0: no crops, nothing can be trained.
     """
 
     def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int, scales: Sequence[float] = ()) -> None:
@@ -115,8 +115,9 @@ class FrozenLine:
         )  # numpy has no bf16
         self.backbone = self.net.backbone
         self.net.backbone = Remembered(self.backbone.channels, self.backbone.stride)  # type: ignore[assignment]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.crops, self.labels = self._crops(folder, epochs)
+        if epochs:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.crops, self.labels = self._crops(folder, epochs)
         self.photos = self._photos()
 
     @torch.no_grad()
@@ -207,7 +208,8 @@ class FrozenLine:
         blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
         scales, flip = scales or self.config.localize.scales, self.config.localize.flip
         with self._autocast():
-            return class_maps(blank, photo.labels[None], net, expansion, shrinkage, scales=scales, flip=flip)[0]
+            nets = (net, None, expansion, shrinkage)
+            return class_maps(blank, photo.labels[None], *nets, scales=scales, flip=flip)[0]
 
     def score(
         self,

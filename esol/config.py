@@ -88,6 +88,16 @@ class ClassifyConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class DecideConfig(TrainConfig):
+    """W1 and V trained on with an area term that makes each position of a class map all or nothing; ours."""
+
+    duration: str = key("390 steps")
+    lr: float = key(0.02, low=0, high=100)
+    area: float = key(1.0, low=0, high=1000)  # lambda, weight of the area loss
+    clip: float = key(0.3, low=0, high=1)  # beta of feature clipping, in the loss and in the maps; 0 = off
+
+
+@dataclass(frozen=True)
 class ExpandConfig(TrainConfig):
     """The expansion sampler: offsets that maximise the classification loss (paper, section Expansion)."""
 
@@ -124,7 +134,7 @@ class LocalizeConfig:
     scales: tuple[float, ...] = key((0.5, 1.0, 1.5, 2.0), low=0.1, high=8)
     long_side: int = key(0, low=0, high=8192, unit="pixels")  # of scale 1; 0 = the image's own
     flip: bool = key(True)
-    write: Literal["last", "cam", "expand", "shrink"] = key("last")  # whose maps the later stages get
+    write: Literal["last", "cam", "decide", "expand", "shrink"] = key("last")  # whose maps the later stages get
     batch: int = key(1, low=1, high=1024, unit="images of one size")
 
     def check(self, where: str) -> None:
@@ -361,6 +371,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    decide: DecideConfig = field(default_factory=DecideConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
     shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
     localize: LocalizeConfig = field(default_factory=LocalizeConfig)
@@ -388,7 +399,7 @@ class Config:
         return next((name for name in ("irn_masks", "psa_masks") if name in self.stages), "seed_masks")
 
     def check(self, where: str) -> None:
-        needing = [s for s in ("expand", "shrink") if s in self.stages]
+        needing = [s for s in ("decide", "expand", "shrink") if s in self.stages]
         if self.model.kernel_channels == 0 and needing:
             raise ConfigError(
                 f"model.kernel_channels = 0 is the plain CAM network, which {needing[0]} cannot use: "

@@ -29,6 +29,7 @@ from esol.networks import (
     initial_weights,
     irn_net,
     trained_cam,
+    trained_decision,
     trained_expansion,
     trained_net,
 )
@@ -38,6 +39,7 @@ from esol.segmenter import WEIGHTS, ModelInfo, write_model
 from esol.tasks.affinity import Affinity
 from esol.tasks.base import Task
 from esol.tasks.classify import Classify
+from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.irn import Irn
 from esol.tasks.segment import Segment
@@ -52,10 +54,17 @@ def classify(context: Context, folder: Path) -> Results:
     return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net.backbone)
 
 
+def decide(context: Context, folder: Path) -> Results:
+    """The trained network's head, until its class maps decide."""
+    net = trained_net(context.config, len(context.index.classes))
+    return _fit_cam(context, "decide", Decide(net, context.config.decide), folder, net.backbone)
+
+
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
-    return _fit_cam(context, "expand", Expand(net, context.config.expand), folder, net.backbone)
+    task = Expand(net, context.config.expand, trained_decision(context.config, net))
+    return _fit_cam(context, "expand", task, folder, net.backbone)
 
 
 def shrink(context: Context, folder: Path) -> Results:

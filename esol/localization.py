@@ -22,7 +22,7 @@ from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import initial_weights, trained_cam
 from esol.report import heat, paint, sheet
 
@@ -159,6 +159,7 @@ def draw(
     context: Context,
     name: str,
     net: CamNet,
+    decision: Decision | None,
     expansion: Expansion | None,
     shrinkage: Shrinkage | None,
     thresholds: dict[str, float] | None = None,
@@ -169,7 +170,7 @@ def draw(
     headings: list[str] = []
     for ordinal in pictured(context):
         image = photo(context, ordinal)
-        maps = _maps(context, config.localize, (net, expansion, shrinkage), [image], [ordinal])[0]
+        maps = _maps(context, config.localize, (net, decision, expansion, shrinkage), [image], [ordinal])[0]
         pixels = image.permute(1, 2, 0).numpy()
         last = list(maps)[-1]
         threshold = (thresholds or {}).get(last, PAPER_THRESHOLD)

@@ -75,8 +75,8 @@ def _data(
         f"- shard set {config.data.root}, content hash {manifest['consumed']['data'][:16]}",
         f"- segment learned from {learned.get('photos', 'the')} photos of the split {config.data.mask_split}",
     ]
-    if "classify" in config.stages:
-        lines.append(f"- classify, expand and shrink learned from the image-level labels of {config.data.train_split}")
+    if own := [stage for stage in ("classify", "decide", "expand", "shrink") if stage in config.stages]:
+        lines.append(f"- {', '.join(own)} learned from the image-level labels of {config.data.train_split}")
     if scores:
         lines.append(f"- evaluated on {scores.get('photos', 'the')} photos of the split {config.data.eval_split}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.deeplab import DeepLab
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.irn_net import IrnNet
 from esol.segmenter import WEIGHTS
 
@@ -36,6 +36,11 @@ def trained_net(config: Config, num_classes: int) -> CamNet:
     return _restore(build_net(config, num_classes, pretrained=False), config, "classify")
 
 
+def trained_decision(config: Config, net: CamNet) -> Decision | None:
+    """The Decision as decide handed it over; None where the run has no such stage."""
+    return _restore(Decision(net, config.decide), config, "decide") if "decide" in config.stages else None
+
+
 def trained_expansion(config: Config, net: CamNet) -> Expansion:
     """The Expansion as expand handed it over."""
     return _restore(Expansion(net, config.expand), config, "expand")
@@ -48,16 +53,19 @@ def trained_shrinkage(config: Config, expansion: Expansion) -> Shrinkage:
 
 def trained_cam(
     config: Config, num_classes: int, device: torch.device, until: str = "shrink"
-) -> tuple[CamNet, Expansion | None, Shrinkage | None]:
+) -> tuple[CamNet, Decision | None, Expansion | None, Shrinkage | None]:
     """All networks that class maps are made with, as far as the run's stages up to `until` have them, for inference."""
-    stages = ("classify", "expand", "shrink")
+    stages = ("classify", "decide", "expand", "shrink")
     had = [stage for stage in stages[: stages.index(until) + 1] if stage in config.stages]
     net = trained_net(config, num_classes).to(device).eval()
+    decision = trained_decision(config, net) if "decide" in had else None
+    if decision is not None:
+        decision.to(device).eval()
     expansion = trained_expansion(config, net).to(device).eval() if "expand" in had else None
     shrinkage = None
     if "shrink" in had and expansion is not None:
         shrinkage = trained_shrinkage(config, expansion).to(device).eval()
-    return net, expansion, shrinkage
+    return net, decision, expansion, shrinkage
 
 
 def affinity_net(config: Config, num_classes: int) -> AffinityNet:

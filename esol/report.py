@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from esol.errors import EsolError
 from esol.palette import voc_palette
 
-SOURCES = ("cam", "expand", "shrink")
+SOURCES = ("cam", "decide", "expand", "shrink")
 MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
 TILE = 200  # pixels, long side of a picture's tile
@@ -145,7 +145,8 @@ def verdicts(seeds: dict[str, float]) -> list[str]:
     """One line each on whether Expansion raised recall and Shrinkage precision, whichever way it went."""
     recall = "body_recall" if "cam_body_recall" in seeds else "recall"
     lines = []
-    for source, before, aim in (("expand", "cam", recall), ("shrink", "expand", "precision")):
+    start = "decide" if "decide_miou" in seeds else "cam"
+    for source, before, aim in (("expand", start, recall), ("shrink", "expand", "precision")):
         if f"{source}_miou" not in seeds:
             continue
         parts = []

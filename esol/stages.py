@@ -23,9 +23,11 @@ from esol.context import Context, Results
 from esol.data.index import Index
 from esol.errors import CheckpointError, ConfigError, DataError
 from esol.files import atomic_write, sha256
+from esol.report import SOURCES
 from esol.schema import differing, fingerprint, semantic
 
-HEADLINE = {"loss", "images_per_second", "labelled", "right", "cam_miou", "expand_miou", "shrink_miou", "seconds"}
+HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds"}
+HEADLINE |= {f"{source}_miou" for source in SOURCES}
 HEADLINE |= {"threshold", "plain_miou", "crf_miou", "initial_weights"}  # results.json has all
 
 
@@ -79,11 +81,12 @@ def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
 
 _TABLE = (
     Stage("classify", _reads(), _training("classify"), fit.classify, "model.safetensors"),
-    Stage("expand", _reads("classify"), _training("expand"), fit.expand, "model.safetensors"),
+    Stage("decide", _reads("classify"), _training("decide"), fit.decide, "model.safetensors"),
+    Stage("expand", _reads("classify", optional=("decide",)), _training("expand"), fit.expand, "model.safetensors"),
     Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
     Stage(
         "localize",
-        _reads("classify", optional=("expand", "shrink")),
+        _reads("classify", optional=("decide", "expand", "shrink")),
         _inference("localize"),
         localization.localize,
         "index.json",
@@ -231,7 +234,8 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], consumed: di
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in differing(manifest["settings"], json.loads(json.dumps(settings)))
     ]
-    changed += [f"its input {name} changed" for name in consumed if manifest["consumed"].get(name) != consumed[name]]
+    names = dict.fromkeys((*consumed, *manifest["consumed"]))
+    changed += [f"its input {n} changed" for n in names if manifest["consumed"].get(n) != consumed.get(n)]
     return "; ".join(changed) or "its outputs were missing or changed"
 
 

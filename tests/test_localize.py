@@ -7,23 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.config import ExpandConfig, ModelConfig, ShrinkConfig
+from esol.config import DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
 from esol.localize.class_maps import class_maps
 from esol.localize.seeds import best_class, seed
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.schema import build
 
 
-def networks() -> tuple[CamNet, Expansion, Shrinkage]:
+def networks() -> tuple[CamNet, Decision, Expansion, Shrinkage]:
     torch.manual_seed(0)
     net = CamNet(build_backbone(build(ModelConfig, {"backbone": "small", "output_stride": 8})), 3, 16).eval()
-    expansion = Expansion(net, build(ExpandConfig, {"clip": 0.8}))
+    decision = Decision(net, build(DecideConfig, {"clip": 0.5}))
+    torch.nn.init.normal_(decision.kernel, std=0.1)
+    expansion = Expansion(decision, build(ExpandConfig, {"clip": 0.8}))
     torch.nn.init.normal_(expansion.offset.conv.bias, std=0.5)  # type: ignore[arg-type]
     shrinkage = Shrinkage(expansion, build(ShrinkConfig, {"clip": 0.6}))
     torch.nn.init.normal_(shrinkage.offset.conv.bias, std=0.5)  # type: ignore[arg-type]
-    return net, expansion, shrinkage
+    return net, decision, expansion, shrinkage
 
 
 def image(batch: int, height: int, width: int) -> Tensor:
@@ -31,11 +33,12 @@ def image(batch: int, height: int, width: int) -> Tensor:
 
 
 def test_equals_a_loop_over_scales_and_mirror_images_of_each_stage_alone() -> None:
-    net, expansion, shrinkage = networks()
+    net, decision, expansion, shrinkage = networks()
     photo, labels = image(1, 49, 65), torch.tensor([[1.0, 0.0, 1.0]])
-    got = class_maps(photo, labels, net, expansion, shrinkage, scales=(1, 2), flip=True)[0]
+    got = class_maps(photo, labels, net, decision, expansion, shrinkage, scales=(1, 2), flip=True)[0]
     alone: dict[str, Any] = {
         "cam": net.class_maps,
+        "decide": decision.class_maps,
         "expand": lambda x: expansion.class_maps(expansion.features(x)),
         "shrink": lambda x: shrinkage.class_maps(expansion.features(x)),
     }

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from esol.config import ClassifyConfig, ExpandConfig, ModelConfig, ShrinkConfig
+from esol.config import ClassifyConfig, DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
 from esol.errors import ConfigError
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage, clip_features
+from esol.models.expansion import Decision, Expansion, Shrinkage, clip_features
 from esol.schema import build
 from esol.tasks.base import Batch, Task
 from esol.tasks.classify import Classify
+from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.losses import area_loss, classification_loss
 from esol.tasks.shrink import Shrink
@@ -47,6 +48,8 @@ def batch(size: int = 4) -> Batch:
 def tasks(kind: str, **options: Any) -> Task:
     if kind == "classify":
         return Classify(cam_net(), build(ClassifyConfig, options))
+    if kind == "decide":
+        return Decide(cam_net(), build(DecideConfig, options))
     expand = Expand(cam_net(), build(ExpandConfig, options if kind == "expand" else {}))
     moved(expand.handover)
     if kind == "expand":
@@ -58,6 +61,7 @@ def tasks(kind: str, **options: Any) -> Task:
 
 ALL = [
     ("classify", {}),
+    ("decide", {}),
     ("expand", {}),
     ("expand", {"classes": "present", "bound": 0, "clip": 0.3}),
     ("expand", {"game": True}),
@@ -82,9 +86,9 @@ def test_only_declared_parameters_learn_and_all_of_them_do(kind: str, options: d
     assert got == {n for n, p in task.named_parameters() if any(p is d for d in declared)}
     assert got == {n for n, p in task.named_parameters() if p.requires_grad}
     if kind != "classify":
-        offsets = {"handover.offset.conv.weight", "handover.offset.conv.bias"}
+        offsets = {"handover.offset.conv.weight", "handover.offset.conv.bias"} if kind != "decide" else set()
         heads = {"handover.kernel", "handover.classifier"}
-        learning = {"expand": options.get("game", False), "shrink": True}[kind]
+        learning = kind != "expand" or options.get("game", False)
         want = offsets | (heads if learning else set())
         assert got == (want - {"handover.kernel"} if options.get("learn_kernel") is False else want)
         assert not task.net.training  # type: ignore[union-attr]
@@ -132,7 +136,7 @@ def test_losses_against_plain_references() -> None:
     assert area_loss(maps, labels)[2] == 0
 
 
-def test_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float64() -> None:
+def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float64() -> None:
     b = batch()
     expand = Expand(cam_net(), build(ExpandConfig, {"alpha": 2.0, "clip": 0.6, "bound": 1.5}))
     shrink = Shrink(cam_net(), moved(copy.deepcopy(expand.handover)), build(ShrinkConfig, {"area": 0.3, "clip": 0.7}))
@@ -144,6 +148,18 @@ def test_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float
         return r * torch.tanh(F.conv2d(x, conv.weight, conv.bias, padding=1) / r)
 
     x = expand.net.features(b["image"]).detach()
+    decide = Decide(cam_net(), build(DecideConfig, {"area": 0.7, "clip": 0.4})).double()
+    d = decide.handover
+    f = torch.einsum("kcij,bcijhw->bkhw", d.kernel, F.unfold(x, 3, padding=1).view(4, 128, 3, 3, *x.shape[2:])).relu()
+    maps = torch.einsum("ck,bkhw->bchw", d.classifier, torch.minimum(f, 0.4 * f.amax((2, 3), True)))
+    want = F.multilabel_soft_margin_loss(maps.mean((2, 3)), b["labels"].double())
+    want = want + 0.7 * area_loss(maps, b["labels"], "decide").mean()
+    got = decide(b)[0]["loss"]
+    for parameter in d.parameters():
+        torch.testing.assert_close(
+            *(torch.autograd.grad(v, parameter, retain_graph=True)[0] for v in (got, want)), rtol=1e-8, atol=1e-12
+        )
+
     e = expand.handover
     f = deform_conv2d(x, offsets(e, x), e.kernel, padding=1).relu()
     logits = torch.einsum("ck,bkhw->bc", e.classifier, torch.minimum(f, 0.6 * f.amax((2, 3), True))) / 16
@@ -170,6 +186,11 @@ def test_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float
 def test_stages_start_where_the_one_before_ended() -> None:
     net = cam_net()
     x = net.features(batch()["image"]).detach()
+    decision = Decision(net, build(DecideConfig, {"clip": 0}))
+    assert torch.allclose(decision.class_maps(x), net.class_maps(x), atol=1e-4)
+    torch.nn.init.normal_(decision.kernel, std=0.1)
+    decided = Expand(net, build(ExpandConfig, {"clip": 0}), decision).handover
+    assert torch.allclose(decided.class_maps(decided.features(x)), decision.class_maps(x), atol=1e-4)
     expansion = Expansion(net, build(ExpandConfig, {"clip": 0}))
     assert torch.allclose(expansion.class_maps(expansion.features(x)), net.class_maps(x), atol=1e-4)
     shrinkage = Shrinkage(expansion, build(ShrinkConfig, {"kernel": "identity", "clip": 0}))
@@ -198,6 +219,8 @@ def test_clipping() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="kernel_channels"):
         Expand(cam_net(kernel_channels=0), build(ExpandConfig, {}))
+    with pytest.raises(ConfigError, match="kernel_channels"):
+        Decide(cam_net(kernel_channels=0), build(DecideConfig, {}))
     expansion = Expansion(cam_net(), build(ExpandConfig, {}))
     with pytest.raises(ConfigError, match=r"shrink\.kernel = copy: W1 goes from 128 to 16"):
         Shrinkage(expansion, build(ShrinkConfig, {"kernel": "copy"}))

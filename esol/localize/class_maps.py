@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.regrid import to_grid
 
 
@@ -31,6 +31,7 @@ def class_maps(
     image: Tensor,
     labels: Tensor,
     net: CamNet,
+    decision: Decision | None = None,
     expansion: Expansion | None = None,
     shrinkage: Shrinkage | None = None,
     *,
@@ -38,7 +39,7 @@ def class_maps(
     flip: bool = True,
     long_side: int = 0,
 ) -> list[dict[str, ClassMaps]]:
-    """Class maps of the stages that are given, {"cam": ..., "expand": ..., "shrink": ...} for each image.
+    """Class maps of the stages that are given, {"cam": ..., "decide": ..., ...} for each image.
 
     image uint8 (B, 3, H, W); labels (B, C) multi-hot; long_side: of scale 1 in pixels, 0 = the image's own. relu,
     summed over scales and flip, absent classes dropped, divided by the maximum + 1e-5 (IRN). One backbone pass a scale.
@@ -50,7 +51,7 @@ def class_maps(
     for scale in scales:
         inputs = to_grid(image, scale * (long_side / max(height, width) if long_side else 1), net.backbone.stride)
         aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
-        for stage, maps in stage_maps(inputs, net, expansion, shrinkage, flip).items():
+        for stage, maps in stage_maps(inputs, net, decision, expansion, shrinkage, flip).items():
             # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.
             corners = ((maps.shape[2] - 1) * net.backbone.stride, (maps.shape[3] - 1) * net.backbone.stride) == aligned
             for own, chosen, one in zip(sums, present, maps, strict=True):
@@ -65,11 +66,18 @@ def class_maps(
 
 
 def stage_maps(
-    image: Tensor, net: CamNet, expansion: Expansion | None, shrinkage: Shrinkage | None, flip: bool
+    image: Tensor,
+    net: CamNet,
+    decision: Decision | None,
+    expansion: Expansion | None,
+    shrinkage: Shrinkage | None,
+    flip: bool,
 ) -> dict[str, Tensor]:
     """relu'd maps of one scale by stage, float32 (B, C, h, w), summed over the image and its mirror image."""
     x = net.features(torch.cat((image, image.flip(3))) if flip else image)
     maps = {"cam": net.class_maps(x)}
+    if decision is not None:
+        maps["decide"] = decision.class_maps(x)
     if expansion is not None:
         features = expansion.features(x)
         maps["expand"] = expansion.class_maps(features)

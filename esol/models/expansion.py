@@ -1,4 +1,4 @@
-"""What Expansion and Shrinkage put behind the backbone: a deformable convolution each, and their class maps."""
+"""What the stages after classify put behind the backbone, and the class maps of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esol.config import ExpandConfig, ShrinkConfig
+from esol.config import DecideConfig, ExpandConfig, ShrinkConfig
 from esol.errors import ConfigError
 from esol.models.cam_net import CamNet, classify
 from esol.models.sampler import OffsetBranch, deform_conv
@@ -17,22 +17,34 @@ def clip_features(features: Tensor, beta: float) -> Tensor:
     return torch.minimum(features, beta * features.amax((2, 3), keepdim=True)) if beta else features
 
 
+class Decision(nn.Module):
+    """W1 and V of the network, copied to be trained on, with clipping between them."""
+
+    def __init__(self, net: CamNet, config: DecideConfig) -> None:
+        super().__init__()
+        self.clip = config.clip
+        self.kernel = nn.Parameter(_kernel(net).detach().clone())
+        self.classifier = nn.Parameter(net.classifier.detach().clone())
+
+    def class_maps(self, x: Tensor) -> Tensor:
+        """X (B, Cf, h, w) -> class maps (B, C, h, w) of the clipped features, with their sign."""
+        features = F.relu(F.conv2d(x, self.kernel, padding=1))
+        return classify(clip_features(features, self.clip), self.classifier)
+
+
 class Expansion(nn.Module):
-    """The expansion sampler on backbone features X, with its own copies of the network's W1 and V.
+    """The expansion sampler on backbone features X, with its own copies of W1 and V: the network's or the Decision's.
 
     Only the offsets learn; in the min-max game W1 and V do as well. Source: paper, section Expansion.
     """
 
-    def __init__(self, net: CamNet, config: ExpandConfig) -> None:
+    def __init__(self, head: CamNet | Decision, config: ExpandConfig) -> None:
         super().__init__()
-        if net.kernel is None:
-            raise ConfigError(
-                "model.kernel_channels = 0 is the plain CAM network, which has no W1 to expand: set it above 0"
-            )
+        kernel = _kernel(head)
         self.clip = config.clip
-        self.offset = OffsetBranch(net.backbone.channels, config.bound)
-        self.kernel = nn.Parameter(net.kernel.detach().clone(), requires_grad=config.game)
-        self.classifier = nn.Parameter(net.classifier.detach().clone(), requires_grad=config.game)
+        self.offset = OffsetBranch(kernel.shape[1], config.bound)
+        self.kernel = nn.Parameter(kernel.detach().clone(), requires_grad=config.game)
+        self.classifier = nn.Parameter(head.classifier.detach().clone(), requires_grad=config.game)
 
     def features(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         """X (B, Cf, h, w) -> F (B, K, h, w), not clipped; offset (B, 18, h, w) stands in for the branch's."""
@@ -74,3 +86,9 @@ class Shrinkage(nn.Module):
         """F (B, K, h, w) of the Expansion, not clipped -> class maps (B, C, h, w), with their sign."""
         clipped = clip_features(features, self.clip)
         return classify(F.relu(deform_conv(clipped, self.kernel, self.offset(clipped))), self.classifier)
+
+
+def _kernel(head: CamNet | Decision) -> nn.Parameter:
+    if head.kernel is None:
+        raise ConfigError("model.kernel_channels = 0 is the plain CAM network, which has no W1: set it above 0")
+    return head.kernel

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from esol.config import ExpandConfig
 from esol.models.cam_net import CamNet, pool
-from esol.models.expansion import Expansion
+from esol.models.expansion import Decision, Expansion
 from esol.tasks.base import Batch, ParameterGroup, Task
 from esol.tasks.losses import classification_loss
 
@@ -21,10 +21,11 @@ class Expand(Task):
 
     handover: Expansion
 
-    def __init__(self, net: CamNet, config: ExpandConfig) -> None:
+    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None = None) -> None:
+        """decision: where Expansion starts from; None = from the network."""
         super().__init__()
         self.net = net.requires_grad_(False)
-        self.handover = Expansion(net, config)
+        self.handover = Expansion(decision or net, config)
         self.config = config
 
     def train(self, mode: bool = True) -> Expand:

@@ -201,6 +201,27 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, on
     assert "error: stages: irn needs irn_labels; add it to stages" in lonely.stderr
 
 
+def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(one, tmp_path / "run"))
+    stages = ["classify", "decide", "expand", "shrink", "localize"]
+    options = ["--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", f"stages=[{', '.join(stages)}]"]
+    options += ["--set", "decide.duration=4 steps"]
+    done = launch(TWO_RANKS, config, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("settings, skipped") == 1  # classify
+    assert "expand: runs again, its input decide changed" in done.stdout
+    classified, decided, expanded = (load_file(run / s / "model.safetensors") for s in ("classify", "decide", "expand"))
+    for name in ("kernel", "classifier"):
+        assert np.array_equal(expanded[name], decided[name])
+        assert not np.array_equal(decided[name], classified[name])
+    results = json.loads((run / "results.json").read_text())["localize"]
+    assert {"cam_miou", "decide_miou", "expand_miou", "shrink_miou"} <= results.keys()
+    assert "| seeds of decide, best threshold" in done.stdout
+    assert launch(PLAIN, config, *options).stdout.count("settings, skipped") == len(stages)
+    back = launch(PLAIN, config, "--set", f"run_dir={run}", "--set", "tracking.uri=none", "--stages", "classify,expand")
+    assert "expand: runs again, its input decide changed" in back.stdout
+
+
 @pytest.mark.parametrize(
     ("launcher", "stages"),
     [(TWO_RANKS, MAIN_LINE), ([*ACCELERATE, "1"], MAIN_LINE[:2]), ([*ACCELERATE, "2"], STAGES)],
