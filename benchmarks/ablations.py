@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.chains import Chain, Lab, classify, expand, longer, readout, scales, shrink, together
+from benchmarks.chains import Chain, Lab, classify, decide, expand, longer, readout, scales, shrink, together
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence
 from benchmarks.main_line import spread
@@ -33,7 +33,6 @@ CONTROLS: dict[str, Chain] = {
     ALONE: (STILL, shrink()),
 }
 DECIDE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
-HEAD = {"area_term": "decide", "area": 1.0, "clip": 0.3, "lr": 0.02, "duration": "390 steps"}  # W1 and V
 ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
 POINTS: dict[str, dict[str, Chain]] = {
     "bound r of Expansion": {f"r {r:g}": (expand(bound=r),) for r in (0.5, 2.0, 4.0)},
@@ -70,11 +69,13 @@ POINTS: dict[str, dict[str, Chain]] = {
     "Shrinkage's loss without its sampler": {
         "Expansion, V learns": (expand(), readout(**ONLY_V)),
         "V learns, no Expansion": (STILL, readout(**ONLY_V)),
-        "W1 and V learn, no Expansion": (readout(**HEAD),),
-        "W1 and V learn, Expansion": (readout(**HEAD), expand()),
-        "W1 and V learn, Expansion, Shrinkage": (readout(**HEAD), expand(), shrink(**DECIDE)),
-        "W1 and V learn, Expansion, V learns": (readout(**HEAD), expand(), readout(**ONLY_V)),
         "two rounds: Expansion, V learns": (expand(), readout(**ONLY_V), expand(), readout(**ONLY_V)),
+    },
+    "stage decide: W1 and V learn before Expansion": {
+        "decide": (decide(),),
+        "decide, Expansion": (decide(), expand()),
+        "decide, Expansion, Shrinkage": (decide(), expand(), shrink(**DECIDE)),
+        "decide, Expansion, V learns": (decide(), expand(), readout(**ONLY_V)),
     },
     "Shrinkage after Expansion": {
         "area 0": (expand(), shrink(area=0.0)),

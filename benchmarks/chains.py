@@ -22,11 +22,12 @@ from esol import config as configuration
 from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
 from esol.data.index import Index
 from esol.models.cam_net import CamNet, pool
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
 from esol.schema import fingerprint
 from esol.tasks.base import Batch, ParameterGroup, Task
 from esol.tasks.classify import Classify
+from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.losses import area_loss, classification_loss
 from esol.tasks.shrink import Shrink
@@ -37,6 +38,7 @@ class State:
     """What a chain has trained so far; maps come from the last network that is there, at these scales."""
 
     net: CamNet
+    decision: Decision | None = None
     expansion: Expansion | None = None
     shrinkage: Shrinkage | None = None
     scales: tuple[float, ...] = ()  # () = the config's
@@ -79,6 +81,22 @@ def longer(config: Config) -> Step:
     return Step(["longer", config.classify, steps], train)
 
 
+def decide(**fields: Any) -> Callable[[Config], Step]:
+    """The pipeline's decide."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.decide, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            task = Decide(state.net, own)
+            line.train(task, own, steps_of(own))
+            state.decision = task.handover
+
+        return Step(["decide", own], train)
+
+    return make
+
+
 def expand(regions: int | None = None, maps_clip: float | None = None, **fields: Any) -> Callable[[Config], Step]:
     """The pipeline's expand; regions: of Regions, None = the image; maps_clip: of the maps, None = that of the loss."""
 
@@ -86,7 +104,8 @@ def expand(regions: int | None = None, maps_clip: float | None = None, **fields:
         own = replace(config.expand, **fields)
 
         def train(line: FrozenLine, state: State) -> None:
-            task = Expand(state.net, own) if regions is None else Regions(state.net, own, regions)
+            start = (state.net, own, state.decision)
+            task = Expand(*start) if regions is None else Regions(*start, regions)
             line.train(task, own, steps_of(own))
             state.expansion = task.handover
             if maps_clip is not None:
@@ -141,7 +160,7 @@ def together(config: Config) -> Step:
     slow = replace(config.expand, alpha=config.expand.alpha * steps_of(config.expand) / steps)
 
     def train(line: FrozenLine, state: State) -> None:
-        first = Expand(state.net, slow)
+        first = Expand(state.net, slow, state.decision)
         second = Shrink(state.net, first.handover, config.shrink)  # which freezes what it is given
         first.handover.offset.requires_grad_(True)
         line.train_together([(first, slow), (second, config.shrink)], steps)
@@ -208,10 +227,10 @@ class Readout(Task):
 class Regions(Task):
     """Expansion whose loss is the mean over n x n regions, pooled and labelled as the image is; 0 = over positions."""
 
-    def __init__(self, net: CamNet, config: ExpandConfig, regions: int) -> None:
+    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None, regions: int) -> None:
         super().__init__()
         self.net = net.requires_grad_(False)
-        self.handover = Expansion(net, config)
+        self.handover = Expansion(decision or net, config)
         self.alpha, self.regions = config.alpha, regions
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -267,7 +286,7 @@ class Lab:
                 return Evidence.of(stored["counts"], stored["reach"])
         begun = time.monotonic()
         state = self._state(steps)
-        found = self.line.score(state.net, state.expansion, state.shrinkage, state.scales)
+        found = self.line.score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
         print(f"{name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s", flush=True)

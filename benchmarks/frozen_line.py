@@ -25,7 +25,7 @@ from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.seeds import best_class
 from esol.metrics import ThresholdCurve
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Expansion, Shrinkage
+from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.regrid import to_grid
 from esol.optim import build_optimizer, learning_rate
 from esol.progress import progress
@@ -199,8 +199,10 @@ class FrozenLine:
         self,
         photo: Photo,
         net: CamNet,
+        decision: Decision | None = None,
         expansion: Expansion | None = None,
         shrinkage: Shrinkage | None = None,
+        *,
         scales: Sequence[float] = (),
     ) -> dict[str, ClassMaps]:
         """Of the stages that are given, at the config's scales unless said."""
@@ -208,19 +210,21 @@ class FrozenLine:
         blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
         scales, flip = scales or self.config.localize.scales, self.config.localize.flip
         with self._autocast():
-            nets = (net, None, expansion, shrinkage)
+            nets = (net, decision, expansion, shrinkage)
             return class_maps(blank, photo.labels[None], *nets, scales=scales, flip=flip)[0]
 
     def score(
         self,
         net: CamNet,
+        decision: Decision | None = None,
         expansion: Expansion | None = None,
         shrinkage: Shrinkage | None = None,
+        *,
         scales: Sequence[float] = (),
     ) -> Evidence:
         """Of the last stage that is given."""
         evidence = Evidence.empty(len(self.index.classes))
         for photo in self.photos:
-            maps = self.maps(photo, net, expansion, shrinkage, scales)
+            maps = self.maps(photo, net, decision, expansion, shrinkage, scales=scales)
             evidence.update(photo.truth, maps["cam"], list(maps.values())[-1])
         return evidence

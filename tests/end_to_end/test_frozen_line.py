@@ -42,7 +42,7 @@ def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
     expansion = trained_expansion(line.config, plain)
     shrinkage = trained_shrinkage(line.config, expansion)
     results = json.loads((one / "results.json").read_text())["localize"]
-    for source, nets in (("cam", ()), ("expand", (expansion,)), ("shrink", (expansion, shrinkage))):
+    for source, nets in (("cam", ()), ("expand", (None, expansion)), ("shrink", (None, expansion, shrinkage))):
         best = line.score(line.net, *nets).curve.best()
         assert 100 * best.miou == pytest.approx(results[f"{source}_miou"], abs=0.02)
         assert best.threshold == pytest.approx(results[f"{source}_threshold"], abs=0.011)
