@@ -8,7 +8,6 @@ classify runs once per seed, in the pipeline; then every chain below is trained 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.chains import Chain, Lab, classify, decide, expand, longer, readout, scales, shrink, together
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence
-from benchmarks.main_line import spread
+from benchmarks.main_line import arguments, spread
 
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
 SHRINK, ALONE, READ = "Expansion, Shrinkage", "Shrinkage alone", "CAM, trained on with Shrinkage's loss"
@@ -158,10 +157,7 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
+    parser = arguments(__doc__)
     parser.add_argument(
         "--points",
         nargs="*",
@@ -174,11 +170,10 @@ def main() -> None:
     chains = dict(CONTROLS)
     chains |= {f"{point}: {name}": chain for point in args.points for name, chain in POINTS[point].items()}
     found: dict[str, list[Found]] = {name: [] for name in chains}
-    wider = {0.5, 2.0} if "scales of inference" in args.points else set()
     for seed in args.seeds:
-        lab = Lab(args.config, seed, args.overrides, wider)
-        for name, chain in chains.items():
-            found[name].append(read(lab.evidence(f"seed {seed}, {name}", chain)))
+        lab = Lab(args.config, seed, args.overrides, chains)
+        for name in chains:
+            found[name].append(read(lab.evidence(name)))
         lab.close()
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}\n")
     print(tables(found, args.points))
@@ -243,12 +238,10 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         rows = []
         for point in points:
             base = SHRINK if "Shrinkage" in point else EXPAND
-            named = {f"**{point}**: as configured ({base})": base} | {
-                name: f"{point}: {name}" for name in POINTS[point]
-            }
-            rows += [
-                [said, *row(name, miou, gain, area)[1:], precision_at_expansions(name)] for said, name in named.items()
-            ]
+            named = {f"**{point}**: as configured ({base})": base}
+            named |= {name: f"{point}: {name}" for name in POINTS[point]}
+            for said, name in named.items():
+                rows.append([said, *row(name, miou, gain, area)[1:], precision_at_expansions(name)])
         heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
         parts.append(table(heads, rows))
     return "\n".join(parts)

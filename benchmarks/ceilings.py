@@ -8,8 +8,8 @@ benchmarks/ablations.py at scale 1. A seed is of the head's start and of the pho
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.ablations import Found, read
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import Evidence, FrozenLine, Photo
-from benchmarks.main_line import spread
+from benchmarks.main_line import arguments, spread
 from esol import config as configuration
 from esol.localize.seeds import best_class
 from esol.networks import build_net
@@ -31,11 +31,7 @@ EPOCHS = 30  # over the photos of a fold
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     config = configuration.load(args.config, [*args.overrides, "localize.scales=[1.0]"])
     if config.model.freeze != "all":
         raise SystemExit(f"model.freeze = {config.model.freeze}: heads are trained on features that do not change")
@@ -61,9 +57,10 @@ def main() -> None:
     print(table(("", "mIoU", "precision", "recall", "area under the curve"), rows))
 
 
-def _layers(truth: NDArray[np.uint8], classes: int) -> Tensor:
-    """(1, 1 + classes, H, W): background, then the classes; all zero in the void."""
-    return torch.from_numpy(np.stack([truth == label for label in range(classes + 1)]).astype(np.float32))[None]
+def _on_grid(truth: NDArray[np.uint8], classes: int, size: Sequence[int]) -> Tensor:
+    """Each label's share of every cell of a grid, (1, 1 + classes, *size), background first; the void has none."""
+    layers = np.stack([truth == label for label in range(classes + 1)]).astype(np.float32)
+    return F.interpolate(torch.from_numpy(layers)[None], size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _score(evidence: Evidence, photo: Photo, maps: Tensor) -> None:
@@ -79,9 +76,7 @@ def _grid_of_truth(photos: list[Photo], classes: int, stride: int) -> Found:
     evidence = Evidence.empty(classes)
     for photo in photos:
         size = [(side - 1) // stride + 1 for side in photo.truth.shape]
-        layers = _layers(photo.truth, classes)
-        maps = F.interpolate(layers, size, mode="bilinear", antialias=True, align_corners=False)
-        _score(evidence, photo, maps[0, 1:])
+        _score(evidence, photo, _on_grid(photo.truth, classes, size)[0, 1:])
     return read(evidence)
 
 
@@ -90,10 +85,7 @@ def _trained(photos: list[Photo], classes: int, width: int, hidden: int, seed: i
     order = np.random.default_rng(seed)
     evidence = Evidence.empty(classes)
     features = [next(iter(photo.features.values())) for photo in photos]
-    targets = []
-    for photo, x in zip(photos, features, strict=True):
-        layers = _layers(photo.truth, classes)
-        targets.append(F.interpolate(layers, x.shape[2:], mode="bilinear", antialias=True, align_corners=False))
+    targets = [_on_grid(p.truth, classes, x.shape[2:]) for p, x in zip(photos, features, strict=True)]
     for fold in (0, 1):
         last = nn.Conv2d(hidden or width, classes + 1, 1)
         head = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), nn.ReLU(), last) if hidden else last

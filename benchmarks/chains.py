@@ -21,15 +21,16 @@ from benchmarks.main_line import of_seed, run
 from esol import config as configuration
 from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
 from esol.data.index import Index
-from esol.models.cam_net import CamNet, pool
+from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
 from esol.schema import fingerprint
-from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.tasks.base import Batch, ParameterGroup
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
-from esol.tasks.losses import area_loss, classification_loss
+from esol.tasks.head import HeadTask
+from esol.tasks.losses import classification_and_area
 from esol.tasks.shrink import Shrink
 
 
@@ -46,10 +47,14 @@ class State:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a chain under one config. settings: all that it follows from, for fingerprint; train: moves a state."""
+    """A step of a chain under one config.
+
+    settings: all that it follows from, for fingerprint; train: moves a state; scales: of inference, that it asks for.
+    """
 
     settings: list[Any]
     train: Callable[[FrozenLine, State], None]
+    scales: tuple[float, ...] = ()
 
 
 Chain = tuple[Callable[[Config], Step], ...]
@@ -141,13 +146,11 @@ def readout(**fields: Any) -> Callable[[Config], Step]:
 
         def train(line: FrozenLine, state: State) -> None:
             if state.expansion is None:
-                state.expansion = Expansion(state.net, replace(config.expand, clip=own.clip))
+                state.expansion = Expansion(state.decision or state.net, config.expand)
             task = Readout(state.net, state.expansion, own)
             line.train(task, own, steps_of(own))
-            with torch.no_grad():  # an expand that follows starts from what was learned
-                state.net.classifier.copy_(state.expansion.classifier)
-                assert state.net.kernel is not None
-                state.net.kernel.copy_(state.expansion.kernel)
+            state.decision = Decision(state.net, config.decide)  # where an expand that follows starts
+            state.decision.load_state_dict({n: getattr(state.expansion, n) for n in ("kernel", "classifier")})
 
         return Step(["readout", own], train)
 
@@ -176,7 +179,7 @@ def scales(*values: float) -> Callable[[Config], Step]:
         def train(line: FrozenLine, state: State) -> None:
             state.scales = values
 
-        return Step(["scales", list(values)], train)
+        return Step(["scales", list(values)], train, values)
 
     return make
 
@@ -195,15 +198,14 @@ def _learning(net: CamNet) -> CamNet:
     return net
 
 
-class Readout(Task):
+class Readout(HeadTask):
     """L_cls + lambda * L_area on an Expansion's features without a second sampler: V learns; W1 where W2 would.
 
     The offsets stay. The maps are clipped as config says from then on.
     """
 
     def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig) -> None:
-        super().__init__()
-        self.net = net.requires_grad_(False)
+        super().__init__(net)
         self.handover = expansion.requires_grad_(False)
         self.handover.clip = config.clip
         self._learning = [expansion.classifier, *([expansion.kernel] if config.learn_kernel else [])]
@@ -212,31 +214,23 @@ class Readout(Task):
         self.config = config
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with torch.no_grad():
-            x = self.net.features(batch["image"])
-        maps = self.handover.class_maps(self.handover.features(x))
-        with torch.autocast(maps.device.type, enabled=False):
-            classification = classification_loss(pool(maps), batch["labels"]).mean()
-            area = area_loss(maps, batch["labels"], self.config.area_term).mean()
-        return {"loss": classification + self.config.area * area}, {}
+        maps = self.handover.class_maps(self.handover.features(self.features(batch)))
+        return classification_and_area(maps, batch["labels"], self.config.area, self.config.area_term), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("head", self._learning)]
 
 
-class Regions(Task):
+class Regions(HeadTask):
     """Expansion whose loss is the mean over n x n regions, pooled and labelled as the image is; 0 = over positions."""
 
     def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None, regions: int) -> None:
-        super().__init__()
-        self.net = net.requires_grad_(False)
+        super().__init__(net)
         self.handover = Expansion(decision or net, config)
         self.alpha, self.regions = config.alpha, regions
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with torch.no_grad():
-            x = self.net.features(batch["image"])
-        maps = self.handover.class_maps(self.handover.features(x)).float()
+        maps = self.handover.class_maps(self.handover.features(self.features(batch))).float()
         logits = F.adaptive_avg_pool2d(maps, self.regions) if self.regions else maps
         with torch.autocast(maps.device.type, enabled=False):
             labels = batch["labels"][:, :, None, None].expand_as(logits)
@@ -250,8 +244,7 @@ class Regions(Task):
 class Lab:
     """One seed: its classify, its remembered features, the chains that are done."""
 
-    def __init__(self, path: str, seed: int, overrides: list[str], scales: set[float]) -> None:
-        """scales: those that chains ask for beside the config's."""
+    def __init__(self, path: str, seed: int, overrides: list[str], chains: dict[str, Chain]) -> None:
         overrides = [*overrides, "stages=[classify]", "tracking.uri=none"]
         run(path, seed, overrides, suffix="-ablations")
         self.config = configuration.load(path, of_seed(path, seed, overrides, "-ablations"))
@@ -259,7 +252,8 @@ class Lab:
         self.folder = run_dir / "ablations"
         manifest = json.loads((run_dir / "classify/manifest.json").read_text())
         self.stamp = [manifest["fingerprint"], list(self.config.localize.scales), self.config.data.score_split]
-        self._scales = sorted(scales)
+        self._seed = seed
+        self._chains = {name: [make(self.config) for make in chain] for name, chain in chains.items()}
         self._line: FrozenLine | None = None
         self._states: dict[str, State] = {}
 
@@ -268,7 +262,8 @@ class Lab:
         if self._line is None:
             net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
             folder = self.folder / f"features-{fingerprint(self.stamp)}"
-            self._line = FrozenLine(self.config, net, folder, 2, self._scales)
+            wanted = {scale for steps in self._chains.values() for step in steps for scale in step.scales}
+            self._line = FrozenLine(self.config, net, folder, 2, sorted(wanted))
         return self._line
 
     def close(self) -> None:
@@ -277,9 +272,9 @@ class Lab:
         for folder in self.folder.glob("features-*"):
             shutil.rmtree(folder)
 
-    def evidence(self, name: str, chain: Chain) -> Evidence:
-        """What is there already, under everything that it follows from, is not done again."""
-        steps = [make(self.config) for make in chain]
+    def evidence(self, name: str) -> Evidence:
+        """Of one of the chains; what is there already, under everything that it follows from, is not done again."""
+        steps = self._chains[name]
         path = self.folder / f"{self._key(steps)}.npz"
         if path.exists():
             with np.load(path) as stored:
@@ -289,7 +284,10 @@ class Lab:
         found = self.line.score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
-        print(f"{name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s", flush=True)
+        print(
+            f"seed {self._seed}, {name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s",
+            flush=True,
+        )
         return found
 
     def _key(self, steps: list[Step]) -> str:

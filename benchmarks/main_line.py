@@ -41,16 +41,21 @@ def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> l
     return [*overrides, f"seed={seed}", f"run_dir={run_dir}"]
 
 
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """Those of every benchmark that runs a config over seeds."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
+    return parser
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     overrides = [*args.overrides, f"stages=[{', '.join(STAGES)}]"]
     results = {seed: run(args.config, seed, overrides) for seed in args.seeds}
 

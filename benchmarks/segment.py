@@ -8,23 +8,19 @@ segment.masks = truth: same network, seed, photos, order, steps (finished stages
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from benchmarks.common import machine, table
-from benchmarks.main_line import ROOT, run, spread
+from benchmarks.main_line import ROOT, arguments, run, spread
 
 FULL = ("segment.masks=truth", "stages=[segment, evaluate]")
 MEASURES = ("miou", "precision", "recall")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
     launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]

@@ -63,8 +63,8 @@ def decide(context: Context, folder: Path) -> Results:
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
-    task = Expand(net, context.config.expand, trained_decision(context.config, net))
-    return _fit_cam(context, "expand", task, folder, net.backbone)
+    decision = trained_decision(context.config, net) if "decide" in context.config.stages else None
+    return _fit_cam(context, "expand", Expand(net, context.config.expand, decision), folder, net.backbone)
 
 
 def shrink(context: Context, folder: Path) -> Results:
@@ -121,7 +121,7 @@ def _fit_cam(context: Context, name: str, task: Task, folder: Path, backbone: Ba
     results = _fit(context, name, task, folder, backbone, data.train_split, Crop(data.crop, data.long_side))
     if context.engine.is_main:
         nets = trained_cam(context.config, len(context.index.classes), context.engine.device, until=name)
-        localization.draw(context, name, *nets)
+        localization.draw(context, name, nets)
     return results
 
 

@@ -21,9 +21,7 @@ from esol.inference import Members, Tally, mask_splits, over_shards, photo, pict
 from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
-from esol.models.cam_net import CamNet
-from esol.models.expansion import Decision, Expansion, Shrinkage
-from esol.networks import initial_weights, trained_cam
+from esol.networks import CamNets, initial_weights, trained_cam
 from esol.report import heat, paint, sheet
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
@@ -53,7 +51,7 @@ def localize(context: Context, folder: Path) -> Results:
         curve.add(tally[source])
     results, thresholds = _results(curves, context.index.classes) if curves else ({}, {})
     write_curves(context, folder, curves)
-    draw(context, "localize", *nets, thresholds=thresholds)
+    draw(context, "localize", nets, thresholds=thresholds)
     return results | stands_on(context.config.data.score_split, context.config.model)
 
 
@@ -67,7 +65,7 @@ def _same_size(images: dict[int, torch.Tensor], batch: int) -> Iterator[list[int
 
 
 def _maps(
-    context: Context, config: LocalizeConfig, nets: Any, images: list[torch.Tensor], ordinals: list[int]
+    context: Context, config: LocalizeConfig, nets: CamNets, images: list[torch.Tensor], ordinals: list[int]
 ) -> list[dict[str, ClassMaps]]:
     device = context.engine.device
     labels = torch.from_numpy(np.stack([context.reader.labels(o) for o in ordinals]))
@@ -155,22 +153,14 @@ def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurv
     atomic_write(folder / "curves.json", json.dumps(table, indent=1))
 
 
-def draw(
-    context: Context,
-    name: str,
-    net: CamNet,
-    decision: Decision | None,
-    expansion: Expansion | None,
-    shrinkage: Shrinkage | None,
-    thresholds: dict[str, float] | None = None,
-) -> None:
+def draw(context: Context, name: str, nets: CamNets, thresholds: dict[str, float] | None = None) -> None:
     """pictures/<name>.png: the same images after each stage, maps of every trained stage, seeds of the last, truth."""
     index, config = context.index, context.config
     rows: list[tuple[str, list[Any]]] = []
     headings: list[str] = []
     for ordinal in pictured(context):
         image = photo(context, ordinal)
-        maps = _maps(context, config.localize, (net, decision, expansion, shrinkage), [image], [ordinal])[0]
+        maps = _maps(context, config.localize, nets, [image], [ordinal])[0]
         pixels = image.permute(1, 2, 0).numpy()
         last = list(maps)[-1]
         threshold = (thresholds or {}).get(last, PAPER_THRESHOLD)

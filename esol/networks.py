@@ -24,6 +24,9 @@ from esol.segmenter import WEIGHTS
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+CamNets = tuple[CamNet, Decision | None, Expansion | None, Shrinkage | None]
+"""What class maps are made with, in the order of the stages."""
+
 
 def build_net(config: Config, num_classes: int, pretrained: bool) -> CamNet:
     """The network of the `model` section; random weights follow from the seed alone."""
@@ -36,9 +39,9 @@ def trained_net(config: Config, num_classes: int) -> CamNet:
     return _restore(build_net(config, num_classes, pretrained=False), config, "classify")
 
 
-def trained_decision(config: Config, net: CamNet) -> Decision | None:
-    """The Decision as decide handed it over; None where the run has no such stage."""
-    return _restore(Decision(net, config.decide), config, "decide") if "decide" in config.stages else None
+def trained_decision(config: Config, net: CamNet) -> Decision:
+    """The Decision as decide handed it over."""
+    return _restore(Decision(net, config.decide), config, "decide")
 
 
 def trained_expansion(config: Config, net: CamNet) -> Expansion:
@@ -51,16 +54,12 @@ def trained_shrinkage(config: Config, expansion: Expansion) -> Shrinkage:
     return _restore(Shrinkage(expansion, config.shrink), config, "shrink")
 
 
-def trained_cam(
-    config: Config, num_classes: int, device: torch.device, until: str = "shrink"
-) -> tuple[CamNet, Decision | None, Expansion | None, Shrinkage | None]:
+def trained_cam(config: Config, num_classes: int, device: torch.device, until: str = "shrink") -> CamNets:
     """All networks that class maps are made with, as far as the run's stages up to `until` have them, for inference."""
     stages = ("classify", "decide", "expand", "shrink")
     had = [stage for stage in stages[: stages.index(until) + 1] if stage in config.stages]
     net = trained_net(config, num_classes).to(device).eval()
-    decision = trained_decision(config, net) if "decide" in had else None
-    if decision is not None:
-        decision.to(device).eval()
+    decision = trained_decision(config, net).to(device).eval() if "decide" in had else None
     expansion = trained_expansion(config, net).to(device).eval() if "expand" in had else None
     shrinkage = None
     if "shrink" in had and expansion is not None:

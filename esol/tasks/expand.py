@@ -8,11 +8,12 @@ from torch import Tensor
 from esol.config import ExpandConfig
 from esol.models.cam_net import CamNet, pool
 from esol.models.expansion import Decision, Expansion
-from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.tasks.base import Batch, ParameterGroup
+from esol.tasks.head import HeadTask
 from esol.tasks.losses import classification_loss
 
 
-class Expand(Task):
+class Expand(HeadTask):
     """-alpha * L_cls(GAP(V * clip(relu(dcn(X; W1, offset(X)))))); hands over the Expansion.
 
     The network is frozen and only the offset branch learns. As a min-max game W1 and V descend L_cls while the offsets
@@ -23,22 +24,14 @@ class Expand(Task):
 
     def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None = None) -> None:
         """decision: where Expansion starts from; None = from the network."""
-        super().__init__()
-        self.net = net.requires_grad_(False)
+        super().__init__(net)
         self.handover = Expansion(decision or net, config)
         self.config = config
-
-    def train(self, mode: bool = True) -> Expand:
-        """The network stays in eval: its features are constants here."""
-        super().train(mode)
-        self.net.eval()
-        return self
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """losses: loss; report: classification, the loss to maximise, and offset, the mean size in grid pixels."""
         config, expansion = self.config, self.handover
-        with torch.no_grad():
-            x = self.net.features(batch["image"])
+        x = self.features(batch)
         offset = expansion.offset(x)
         driven = _Reverse.apply(offset, config.alpha) if config.game else offset
         logits = pool(expansion.class_maps(expansion.features(x, driven)))

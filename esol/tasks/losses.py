@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.models.cam_net import pool
+
 
 def classification_loss(logits: Tensor, labels: Tensor, classes: Literal["all", "present"] = "all") -> Tensor:
     """Multi-label soft margin loss per image: logits, labels (B, C) -> (B,), the mean over all or present classes."""
@@ -32,6 +34,18 @@ def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide
         if term == "decide":
             each = 4 * each * (1 - each)
     return _present_mean(each.mean((2, 3)), labels)
+
+
+def classification_and_area(
+    maps: Tensor, labels: Tensor, weight: float, term: Literal["mean", "max", "decide"]
+) -> dict[str, Tensor]:
+    """L_cls + weight * L_area of class maps (B, C, h, w): scalars loss, classification, area, means over the images."""
+    logits = pool(maps)
+    with torch.autocast(maps.device.type, enabled=False):
+        classification = classification_loss(logits, labels).mean()
+        area = area_loss(maps, labels, term).mean()
+        loss = classification + weight * area
+    return {"loss": loss, "classification": classification, "area": area}
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, balance: bool) -> Tensor:

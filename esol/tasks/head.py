@@ -1,0 +1,30 @@
+"""What the tasks behind a trained CAM network share."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from esol.models.cam_net import CamNet
+from esol.tasks.base import Batch, Task
+
+
+class HeadTask(Task):
+    """A task behind the CAM network, which is frozen: its features are constants."""
+
+    def __init__(self, net: CamNet) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """The network stays in eval."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """X (B, Cf, h, w) of the batch's images."""
+        return self.net.features(batch["image"])
