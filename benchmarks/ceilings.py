@@ -9,13 +9,13 @@ benchmarks/ablations.py at scale 1. A seed is of the head's start and of the pho
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.ablations import Found, read
@@ -38,16 +38,13 @@ def main() -> None:
     net = build_net(config, 1, pretrained=True)
     with tempfile.TemporaryDirectory() as folder:
         line = FrozenLine(config, net, Path(folder), epochs=0)
-    classes, width, stride = len(line.index.classes), line.backbone.channels, line.backbone.stride
-    on_grid = _grid_of_truth(line.photos, classes, stride)
-    found: dict[str, list[Found]] = {f"truth on the grid of stride {stride}": [on_grid]}
+    samples = [Sample.of(photo, len(line.index.classes)) for photo in line.photos]
+    found = {f"truth on the grid of stride {line.backbone.stride}": [_scored((s, s.shares[0, 1:]) for s in samples)]}
     hidden = config.model.kernel_channels
     for seed in args.seeds:
         for name, channels in (("V on X", 0), (f"W1 ({hidden}) and V", hidden)):
-            torch.manual_seed(seed)
-            found.setdefault(f"{name}, learned from true masks", []).append(
-                _trained(line.photos, classes, width, channels, seed, name)
-            )
+            each = found.setdefault(f"{name}, learned from true masks", [])
+            each.append(_scored(_trained(samples, channels, seed, name)))
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, {len(line.photos)} photos, seeds {args.seeds}\n")
     rows = []
     for name, each in found.items():
@@ -57,61 +54,67 @@ def main() -> None:
     print(table(("", "mIoU", "precision", "recall", "area under the curve"), rows))
 
 
-def _on_grid(truth: NDArray[np.uint8], classes: int, size: Sequence[int]) -> Tensor:
-    """Each label's share of every cell of a grid, (1, 1 + classes, *size), background first; the void has none."""
-    layers = np.stack([truth == label for label in range(classes + 1)]).astype(np.float32)
-    return F.interpolate(torch.from_numpy(layers)[None], size, mode="bilinear", antialias=True, align_corners=False)
+@dataclass
+class Sample:
+    """A photo, its features X at scale 1 with flip (2, Cf, h, w), and each label's share of every cell of their grid.
+
+    shares: (1, 1 + classes, h, w), background first; the void has none.
+    """
+
+    photo: Photo
+    features: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, photo: Photo, classes: int) -> Sample:
+        features = next(iter(photo.features.values()))
+        layers = np.stack([photo.truth == label for label in range(classes + 1)]).astype(np.float32)
+        size = features.shape[2:]
+        shares = F.interpolate(torch.from_numpy(layers)[None], size, mode="bilinear", antialias=True)
+        return cls(photo, features, shares)
 
 
-def _score(evidence: Evidence, photo: Photo, maps: Tensor) -> None:
-    """Maps (classes, h, w) of any scale; those of the classes that the photo has are judged."""
-    chosen = photo.labels.nonzero()[:, 0]
-    full = F.interpolate(maps[None, chosen], photo.truth.shape, mode="bilinear", align_corners=True)[0]
-    full = full / (full.amax((1, 2), keepdim=True) + 1e-5)
-    winner, score = (t.numpy() for t in best_class(full, chosen))
-    evidence.curve.update(photo.truth, winner, score)
-
-
-def _grid_of_truth(photos: list[Photo], classes: int, stride: int) -> Found:
-    evidence = Evidence.empty(classes)
-    for photo in photos:
-        size = [(side - 1) // stride + 1 for side in photo.truth.shape]
-        _score(evidence, photo, _on_grid(photo.truth, classes, size)[0, 1:])
+def _scored(maps: Iterable[tuple[Sample, Tensor]]) -> Found:
+    """Maps (classes, h, w) of any scale, each with its photo; those of the classes that the photo has are judged."""
+    evidence: Evidence | None = None
+    for sample, own in maps:
+        evidence = evidence or Evidence.empty(len(own))
+        photo, chosen = sample.photo, sample.photo.labels.nonzero()[:, 0]
+        full = F.interpolate(own[None, chosen], photo.truth.shape, mode="bilinear", align_corners=True)[0]
+        full = full / (full.amax((1, 2), keepdim=True) + 1e-5)
+        winner, score = (t.numpy() for t in best_class(full, chosen))
+        evidence.curve.update(photo.truth, winner, score)
+    assert evidence is not None
     return read(evidence)
 
 
-def _trained(photos: list[Photo], classes: int, width: int, hidden: int, seed: int, name: str) -> Found:
-    """Two folds; a photo a step, cross entropy over the grid against the shares of the labels in each cell."""
+def _trained(samples: list[Sample], hidden: int, seed: int, name: str) -> Iterator[tuple[Sample, Tensor]]:
+    """Two folds; a photo a step, cross entropy over the grid against the shares; probabilities of the other fold."""
+    torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    evidence = Evidence.empty(classes)
-    features = [next(iter(photo.features.values())) for photo in photos]
-    targets = [_on_grid(p.truth, classes, x.shape[2:]) for p, x in zip(photos, features, strict=True)]
+    width, labels = samples[0].features.shape[1], samples[0].shares.shape[1]
     for fold in (0, 1):
-        last = nn.Conv2d(hidden or width, classes + 1, 1)
+        last = nn.Conv2d(hidden or width, labels, 1)
         head = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), nn.ReLU(), last) if hidden else last
         optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-2)
-        own = np.arange(1 - fold, len(photos), 2)
+        learning, judged = samples[1 - fold :: 2], samples[fold::2]
         with progress(f"{name}, seed {seed}, fold {fold}", EPOCHS, "epochs", True) as advance:
             for epoch in range(EPOCHS):
-                for i in order.permutation(own).tolist():
+                for i in order.permutation(len(learning)).tolist():
                     with torch.autocast("cpu", torch.bfloat16):
-                        logits = head(features[i][:1])
-                    loss = -(targets[i] * logits.float().log_softmax(1)).sum(1).mean()
+                        logits = head(learning[i].features[:1])
+                    loss = -(learning[i].shares * logits.float().log_softmax(1)).sum(1).mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                 advance(epoch + 1, "")
         with torch.no_grad():
-            for i in range(fold, len(photos), 2):
+            for sample in judged:
                 with torch.autocast("cpu", torch.bfloat16):
-                    straight, mirrored = head(features[i]).float().chunk(2)
+                    straight, mirrored = head(sample.features).float().chunk(2)
                 logits = (straight + mirrored.flip(3))[0] / 2
-                chosen = photos[i].labels.nonzero()[:, 0]
-                known = torch.cat((logits[:1], logits[1:][chosen])).softmax(0)
-                maps = torch.zeros_like(logits[1:])
-                maps[chosen] = known[1:]
-                _score(evidence, photos[i], maps)
-    return read(evidence)
+                known = torch.cat((torch.tensor([True]), sample.photo.labels > 0))
+                yield sample, logits.masked_fill(~known[:, None, None], -torch.inf).softmax(0)[1:]
 
 
 if __name__ == "__main__":

@@ -204,6 +204,8 @@ class Readout(HeadTask):
     The offsets stay. The maps are clipped as config says from then on.
     """
 
+    handover: Expansion
+
     def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig) -> None:
         super().__init__(net)
         self.handover = expansion.requires_grad_(False)
@@ -223,6 +225,8 @@ class Readout(HeadTask):
 
 class Regions(HeadTask):
     """Expansion whose loss is the mean over n x n regions, pooled and labelled as the image is; 0 = over positions."""
+
+    handover: Expansion
 
     def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None, regions: int) -> None:
         super().__init__(net)
