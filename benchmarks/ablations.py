@@ -20,75 +20,89 @@ from benchmarks.frozen_line import REACH, Evidence
 from benchmarks.main_line import arguments, spread
 
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
-SHRINK, ALONE, READ = "Expansion, Shrinkage", "Shrinkage alone", "CAM, trained on with Shrinkage's loss"
-STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that is the CAM network
+SHRINK, ALONE = "Expansion, Shrinkage of the mean", "Shrinkage of the mean alone"
+READ = "CAM, trained on with that loss"
+DECIDED, WHOLE, ALL = "decide", "decide, Expansion", "decide, Expansion, Shrinkage"
+SHRUNK = "decide, Shrinkage, no Expansion"
+STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that moves and clips nothing
+# The area as its mean, which is all that the paper says of it
+MEAN = {"area_term": "mean", "area": 0.1, "clip": 0.2, "lr": 0.02, "duration": "250 steps"}
 CONTROLS: dict[str, Chain] = {
     CAM: (),
     LONGER: (longer,),
-    READ: (readout(),),
+    READ: (readout(**MEAN),),
     CLIP: (expand(duration="0 steps"),),
     EXPAND: (expand(),),
-    SHRINK: (expand(), shrink()),
-    ALONE: (STILL, shrink()),
+    SHRINK: (expand(), shrink(**MEAN)),
+    ALONE: (STILL, shrink(**MEAN)),
+    DECIDED: (decide(),),
+    WHOLE: (decide(), expand()),
+    ALL: (decide(), expand(), shrink()),
+    SHRUNK: (decide(), STILL, shrink()),
 }
-DECIDE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
+LATE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
 ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
+# Each point stands beside the configured chain: up to Shrinkage where the point's name has it, else up to Expansion
 POINTS: dict[str, dict[str, Chain]] = {
-    "bound r of Expansion": {f"r {r:g}": (expand(bound=r),) for r in (0.5, 2.0, 4.0)},
-    "classes whose loss is maximised": {"present": (expand(classes="present"),)},
-    "steps of Expansion (alpha x steps x lr is one budget)": {
-        f"{n} steps": (expand(duration=f"{n} steps"),) for n in (25, 50, 200)
+    "deciding in Shrinkage instead of before": {
+        "Expansion, Shrinkage": (expand(), shrink(**LATE)),
+        "Shrinkage, no Expansion": (STILL, shrink(**LATE)),
+        "Expansion, Shrinkage, the mean instead": (expand(), shrink(**LATE | {"area_term": "mean"})),
     },
-    "clipping beta": {f"beta {b:g}": (expand(clip=b),) for b in (0.0, 0.1, 0.3, 0.5)},
-    "where clipping sits": {
-        "in the maps alone": (expand(clip=0.0, maps_clip=0.2),),
-        "in the loss alone": (expand(maps_clip=0.0),),
-    },
-    "W1 and V meanwhile": {
-        "learn, alpha 0.3 (game)": (expand(game=True, alpha=0.3, lr=0.02, momentum=0.9),),
-        "learn, offsets stay (alpha 0)": (expand(game=True, alpha=0.0, lr=0.02, momentum=0.9),),
-    },
-    "what is maximised": {
-        "positions": (expand(regions=0),),
-        "3 x 3 regions": (expand(regions=3),),
-    },
-    "kernel W1": {
-        "none (no Expansion is possible)": (classify(0),),
-        **{
-            f"{n} channels, {what}": (classify(n), *steps)
-            for n in (64, 256, 512)
-            for what, steps in (("CAM", ()), (EXPAND, (expand(),)))
-        },
-    },
-    "area term of Shrinkage": {
-        "decide, lambda 2, clip 0.3, 390 steps at lr 0.005": (expand(), shrink(**DECIDE)),
-        "the same, no Expansion": (STILL, shrink(**DECIDE)),
-        "the same, mean": (expand(), shrink(**DECIDE | {"area_term": "mean"})),
-    },
-    "Shrinkage's loss without its sampler": {
+    "deciding after Expansion without a second sampler": {
         "Expansion, V learns": (expand(), readout(**ONLY_V)),
         "V learns, no Expansion": (STILL, readout(**ONLY_V)),
         "two rounds: Expansion, V learns": (expand(), readout(**ONLY_V), expand(), readout(**ONLY_V)),
     },
-    "stage decide: W1 and V learn before Expansion": {
-        "decide": (decide(),),
-        "decide, Expansion": (decide(), expand()),
-        "decide, Expansion, Shrinkage": (decide(), expand(), shrink(**DECIDE)),
-        "decide, Expansion, V learns": (decide(), expand(), readout(**ONLY_V)),
+    "Shrinkage that decides once more as strongly": {
+        "Shrinkage, lambda 2, clip 0.3, 390 steps": (decide(), expand(), shrink(**LATE)),
+        "V learns, no sampler": (decide(), expand(), readout(**ONLY_V)),
     },
-    "Shrinkage after Expansion": {
-        "area 0": (expand(), shrink(area=0.0)),
-        "area 0.3": (expand(), shrink(area=0.3)),
-        "no clip": (expand(), shrink(clip=0.0)),
-        "W2 fixed": (expand(), shrink(learn_kernel=False)),
-        "W2 starts as identity": (expand(), shrink(kernel="identity")),
-        "V fixed": (expand(), shrink(learn_classifier=False)),
-        "in the same steps as Expansion": (together,),
+    "decide": {
+        "lambda 2": (decide(area=2.0), expand()),
+        "no clip": (decide(clip=0.0), expand()),
+        "clip 0.2": (decide(clip=0.2), expand()),
+    },
+    "bound r of Expansion": {f"r {r:g}": (decide(), expand(bound=r)) for r in (0.5, 2.0, 4.0)},
+    "classes whose loss is maximised": {"present": (decide(), expand(classes="present"))},
+    "steps of Expansion (alpha x steps x lr is one budget)": {
+        f"{n} steps": (decide(), expand(duration=f"{n} steps")) for n in (25, 50, 200)
+    },
+    "clipping beta of Expansion": {f"beta {b:g}": (decide(), expand(clip=b)) for b in (0.0, 0.1, 0.3, 0.5)},
+    "where Expansion clips": {
+        "in the maps alone": (decide(), expand(clip=0.0, maps_clip=0.2)),
+        "in the loss alone": (decide(), expand(maps_clip=0.0)),
+    },
+    "W1 and V during Expansion": {
+        "learn, alpha 0.3 (game)": (decide(), expand(game=True, alpha=0.3, lr=0.02, momentum=0.9)),
+        "learn, offsets stay (alpha 0)": (decide(), expand(game=True, alpha=0.0, lr=0.02, momentum=0.9)),
+    },
+    "where Expansion's loss is taken": {
+        "positions": (decide(), expand(regions=0)),
+        "3 x 3 regions": (decide(), expand(regions=3)),
+    },
+    "kernel W1": {
+        "none (no stage behind it is possible)": (classify(0),),
+        **{
+            f"{n} channels, {what}": (classify(n), *steps)
+            for n in (64, 256, 512)
+            for what, steps in ((CAM, ()), (WHOLE, (decide(), expand())))
+        },
+    },
+    "Shrinkage after decide and Expansion": {
+        "area 0": (decide(), expand(), shrink(area=0.0)),
+        "the mean of A instead": (decide(), expand(), shrink(area_term="mean")),
+        "clip 0.2": (decide(), expand(), shrink(clip=0.2)),
+        "no clip": (decide(), expand(), shrink(clip=0.0)),
+        "W2 fixed": (decide(), expand(), shrink(learn_kernel=False)),
+        "W2 starts as identity": (decide(), expand(), shrink(kernel="identity")),
+        "V fixed": (decide(), expand(), shrink(learn_classifier=False)),
+        "in the same steps as Expansion": (decide(), together),
     },
     "scales of inference": {
         f"{name}, scales {', '.join(map(str, chosen))}": (*steps, scales(*chosen))
         for chosen in ((1.0,), (0.5, 1.0, 1.5, 2.0))
-        for name, steps in ((CAM, ()), (EXPAND, (expand(),)), (SHRINK, (expand(), shrink())))
+        for name, steps in ((CAM, ()), (WHOLE, (decide(), expand())), (ALL, (decide(), expand(), shrink())))
     },
 }
 
@@ -206,12 +220,13 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         area,
     )
     heads = ("", "mIoU", "over the CAM", "threshold", "recall at the CAM's threshold", "precision there")
-    rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND)]
+    rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND, DECIDED, WHOLE)]
     parts.append(table((*heads, "recall at the CAM's precision", "area under the curve"), rows))
     parts.append("\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n")
     heads = tuple(f"{low:g}-{high:g}" for low, high in zip((0.0, *REACH), (*REACH, float("inf")), strict=True))
     rows = []
-    for name, threshold in ((CAM, "the CAM's"), (EXPAND, "the CAM's"), (CLIP, "its own"), (EXPAND, "its own")):
+    at_cam = [(name, "the CAM's") for name in (CAM, EXPAND, DECIDED, WHOLE)]
+    for name, threshold in (*at_cam, *((name, "its own") for name in (CLIP, EXPAND, DECIDED, WHOLE))):
         shares = [
             own.reached(cam.threshold if threshold == "the CAM's" else own.threshold)
             for own, cam in zip(found[name], cams, strict=True)
@@ -227,7 +242,7 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         return spread([f.precision_at_recall(r) for f, r in zip(found[name], own_recall, strict=True)])
 
     rows = []
-    for name in (CAM, LONGER, READ, EXPAND, SHRINK, ALONE):
+    for name in (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK):
         fixed = [spread([f.precision_at_recall(r) for f in found[name]]) for r in (50.0, 70.0, 80.0, 90.0)]
         rows.append([*row(name, miou, gain, area), precision_at_expansions(name), *fixed])
     heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
@@ -237,7 +252,7 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         parts.append("\n### Open points, one changed at a time but where a row names more\n")
         rows = []
         for point in points:
-            base = SHRINK if "Shrinkage" in point else EXPAND
+            base = ALL if "Shrinkage" in point else WHOLE
             named = {f"**{point}**: as configured ({base})": base}
             named |= {name: f"{point}: {name}" for name in POINTS[point]}
             for said, name in named.items():

@@ -37,7 +37,7 @@ def main() -> None:
         raise SystemExit(f"model.freeze = {config.model.freeze}: heads are trained on features that do not change")
     net = build_net(config, 1, pretrained=True)
     with tempfile.TemporaryDirectory() as folder:
-        line = FrozenLine(config, net, Path(folder), epochs=0)
+        line = FrozenLine(config, net, Path(folder), steps=0)
     samples = [Sample.of(photo, len(line.index.classes)) for photo in line.photos]
     found = {f"truth on the grid of stride {line.backbone.stride}": [_scored((s, s.shares[0, 1:]) for s in samples)]}
     hidden = config.model.kernel_channels

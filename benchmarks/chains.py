@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.frozen_line import Evidence, FrozenLine
 from benchmarks.main_line import of_seed, run
 from esol import config as configuration
-from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
+from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig, parse_duration
 from esol.data.index import Index
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
@@ -49,11 +49,13 @@ class State:
 class Step:
     """A step of a chain under one config.
 
-    settings: all that it follows from, for fingerprint; train: moves a state; scales: of inference, that it asks for.
+    settings: all that it follows from, for fingerprint; train: moves a state, in so many steps; scales: of inference,
+    that it asks for.
     """
 
     settings: list[Any]
     train: Callable[[FrozenLine, State], None]
+    steps: int = 0
     scales: tuple[float, ...] = ()
 
 
@@ -69,21 +71,21 @@ def classify(channels: int) -> Callable[[Config], Step]:
             net = build_net(replace(config, model=model), line.net.num_classes, pretrained=False)
             net.backbone = line.net.backbone
             state.net = net
-            line.train(Classify(net, config.classify), config.classify, len(line.crops))
+            line.train(Classify(net, config.classify), config.classify, all_steps(config))
 
-        return Step(["classify", config.classify, channels], train)
+        return Step(["classify", config.classify, channels], train, all_steps(config))
 
     return make
 
 
 def longer(config: Config) -> Step:
-    """W1 and V go on with classify's settings for as many steps as expand and shrink have together."""
-    steps = steps_of(config.expand) + steps_of(config.shrink)
+    """W1 and V go on with classify's settings for as many steps as all stages behind it have together."""
+    steps = sum(steps_of(own) for own in (config.decide, config.expand, config.shrink))
 
     def train(line: FrozenLine, state: State) -> None:
         line.train(Classify(_learning(state.net), config.classify), config.classify, steps)
 
-    return Step(["longer", config.classify, steps], train)
+    return Step(["longer", config.classify, steps], train, steps)
 
 
 def decide(**fields: Any) -> Callable[[Config], Step]:
@@ -97,7 +99,7 @@ def decide(**fields: Any) -> Callable[[Config], Step]:
             line.train(task, own, steps_of(own))
             state.decision = task.handover
 
-        return Step(["decide", own], train)
+        return Step(["decide", own], train, steps_of(own))
 
     return make
 
@@ -116,7 +118,7 @@ def expand(regions: int | None = None, maps_clip: float | None = None, **fields:
             if maps_clip is not None:
                 state.expansion.clip = maps_clip
 
-        return Step(["expand", own, regions, maps_clip], train)
+        return Step(["expand", own, regions, maps_clip], train, steps_of(own))
 
     return make
 
@@ -133,7 +135,7 @@ def shrink(**fields: Any) -> Callable[[Config], Step]:
             line.train(task, own, steps_of(own))
             state.shrinkage = task.handover
 
-        return Step(["shrink", own], train)
+        return Step(["shrink", own], train, steps_of(own))
 
     return make
 
@@ -152,7 +154,7 @@ def readout(**fields: Any) -> Callable[[Config], Step]:
             state.decision = Decision(state.net, config.decide)  # where an expand that follows starts
             state.decision.load_state_dict({n: getattr(state.expansion, n) for n in ("kernel", "classifier")})
 
-        return Step(["readout", own], train)
+        return Step(["readout", own], train, steps_of(own))
 
     return make
 
@@ -169,7 +171,7 @@ def together(config: Config) -> Step:
         line.train_together([(first, slow), (second, config.shrink)], steps)
         state.expansion, state.shrinkage = first.handover, second.handover
 
-    return Step(["together", slow, config.shrink], train)
+    return Step(["together", slow, config.shrink], train, steps)
 
 
 def scales(*values: float) -> Callable[[Config], Step]:
@@ -179,7 +181,7 @@ def scales(*values: float) -> Callable[[Config], Step]:
         def train(line: FrozenLine, state: State) -> None:
             state.scales = values
 
-        return Step(["scales", list(values)], train, values)
+        return Step(["scales", list(values)], train, scales=values)
 
     return make
 
@@ -189,6 +191,15 @@ def steps_of(config: TrainConfig) -> int:
     if not config.duration.endswith("steps"):
         raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
     return int(config.duration.split()[0])
+
+
+def all_steps(config: Config) -> int:
+    """Of classify, which may count in epochs."""
+    count, unit = parse_duration(config.classify.duration, "classify.duration")
+    index = Index.load(config.data.root)
+    return count * (
+        len(index.split(config.data.train_split)) // config.classify.global_batch if unit == "epochs" else 1
+    )
 
 
 def _learning(net: CamNet) -> CamNet:
@@ -265,9 +276,11 @@ class Lab:
     def line(self) -> FrozenLine:
         if self._line is None:
             net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
-            folder = self.folder / f"features-{fingerprint(self.stamp)}"
-            wanted = {scale for steps in self._chains.values() for step in steps for scale in step.scales}
-            self._line = FrozenLine(self.config, net, folder, 2, sorted(wanted))
+            wanted = [step for steps in self._chains.values() for step in steps]
+            scales = sorted({scale for step in wanted for scale in step.scales})
+            steps = max((step.steps for step in wanted), default=0)
+            folder = self.folder / f"features-{fingerprint(self.stamp, steps)}"
+            self._line = FrozenLine(self.config, net, folder, steps, scales)
         return self._line
 
     def close(self) -> None:

@@ -98,12 +98,12 @@ class Photo:
 
 
 class FrozenLine:
-    """Features of `epochs` epochs of crops (on disk below `folder`) and of the photos of a split (in memory).
+    """Features of the crops of `steps` steps (on disk below `folder`) and of the photos of a split (in memory).
 
-    scales: of the photos, all that maps will be asked for; epochs 0: no crops, nothing can be trained.
+    scales: of the photos, all that maps will be asked for; steps 0: no crops, nothing can be trained.
     """
 
-    def __init__(self, config: Config, net: CamNet, folder: Path, epochs: int, scales: Sequence[float] = ()) -> None:
+    def __init__(self, config: Config, net: CamNet, folder: Path, steps: int, scales: Sequence[float] = ()) -> None:
         self.config = config
         self.scales = sorted({*config.localize.scales, *scales})
         self.index = Index.load(config.data.root)
@@ -115,9 +115,9 @@ class FrozenLine:
         )  # numpy has no bf16
         self.backbone = self.net.backbone
         self.net.backbone = Remembered(self.backbone.channels, self.backbone.stride)  # type: ignore[assignment]
-        if epochs:
+        if steps:
             folder.mkdir(parents=True, exist_ok=True)
-            self.crops, self.labels = self._crops(folder, epochs)
+            self.crops, self.labels = self._crops(folder, steps)
         self.photos = self._photos()
 
     @torch.no_grad()
@@ -128,12 +128,11 @@ class FrozenLine:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._type == torch.bfloat16)
 
-    def _crops(self, folder: Path, epochs: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
+    def _crops(self, folder: Path, steps: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
         config = self.config
         ordinals = self.index.split(config.data.train_split)
         batch = config.classify.global_batch
         plan = Plan(ordinals, self.index.shard_of[ordinals], config.seed, batch)
-        steps = epochs * plan.steps_per_epoch
         side = -(-config.data.crop // self.backbone.stride)
         shape = (steps, batch, self.backbone.channels, side, side)
         path = folder / "crops.npy"

@@ -8,7 +8,9 @@ Runs esol/train.py once per seed (finished stages of an earlier call are kept), 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,10 +20,11 @@ from typing import Any
 
 from benchmarks.common import machine, table
 from esol import config as configuration
+from esol.config import MAIN_LINE
 from esol.report import SOURCES
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("classify", "expand", "shrink", "localize")
+STAGES = MAIN_LINE[: MAIN_LINE.index("localize") + 1]
 COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_cam_recall", "body_recall")
 
 
@@ -33,6 +36,12 @@ def run(
     options = [part for text in overrides for part in ("--set", text)]
     subprocess.run([*launcher, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
     return json.loads(Path(configuration.load(config, overrides).run_dir, "results.json").read_text())
+
+
+def share_classify(first: Path, folder: Path) -> None:
+    """Gives a run directory the classify of another one, to run its own stages behind it."""
+    if first != folder and not (folder / "classify").exists():
+        shutil.copytree(first / "classify", folder / "classify")
 
 
 def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> list[str]:
@@ -70,10 +79,9 @@ def main() -> None:
     for source in SOURCES:
         if f"{source}_miou" in seeds[0]:
             rows.append([source, "mean ± sd", *(spread([s[f"{source}_{name}"] for s in seeds]) for name in columns)])
-    for source, before in (("expand", "cam"), ("shrink", "expand")):
-        if f"{source}_miou" in seeds[0]:
-            gains = [spread([s[f"{source}_{name}"] - s[f"{before}_{name}"] for s in seeds]) for name in columns]
-            rows.append([f"{source} - {before}", "mean ± sd", *gains])
+    for before, source in itertools.pairwise(source for source in SOURCES if f"{source}_miou" in seeds[0]):
+        gains = [spread([s[f"{source}_{name}"] - s[f"{before}_{name}"] for s in seeds]) for name in columns]
+        rows.append([f"{source} - {before}", "mean ± sd", *gains])
     print(table(("seeds of", "seed", *columns), rows))
     times = [[seed, *(own[s]["seconds"] if s in own else 0.0 for s in STAGES)] for seed, own in results.items()]
     print("\n" + table(("seed", *(f"{s}, s" for s in STAGES), "all, min"), [[*t, sum(t[1:]) / 60] for t in times]))

@@ -18,7 +18,7 @@ import yaml
 from esol.errors import ConfigError
 from esol.schema import build, key
 
-MAIN_LINE = ("classify", "expand", "shrink", "localize", "seed_masks")
+MAIN_LINE = ("classify", "decide", "expand", "shrink", "localize", "seed_masks")
 PSA = ("psa_labels", "psa", "psa_masks")
 IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
 SEGMENT = ("segment", "evaluate")
@@ -116,15 +116,15 @@ class ExpandConfig(TrainConfig):
 class ShrinkConfig(TrainConfig):
     """The shrinkage sampler: offsets (and kernel) that keep the classification and lose area."""
 
-    duration: str = key("250 steps")
-    lr: float = key(0.02, low=0, high=100)
-    area: float = key(0.1, low=0, high=1000)  # lambda, weight of the area loss
-    clip: float = key(0.2, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
+    duration: str = key("150 steps")
+    lr: float = key(0.005, low=0, high=100)
+    area: float = key(1.0, low=0, high=1000)  # lambda, weight of the area loss
+    clip: float = key(0.1, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
     bound: float = key(1.0, low=0, high=64, unit="feature-grid pixels")
     kernel: Literal["identity", "copy", "box"] = key("box")  # where W2 starts
     learn_kernel: bool = key(True)
     learn_classifier: bool = key(True)
-    area_term: Literal["mean", "max", "decide"] = key("mean")  # of the normalised maps: see esol/tasks/losses.py
+    area_term: Literal["mean", "max", "decide"] = key("decide")  # of the normalised maps: see esol/tasks/losses.py
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
         (
             "model: {kernel_channels: 0}",
             [],
-            "model.kernel_channels = 0 is the plain CAM network, which expand cannot use",
+            "model.kernel_channels = 0 is the plain CAM network, which decide cannot use",
         ),
         ("data: 3", [], "--set data.root: data is a value"),
         ("a: [", [], "is not valid YAML"),

@@ -12,7 +12,8 @@ from benchmarks.ablations import Found, read
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine
 from esol import config as configuration
 from esol.localize.class_maps import ClassMaps
-from esol.networks import trained_expansion, trained_net, trained_shrinkage
+from esol.networks import trained_decision, trained_expansion, trained_net, trained_shrinkage
+from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.shrink import Shrink
 
@@ -20,17 +21,21 @@ from esol.tasks.shrink import Shrink
 @pytest.fixture(scope="module")
 def line(one: Path, tmp_path_factory: pytest.TempPathFactory) -> FrozenLine:
     config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}"])
-    return FrozenLine(config, trained_net(config, 5), tmp_path_factory.mktemp("features"), epochs=1)
+    return FrozenLine(config, trained_net(config, 5), tmp_path_factory.mktemp("features"), steps=4)
 
 
-def test_expand_and_shrink_learn_what_they_learn_in_the_pipeline(line: FrozenLine, one: Path) -> None:
+def test_decide_expand_and_shrink_learn_what_they_learn_in_the_pipeline(line: FrozenLine, one: Path) -> None:
     config = line.config
-    task = Expand(line.net, config.expand)
+    first = Decide(line.net, config.decide)
+    line.train(first, config.decide, 4)
+    for name, value in load_file(one / "decide/model.safetensors").items():
+        torch.testing.assert_close(first.handover.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    task = Expand(line.net, config.expand, first.handover)
     line.train(task, config.expand, 4)
     own, theirs = task.handover.state_dict(), load_file(one / "expand/model.safetensors")
     assert theirs["offset.conv.weight"].abs().max() > 0
     for name, value in theirs.items():
-        torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5)
     second = Shrink(line.net, task.handover, config.shrink)
     line.train(second, config.shrink, 4)
     for name, value in load_file(one / "shrink/model.safetensors").items():
@@ -39,10 +44,12 @@ def test_expand_and_shrink_learn_what_they_learn_in_the_pipeline(line: FrozenLin
 
 def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
     plain = trained_net(line.config, 5)
+    decision = trained_decision(line.config, plain)
     expansion = trained_expansion(line.config, plain)
     shrinkage = trained_shrinkage(line.config, expansion)
     results = json.loads((one / "results.json").read_text())["localize"]
-    for source, nets in (("cam", ()), ("expand", (None, expansion)), ("shrink", (None, expansion, shrinkage))):
+    nets_of = {"cam": (), "decide": (decision,), "expand": (None, expansion), "shrink": (None, expansion, shrinkage)}
+    for source, nets in nets_of.items():
         best = line.score(line.net, *nets).curve.best()
         assert 100 * best.miou == pytest.approx(results[f"{source}_miou"], abs=0.02)
         assert best.threshold == pytest.approx(results[f"{source}_threshold"], abs=0.011)

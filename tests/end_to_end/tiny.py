@@ -7,12 +7,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+# shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
 classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
+decide: {duration: 4 steps, global_batch: 8}
 expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
-shrink: {duration: 4 steps, global_batch: 8, lr: 0.02}
+shrink: {duration: 4 steps, global_batch: 8, lr: 0.02, clip: 0}
 localize: {scales: [1.0], batch: 4, write: cam}
 psa: {duration: 4 steps, crop: 48}
 irn: {duration: 4 steps, global_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
@@ -22,10 +24,10 @@ engine: {threads: 1}
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3}
 """
-MAIN_LINE = ["classify", "expand", "shrink", "localize", "seed_masks"]
+MAIN_LINE = ["classify", "decide", "expand", "shrink", "localize", "seed_masks"]
 STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
 STAGES += ["segment", "evaluate"]
-TRAINING = ["classify", "expand", "shrink", "psa", "irn", "segment"]
+TRAINING = ["classify", "decide", "expand", "shrink", "psa", "irn", "segment"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]

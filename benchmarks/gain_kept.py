@@ -1,0 +1,112 @@
+"""What is left of the seeds' gain after PSA, IRN and DeepLab: everything behind the maps, from ours and from the CAM's.
+
+    ESOL_WEIGHTS=weights python -m benchmarks.gain_kept --config configs/voc-animals.yaml --seeds 0 1 2
+
+Runs esol/train.py per seed and chain, all from the same classify (finished stages of an earlier call are kept). Maps
+of different height want different thresholds: every chain gets its own, by one rule from one number, see `settings`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine, table
+from benchmarks.main_line import ROOT, arguments, of_seed, run, share_classify, spread
+from esol import config as configuration
+from esol.config import IRN, PSA, SEGMENT
+
+Results = dict[str, dict[str, Any]]
+BEHIND = ("seed_masks", *PSA, *IRN, *SEGMENT)
+# Each chain's stages before localize, and the threshold that is best for its seeds on voc-animals train (ABLATIONS.md)
+CHAINS = {
+    "CAM": ((), 0.21),
+    "decide": (("decide",), 0.33),
+    "decide, Expansion": (("decide", "expand"), 0.33),
+    "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.40),
+}
+ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"), ("DeepLab", "evaluate"))
+
+
+def settings(threshold: float) -> list[str]:
+    """A threshold t of class maps as the settings of the stages behind them.
+
+    PSA's background (1 - best)^alpha meets the best map at t for alpha = ln t / ln (1 - t). That is the walk's alpha
+    and the low one of the labels; the high one is 8 times as much, as in PSA. IRN's labels take the thresholds of .6
+    and 5 times that alpha, which makes about its own .30 and .05 of the CAM's.
+    """
+    alpha = math.log(threshold) / math.log(1 - threshold)
+    return [
+        f"seed_masks.threshold={threshold}",
+        f"psa_labels.alpha_low={alpha:.2g}",
+        f"psa_labels.alpha_high={8 * alpha:.2g}",
+        f"psa_masks.alpha={alpha:.2g}",
+        f"irn_labels.foreground={_meets(0.6 * alpha):.2g}",
+        f"irn_labels.background={_meets(5 * alpha):.2g}",
+    ]
+
+
+def _meets(alpha: float) -> float:
+    """t of t = (1 - t)^alpha, by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle < (1 - middle) ** alpha else (low, middle)
+    return low
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--chains", nargs="+", choices=list(CHAINS), default=["CAM", "decide, Expansion, Shrinkage"])
+    parser.add_argument("--stages", nargs="+", choices=BEHIND, default=list(BEHIND), help="those behind the maps")
+    args = parser.parse_args()
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
+    launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
+    found: dict[str, list[Results]] = {name: [] for name in args.chains}
+    for seed in args.seeds:
+        first: Path | None = None
+        for name, own in found.items():
+            before, threshold = CHAINS[name]
+            stages = ("classify", *before, "localize", *args.stages)
+            overrides = [*settings(threshold), *args.overrides, f"stages=[{', '.join(stages)}]"]
+            suffix = f"-kept-{name.lower().replace(', ', '-')}"
+            folder = Path(configuration.load(args.config, of_seed(args.config, seed, overrides, suffix)).run_dir)
+            share_classify(first := first or folder, folder)
+            own.append(run(args.config, seed, overrides, launcher, suffix))
+    print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}, {args.processes} processes\n")
+    for name in args.chains:
+        print(f"{name}: {' '.join(settings(CHAINS[name][1]))}\n")
+    print(tables(found, args.stages))
+
+
+def tables(found: dict[str, list[Results]], stages: list[str]) -> str:
+    """One row a chain and kind of mask; gains are over the first chain, seed by seed."""
+    base = next(iter(found.values()))
+    rows: list[list[object]] = []
+    for what, stage in ROWS:
+        if stage not in stages:
+            continue
+        for kind, suffix in (("plain", ""), ("crf", " + CRF")):
+            for name, own in found.items():
+                each = [r[stage][f"{kind}_miou"] for r in own]
+                gains = [a - r[stage][f"{kind}_miou"] for a, r in zip(each, base, strict=True)]
+                measures = [spread([r[stage][f"{kind}_{m}"] for r in own]) for m in ("precision", "recall")]
+                best = spread([r[stage]["best_miou"] for r in own]) if kind == "plain" and stage != "evaluate" else ""
+                rows.append([what + suffix, name, spread(each), spread(gains), *measures, best])
+    columns = ("", "from the maps of", "mIoU", f"over {next(iter(found))}", "precision", "recall")
+    parts = [table((*columns, "mIoU at the best threshold"), rows)]
+    if labels := [stage for stage in ("psa_labels", "irn_labels") if stage in stages]:
+        rows = [
+            [stage, name, *(spread([r[stage][k] for r in own]) for k in ("labelled", "right"))]
+            for stage in labels
+            for name, own in found.items()
+        ]
+        parts.append(table(("labels", "from the maps of", "labelled, % of pixels", "right, % of those"), rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
