@@ -1,7 +1,8 @@
 """What each knob does to the maps: the picture and the table of docs/maps.md, on the synthetic set.
 
     esol-shards create synthetic --out data/demo
-    python -m benchmarks.knobs --config configs/demo.yaml --seeds 0 --picture docs/maps.png
+    python -m benchmarks.knobs --config configs/demo.yaml --seeds 0 --picture docs/maps.png \\
+        --photos val_000125 val_000180 val_000187 val_000102
 
 One run per knob, all from the same classify; the picture is of the first seed.
 """
@@ -35,13 +36,15 @@ KNOBS: dict[str, list[str]] = {
     "shrink.area_term decide": ["shrink.area_term=decide"],
     "decide first": ["stages=[classify, decide, expand, shrink, localize, seed_masks]"],
 }
-ROWS = 4
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--picture", type=Path, metavar="PNG")
+    parser.add_argument("--photos", nargs="+", metavar="KEY", help="those in the picture, with --picture")
     args = parser.parse_args()
+    if bool(args.picture) != bool(args.photos):
+        parser.error("--picture and --photos go together")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in KNOBS}
     folders: dict[str, Path] = {}
     for seed in args.seeds:
@@ -61,29 +64,35 @@ def main() -> None:
     heads = ("precision", "recall", "mIoU", "best threshold", "mIoU there")
     print(table((f"seeds at threshold {threshold:g}", *heads), rows))
     if args.picture:
-        picture(folders, args.picture)
+        picture(folders, args.photos, args.picture)
 
 
-def picture(folders: dict[str, Path], path: Path) -> None:
-    """The maps of every knob, the strongest class of each pixel, for photos that are evenly spread over the split."""
+def picture(folders: dict[str, Path], keys: list[str], path: Path) -> None:
+    """The maps of every knob for some photos: of each pixel's strongest class."""
     config = configuration.load(str(next(iter(folders.values())) / "resolved.yaml"))
     data = ShardReader(Index.load(config.data.root))
     maps = {name: ShardReader(Index.load(folder / "localize")) for name, folder in folders.items()}
-    ordinals = data.index.split(config.data.score_split)
     rows = []
-    for ordinal in ordinals[np.linspace(0, len(ordinals) - 1, ROWS).astype(int)].tolist():
-        key = str(data.index.keys[ordinal])
+    for key in keys:
+        ordinal = _ordinal(data, key)
         photo = decode(data.read(ordinal, data.index.image_ext(ordinal)), key).permute(1, 2, 0).numpy()
         tiles = [photo, paint(photo, decode_mask(data.read(ordinal, "mask.png"), key))]
         tiles += [heat(photo, _best(reader, key)) for reader in maps.values()]
         rows.append((key, tiles))
-    sheet(rows, ["photo", "truth", *maps]).save(path)
+    drawn = sheet(rows, ["photo", "truth", *maps]).quantize(200)
+    drawn.save(path, optimize=True)
+
+
+def _ordinal(reader: ShardReader, key: str) -> int:
+    found = np.flatnonzero(reader.index.keys == key).tolist()
+    if not found:
+        raise SystemExit(f"--photos {key}: {reader.index.root} has no such sample")
+    return found[0]
 
 
 def _best(reader: ShardReader, key: str) -> NDArray[np.float32]:
     """The strongest class map of a sample, (H, W) in 0..1."""
-    (ordinal,) = np.flatnonzero(reader.index.keys == key).tolist()
-    with np.load(io.BytesIO(reader.read(ordinal, "maps.npz")), allow_pickle=False) as stored:
+    with np.load(io.BytesIO(reader.read(_ordinal(reader, key), "maps.npz")), allow_pickle=False) as stored:
         return stored["full"].max(0).astype(np.float32) / 255
 
 
