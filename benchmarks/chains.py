@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.frozen_line import Evidence, FrozenLine
+from benchmarks.frozen_line import Evidence, FrozenLine, plan_of
 from benchmarks.main_line import of_seed, run
 from esol import config as configuration
-from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig, parse_duration
+from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
 from esol.data.index import Index
+from esol.fit import total_steps
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
@@ -66,14 +67,16 @@ def classify(channels: int) -> Callable[[Config], Step]:
     """The CAM network anew, with so many outputs of W1, on the remembered crops; 0 = no W1."""
 
     def make(config: Config) -> Step:
+        steps = total_steps(config.classify, "classify", plan_of(config, Index.load(config.data.root)))
+
         def train(line: FrozenLine, state: State) -> None:
             model = replace(config.model, kernel_channels=channels)
             net = build_net(replace(config, model=model), line.net.num_classes, pretrained=False)
             net.backbone = line.net.backbone
             state.net = net
-            line.train(Classify(net, config.classify), config.classify, all_steps(config))
+            line.train(Classify(net, config.classify), config.classify, steps)
 
-        return Step(["classify", config.classify, channels], train, all_steps(config))
+        return Step(["classify", config.classify, channels], train, steps)
 
     return make
 
@@ -191,15 +194,6 @@ def steps_of(config: TrainConfig) -> int:
     if not config.duration.endswith("steps"):
         raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
     return int(config.duration.split()[0])
-
-
-def all_steps(config: Config) -> int:
-    """Of classify, which may count in epochs."""
-    count, unit = parse_duration(config.classify.duration, "classify.duration")
-    index = Index.load(config.data.root)
-    return count * (
-        len(index.split(config.data.train_split)) // config.classify.global_batch if unit == "epochs" else 1
-    )
 
 
 def _learning(net: CamNet) -> CamNet:

@@ -97,6 +97,12 @@ class Photo:
     features: dict[tuple[int, ...], Tensor]
 
 
+def plan_of(config: Config, index: Index) -> Plan:
+    """The order of classify, which all steps behind it see as well."""
+    ordinals = index.split(config.data.train_split)
+    return Plan(ordinals, index.shard_of[ordinals], config.seed, config.classify.global_batch)
+
+
 class FrozenLine:
     """Features of the crops of `steps` steps (on disk below `folder`) and of the photos of a split (in memory).
 
@@ -130,9 +136,7 @@ class FrozenLine:
 
     def _crops(self, folder: Path, steps: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
         config = self.config
-        ordinals = self.index.split(config.data.train_split)
-        batch = config.classify.global_batch
-        plan = Plan(ordinals, self.index.shard_of[ordinals], config.seed, batch)
+        batch, plan = config.classify.global_batch, plan_of(config, self.index)
         side = -(-config.data.crop // self.backbone.stride)
         shape = (steps, batch, self.backbone.channels, side, side)
         path = folder / "crops.npy"

@@ -9,21 +9,18 @@ of different height want different thresholds: every chain gets its own, by one 
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, table
-from benchmarks.main_line import ROOT, arguments, of_seed, run, share_classify, spread
-from esol import config as configuration
+from benchmarks.main_line import accelerate, arguments, run, spread
 from esol.config import IRN, PSA, SEGMENT
 
 Results = dict[str, dict[str, Any]]
 BEHIND = ("seed_masks", *PSA, *IRN, *SEGMENT)
-# Each chain's stages before localize, and the threshold that is best for its seeds on voc-animals train (ABLATIONS.md)
+# Each chain's stages before localize, and the threshold that is best for its seeds on voc-animals train (RESULTS.md)
 CHAINS = {
     "CAM": ((), 0.21),
-    "decide": (("decide",), 0.33),
+    "decide": (("decide",), 0.39),
     "decide, Expansion": (("decide", "expand"), 0.33),
     "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.40),
 }
@@ -57,25 +54,25 @@ def _meets(alpha: float) -> float:
     return low
 
 
+def suffix(chain: str) -> str:
+    """Of its run directories."""
+    return f"-kept-{chain.lower().replace(', ', '-')}"
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--chains", nargs="+", choices=list(CHAINS), default=["CAM", "decide, Expansion, Shrinkage"])
     parser.add_argument("--stages", nargs="+", choices=BEHIND, default=list(BEHIND), help="those behind the maps")
     args = parser.parse_args()
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
-    launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
+    launcher = accelerate(args.processes)
     found: dict[str, list[Results]] = {name: [] for name in args.chains}
     for seed in args.seeds:
-        first: Path | None = None
         for name, own in found.items():
             before, threshold = CHAINS[name]
             stages = ("classify", *before, "localize", *args.stages)
             overrides = [*settings(threshold), *args.overrides, f"stages=[{', '.join(stages)}]"]
-            suffix = f"-kept-{name.lower().replace(', ', '-')}"
-            folder = Path(configuration.load(args.config, of_seed(args.config, seed, overrides, suffix)).run_dir)
-            share_classify(first := first or folder, folder)
-            own.append(run(args.config, seed, overrides, launcher, suffix))
+            own.append(run(args.config, seed, overrides, launcher, suffix(name), suffix(args.chains[0])))
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}, {args.processes} processes\n")
     for name in args.chains:
         print(f"{name}: {' '.join(settings(CHAINS[name][1]))}\n")
@@ -89,13 +86,13 @@ def tables(found: dict[str, list[Results]], stages: list[str]) -> str:
     for what, stage in ROWS:
         if stage not in stages:
             continue
-        for kind, suffix in (("plain", ""), ("crf", " + CRF")):
+        for kind, how in (("plain", ""), ("crf", " + CRF")):
             for name, own in found.items():
                 each = [r[stage][f"{kind}_miou"] for r in own]
                 gains = [a - r[stage][f"{kind}_miou"] for a, r in zip(each, base, strict=True)]
                 measures = [spread([r[stage][f"{kind}_{m}"] for r in own]) for m in ("precision", "recall")]
                 best = spread([r[stage]["best_miou"] for r in own]) if kind == "plain" and stage != "evaluate" else ""
-                rows.append([what + suffix, name, spread(each), spread(gains), *measures, best])
+                rows.append([what + how, name, spread(each), spread(gains), *measures, best])
     columns = ("", "from the maps of", "mIoU", f"over {next(iter(found))}", "precision", "recall")
     parts = [table((*columns, "mIoU at the best threshold"), rows)]
     if labels := [stage for stage in ("psa_labels", "irn_labels") if stage in stages]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import machine, table
-from benchmarks.main_line import arguments, of_seed, run, share_classify, spread
+from benchmarks.main_line import arguments, folder_of, run, spread
 from esol import config as configuration
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -48,15 +48,11 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in KNOBS}
     folders: dict[str, Path] = {}
     for seed in args.seeds:
-        first: Path | None = None
         for number, (name, knob) in enumerate(KNOBS.items()):
             overrides = [*args.overrides, "tracking.uri=none", STAGES, *knob]
-            suffix = f"-knob{number}"
-            folder = Path(configuration.load(args.config, of_seed(args.config, seed, overrides, suffix)).run_dir)
-            share_classify(first := first or folder, folder)
-            results = run(args.config, seed, overrides, suffix=suffix)
+            results = run(args.config, seed, overrides, suffix=f"-knob{number}", classify_of="-knob0")
             found[name].append(results["seed_masks"])
-            folders.setdefault(name, folder)
+            folders.setdefault(name, folder_of(args.config, seed, overrides, f"-knob{number}"))
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}\n")
     measures = ("plain_precision", "plain_recall", "plain_miou", "best_threshold", "best_miou")
     rows = [[name, *(spread([own[m] for own in each]) for m in measures)] for name, each in found.items()]

@@ -29,19 +29,31 @@ COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_c
 
 
 def run(
-    config: str, seed: int, overrides: list[str], launcher: Sequence[str] = (sys.executable,), suffix: str = ""
+    config: str,
+    seed: int,
+    overrides: list[str],
+    launcher: Sequence[str] = (sys.executable,),
+    suffix: str = "",
+    classify_of: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """results.json of one seed."""
-    overrides = of_seed(config, seed, overrides, suffix)
-    options = [part for text in overrides for part in ("--set", text)]
+    """results.json of one seed; classify_of: the suffix of the run whose classify it goes on from, if another's."""
+    folder = folder_of(config, seed, overrides, suffix)
+    if classify_of not in ("", suffix) and not (folder / "classify").exists():
+        shutil.copytree(folder_of(config, seed, overrides, classify_of) / "classify", folder / "classify")
+    options = [part for text in of_seed(config, seed, overrides, suffix) for part in ("--set", text)]
     subprocess.run([*launcher, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
-    return json.loads(Path(configuration.load(config, overrides).run_dir, "results.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
-def share_classify(first: Path, folder: Path) -> None:
-    """Gives a run directory the classify of another one, to run its own stages behind it."""
-    if first != folder and not (folder / "classify").exists():
-        shutil.copytree(first / "classify", folder / "classify")
+def accelerate(processes: int) -> list[str]:
+    """The launcher of so many processes on this machine."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(processes)]
+    return [*command, "--config_file", str(ROOT / "launch/cpu.yaml")]
+
+
+def folder_of(config: str, seed: int, overrides: list[str], suffix: str = "") -> Path:
+    """The run directory of one seed."""
+    return Path(configuration.load(config, of_seed(config, seed, overrides, suffix)).run_dir)
 
 
 def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> list[str]:

@@ -8,11 +8,8 @@ kept), then prints the table. Each row states its threshold; the last column is 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from benchmarks.common import machine, table
-from benchmarks.main_line import ROOT, arguments, run, spread
+from benchmarks.main_line import accelerate, arguments, run, spread
 
 ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"))
 MEASURES = ("miou", "precision", "recall")
@@ -22,9 +19,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
-    launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
-    results = {seed: run(args.config, seed, args.overrides, launcher) for seed in args.seeds}
+    results = {seed: run(args.config, seed, args.overrides, accelerate(args.processes)) for seed in args.seeds}
 
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, {args.processes} processes\n")
     runs = list(results.values())

@@ -8,11 +8,8 @@ segment.masks = truth: same network, seed, photos, order, steps (finished stages
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from benchmarks.common import machine, table
-from benchmarks.main_line import ROOT, arguments, run, spread
+from benchmarks.main_line import accelerate, arguments, run, spread
 
 FULL = ("segment.masks=truth", "stages=[segment, evaluate]")
 MEASURES = ("miou", "precision", "recall")
@@ -22,8 +19,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(args.processes)]
-    launcher += ["--config_file", str(ROOT / "launch/cpu.yaml")]
+    launcher = accelerate(args.processes)
     weak, full = {}, {}
     for seed in args.seeds:
         weak[seed] = run(args.config, seed, args.overrides, launcher)

@@ -156,8 +156,7 @@ def _fit(
     ordinals = context.index.split(split)
     plan = Plan(ordinals, context.index.shard_of[ordinals], settings.seed, config.global_batch)
     share = share_of(engine.rank, engine.world_size, config.global_batch, settings.engine.micro_batch)
-    count, unit = parse_duration(config.duration, f"{name}.duration")
-    total = count * plan.steps_per_epoch if unit == "epochs" else count
+    total = total_steps(config, name, plan)
 
     engine.prepare(task, build_optimizer(task, config), config.clip_norm)
     checkpoints = Checkpointer(
@@ -214,6 +213,12 @@ def _start(context: Context, name: str, checkpoints: Checkpointer) -> int:
         return 0
     context.say(f"{name}: resumed after step {found.step}")
     return found.step
+
+
+def total_steps(config: TrainConfig, name: str, plan: Plan) -> int:
+    """Optimizer steps of a stage's duration."""
+    count, unit = parse_duration(config.duration, f"{name}.duration")
+    return count * plan.steps_per_epoch if unit == "epochs" else count
 
 
 def _mean_colour(backbone: Backbone) -> tuple[int, int, int]:

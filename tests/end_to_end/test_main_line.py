@@ -112,6 +112,7 @@ def test_evaluate_predicts_its_split_and_says_what_the_score_stands_on(
     again = launch(PLAIN, config)
     assert f"| DeepLab, learned from irn_masks + CRF | val | {results['crf_miou']:.2f} | " in again.stdout
     assert again.stdout.count("| random |") == 12  # every mIoU
+    assert "| seeds of decide, best threshold" in again.stdout
 
 
 def _mask(index: Index, ordinal: int) -> np.ndarray:
@@ -210,6 +211,7 @@ def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path,
     for name in ("kernel", "classifier"):
         assert np.array_equal(expanded[name], decided[name])
         assert not np.array_equal(decided[name], classified[name])
+    assert "decide_miou" in json.loads((run / "results.json").read_text())["localize"]
     stages = [stage for stage in MAIN_LINE if stage != "decide"]
     options = ["--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", f"stages=[{', '.join(stages)}]"]
     done = launch(PLAIN, config, *options)
