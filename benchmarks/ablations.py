@@ -14,7 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.chains import Chain, Lab, classify, decide, expand, longer, readout, scales, shrink, together
+from benchmarks.chains import (
+    Chain,
+    Lab,
+    classify,
+    decide,
+    expand,
+    expand_each,
+    longer,
+    readout,
+    scales,
+    shrink,
+    together,
+)
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence
 from benchmarks.main_line import arguments, spread
@@ -80,6 +92,10 @@ POINTS: dict[str, dict[str, Chain]] = {
     "where Expansion's loss is taken": {
         "positions": (decide(), expand(regions=0)),
         "3 x 3 regions": (decide(), expand(regions=3)),
+    },
+    "offset fields of Expansion": {
+        "one per class": (decide(), expand_each()),
+        "one per class, which sees photos of its class alone": (decide(), expand_each(classes="present")),
     },
     "kernel W1": {
         "none (no stage behind it is possible)": (classify(0),),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.frozen_line import Evidence, FrozenLine, plan_of
 from benchmarks.main_line import of_seed, run
@@ -22,7 +22,7 @@ from esol import config as configuration
 from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
 from esol.data.index import Index
 from esol.fit import total_steps
-from esol.models.cam_net import CamNet
+from esol.models.cam_net import CamNet, pool
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
 from esol.schema import fingerprint
@@ -31,7 +31,7 @@ from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.head import HeadTask
-from esol.tasks.losses import classification_and_area
+from esol.tasks.losses import classification_and_area, classification_loss
 from esol.tasks.shrink import Shrink
 
 
@@ -122,6 +122,22 @@ def expand(regions: int | None = None, maps_clip: float | None = None, **fields:
                 state.expansion.clip = maps_clip
 
         return Step(["expand", own, regions, maps_clip], train, steps_of(own))
+
+    return make
+
+
+def expand_each(**fields: Any) -> Callable[[Config], Step]:
+    """expand with an offset field for every class: see Fields."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.expand, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            task = FieldPerClass(state.net, own, state.decision)
+            line.train(task, own, steps_of(own))
+            state.expansion = task.handover  # type: ignore[assignment]  # an Expansion to whoever asks it for maps
+
+        return Step(["expand each", own], train, steps_of(own))
 
     return make
 
@@ -248,6 +264,44 @@ class Regions(HeadTask):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("offset", list(self.handover.offset.parameters()))]
+
+
+class Fields(nn.Module):
+    """An Expansion for each class, all of the same W1 and V: each class's map is sampled by its own offsets."""
+
+    def __init__(self, head: CamNet | Decision, config: ExpandConfig) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(Expansion(head, config) for _ in head.classifier)
+
+    def features(self, x: Tensor) -> Tensor:
+        """X (B, Cf, h, w) -> one F for each class, (C, B, K, h, w)."""
+        return torch.stack([expansion.features(x) for expansion in self.each])
+
+    def class_maps(self, features: Tensor) -> Tensor:
+        """(C, B, K, h, w) -> class maps (B, C, h, w)."""
+        maps = [own.class_maps(f)[:, c] for c, (own, f) in enumerate(zip(self.each, features, strict=True))]
+        return torch.stack(maps, 1)
+
+
+class FieldPerClass(HeadTask):
+    """Expansion with an offset field for every class; a field sees the loss of its own class alone."""
+
+    handover: Fields
+
+    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None) -> None:
+        super().__init__(net)
+        self.handover = Fields(decision or net, config)
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logits = pool(self.handover.class_maps(self.handover.features(self.features(batch))))
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = classification_loss(logits, batch["labels"], self.config.classes).mean()
+        return {"loss": -self.config.alpha * loss}, {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        offsets = [p for own in self.handover.each for p in own.offset.parameters()]
+        return [ParameterGroup("offset", offsets)]
 
 
 class Lab:

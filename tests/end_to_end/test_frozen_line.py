@@ -1,6 +1,7 @@
 """benchmarks/frozen_line.py gives the pipeline's numbers, or the ablations would be of something else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.ablations import Found, read
+from benchmarks.chains import FieldPerClass
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine
 from esol import config as configuration
 from esol.localize.class_maps import ClassMaps
+from esol.models.expansion import Expansion
 from esol.networks import trained_decision, trained_expansion, trained_net, trained_shrinkage
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
@@ -53,6 +56,18 @@ def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
         best = line.score(line.net, *nets).curve.best()
         assert 100 * best.miou == pytest.approx(results[f"{source}_miou"], abs=0.02)
         assert best.threshold == pytest.approx(results[f"{source}_threshold"], abs=0.011)
+
+
+def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class(line: FrozenLine, one: Path) -> None:
+    decision = trained_decision(line.config, line.net)
+    task = FieldPerClass(line.net, replace(line.config.expand, classes="present"), decision)
+    plain = Expansion(decision, line.config.expand)
+    x = torch.rand(2, line.net.backbone.channels, 6, 7)
+    torch.testing.assert_close(task.handover.class_maps(task.handover.features(x)), plain.class_maps(plain.features(x)))
+    labels = torch.tensor([[0.0, 1, 0, 0, 0]]).repeat(2, 1)
+    task({"image": x, "labels": labels, "key": []})[0]["loss"].backward()
+    moved = [bool(own.offset.conv.weight.grad.any()) for own in task.handover.each]
+    assert moved == [False, True, False, False, False]
 
 
 def test_reach_counts_objects_and_background_by_distance_from_the_peak() -> None:
