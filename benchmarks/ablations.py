@@ -30,6 +30,7 @@ from benchmarks.chains import (
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence
 from benchmarks.main_line import arguments, spread
+from esol.metrics import ThresholdCurve
 
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
 SHRINK, ALONE = "Expansion, Shrinkage of the mean", "Shrinkage of the mean alone"
@@ -134,6 +135,7 @@ class Found:
     area: float  # under precision over recall
     reach: NDArray[np.float64]  # (T, bins, 2): claimed share of objects and of background, by distance
     thresholds: NDArray[np.float32]
+    unseen: float = float("nan")  # mIoU at the same threshold on the photos by which nothing was chosen
 
     def recall_at(self, threshold: float) -> float:
         return float(self.recall[self._at(threshold)])
@@ -156,7 +158,7 @@ class Found:
         return int(np.abs(self.thresholds - threshold).argmin())
 
 
-def read(evidence: Evidence) -> Found:
+def read(evidence: Evidence, unseen: ThresholdCurve | None = None) -> Found:
     curve = evidence.curve
     scores = curve.scores()
     best = curve.best()
@@ -177,6 +179,7 @@ def read(evidence: Evidence) -> Found:
         100 * float(np.mean(areas)),
         100 * share.transpose(2, 0, 1),
         curve.thresholds,
+        100 * unseen.at(best.threshold).miou if unseen else float("nan"),
     )
 
 
@@ -203,7 +206,7 @@ def main() -> None:
     for seed in args.seeds:
         lab = Lab(args.config, seed, args.overrides, chains)
         for name in chains:
-            found[name].append(read(lab.evidence(name)))
+            found[name].append(read(lab.evidence(name), lab.others(name)))
         lab.close()
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}\n")
     print(tables(found, args.points))
@@ -222,20 +225,28 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
     def gain(own: Found, cam: Found) -> float:
         return own.miou - cam.miou
 
+    def unseen(own: Found, cam: Found) -> float:
+        return own.unseen
+
+    def unseen_gain(own: Found, cam: Found) -> float:
+        return own.unseen - cam.unseen
+
     def area(own: Found, cam: Found) -> float:
         return own.area
 
+    first = {"mIoU": miou, "over the CAM": gain}
+    if not np.isnan(cams[0].unseen):
+        first |= {"mIoU of unseen photos": unseen, "over the CAM there": unseen_gain}
     parts = ["### RQ1: does Expansion recover the whole object?\n"]
     columns = (
-        miou,
-        gain,
+        *first.values(),
         lambda own, cam: own.threshold,
         lambda own, cam: own.recall_at(cam.threshold),
         lambda own, cam: own.precision_at(cam.threshold),
         lambda own, cam: own.recall_at_precision(cam.precision_at(cam.threshold)),
         area,
     )
-    heads = ("", "mIoU", "over the CAM", "threshold", "recall at the CAM's threshold", "precision there")
+    heads: tuple[str, ...] = ("", *first, "threshold", "recall at the CAM's threshold", "precision there")
     rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND, DECIDED, WHOLE)]
     parts.append(table((*heads, "recall at the CAM's precision", "area under the curve"), rows))
     parts.append("\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n")
@@ -260,8 +271,8 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
     rows = []
     for name in (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK):
         fixed = [spread([f.precision_at_recall(r) for f in found[name]]) for r in (50.0, 70.0, 80.0, 90.0)]
-        rows.append([*row(name, miou, gain, area), precision_at_expansions(name), *fixed])
-    heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
+        rows.append([*row(name, *first.values(), area), precision_at_expansions(name), *fixed])
+    heads = ("", *first, "area under the curve", "precision at the recall of Expansion's best")
     parts.append(table((*heads, *(f"at recall {r}" for r in (50, 70, 80, 90))), rows))
 
     if points:
@@ -272,8 +283,7 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
             named = {f"**{point}**: as configured ({base})": base}
             named |= {name: f"{point}: {name}" for name in POINTS[point]}
             for said, name in named.items():
-                rows.append([said, *row(name, miou, gain, area)[1:], precision_at_expansions(name)])
-        heads = ("", "mIoU", "over the CAM", "area under the curve", "precision at the recall of Expansion's best")
+                rows.append([said, *row(name, *first.values(), area)[1:], precision_at_expansions(name)])
         parts.append(table(heads, rows))
     return "\n".join(parts)
 

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.frozen_line import Evidence, FrozenLine, plan_of
+from benchmarks.frozen_line import Evidence, FrozenLine, plan_of, unseen
 from benchmarks.main_line import of_seed, run
 from esol import config as configuration
 from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
 from esol.data.index import Index
 from esol.fit import total_steps
+from esol.metrics import ThresholdCurve
 from esol.models.cam_net import CamNet, pool
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
@@ -316,6 +318,7 @@ class Lab:
         manifest = json.loads((run_dir / "classify/manifest.json").read_text())
         self.stamp = [manifest["fingerprint"], list(self.config.localize.scales), self.config.data.score_split]
         self._seed = seed
+        self._index = Index.load(self.config.data.root)
         self._chains = {name: [make(self.config) for make in chain] for name, chain in chains.items()}
         self._line: FrozenLine | None = None
         self._states: dict[str, State] = {}
@@ -323,7 +326,7 @@ class Lab:
     @property
     def line(self) -> FrozenLine:
         if self._line is None:
-            net = trained_net(self.config, len(Index.load(self.config.data.root).classes))
+            net = trained_net(self.config, len(self._index.classes))
             wanted = [step for steps in self._chains.values() for step in steps]
             scales = sorted({scale for step in wanted for scale in step.scales})
             steps = max((step.steps for step in wanted), default=0)
@@ -338,22 +341,38 @@ class Lab:
             shutil.rmtree(folder)
 
     def evidence(self, name: str) -> Evidence:
-        """Of one of the chains; what is there already, under everything that it follows from, is not done again."""
+        """Of one of the chains, on score_split."""
+        kept = self._kept(name, "", self._score)
+        return Evidence.of(kept["counts"], kept["reach"])
+
+    def others(self, name: str) -> ThresholdCurve | None:
+        """The same chain's curve on the photos that are unseen, if there are any."""
+        if not len(unseen(self.config, self._index)):
+            return None
+        curve = ThresholdCurve(len(self._index.classes))
+        curve.add(self._kept(name, f"-{self.config.data.mask_split}", self._score_unseen)["counts"])
+        return curve
+
+    def _score(self, *nets: nn.Module | None, scales: tuple[float, ...]) -> dict[str, NDArray[np.int64]]:
+        evidence = self.line.score(*nets, scales=scales)
+        return {"counts": evidence.curve.counts, "reach": evidence.reach}
+
+    def _score_unseen(self, *nets: nn.Module | None, scales: tuple[float, ...]) -> dict[str, NDArray[np.int64]]:
+        return {"counts": self.line.score_unseen(*nets, scales=scales).counts}
+
+    def _kept(self, name: str, suffix: str, score: Callable[..., dict[str, NDArray[np.int64]]]) -> dict[str, Any]:
+        """What score says of a chain; what is there, under everything that it follows from, is not done again."""
         steps = self._chains[name]
-        path = self.folder / f"{self._key(steps)}.npz"
-        if path.exists():
-            with np.load(path) as stored:
-                return Evidence.of(stored["counts"], stored["reach"])
-        begun = time.monotonic()
-        state = self._state(steps)
-        found = self.line.score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, counts=found.curve.counts, reach=found.reach)
-        print(
-            f"seed {self._seed}, {name}: mIoU {100 * found.curve.best().miou:.2f}, {time.monotonic() - begun:.0f} s",
-            flush=True,
-        )
-        return found
+        path = self.folder / f"{self._key(steps)}{suffix}.npz"
+        if not path.exists():
+            begun = time.monotonic()
+            state = self._state(steps)
+            found = score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **found)
+            print(f"seed {self._seed}, {name}{suffix}: {time.monotonic() - begun:.0f} s", flush=True)
+        with np.load(path) as stored:
+            return dict(stored)
 
     def _key(self, steps: list[Step]) -> str:
         return fingerprint(self.stamp, *(part for step in steps for part in step.settings))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,17 @@ def plan_of(config: Config, index: Index) -> Plan:
     return Plan(ordinals, index.shard_of[ordinals], config.seed, config.classify.global_batch)
 
 
+def unseen(config: Config, index: Index) -> NDArray[np.int64]:
+    """Ordinals of data.mask_split outside data.score_split that have a true mask.
+
+    Settings are chosen by score_split's numbers; by these photos nothing was.
+    """
+    others = np.setdiff1d(index.split(config.data.mask_split), index.split(config.data.score_split))
+    return others[index.members["mask.png"][others, 0] >= 0] if "mask.png" in index.members else others[:0]
+
+
 class FrozenLine:
-    """Features of the crops of `steps` steps (on disk below `folder`) and of the photos of a split (in memory).
+    """Features of the crops of `steps` steps (on disk below `folder`) and of photos (in memory).
 
     scales: of the photos, all that maps will be asked for; steps 0: no crops, nothing can be trained.
     """
@@ -124,7 +134,7 @@ class FrozenLine:
         if steps:
             folder.mkdir(parents=True, exist_ok=True)
             self.crops, self.labels = self._crops(folder, steps)
-        self.photos = self._photos()
+        self.photos = self._photos(self.index.split(config.data.score_split))
 
     @torch.no_grad()
     def _features(self, image: Tensor) -> Tensor:
@@ -157,10 +167,14 @@ class FrozenLine:
             np.save(labels, found)
         return np.load(path, mmap_mode="r"), torch.from_numpy(np.load(labels))
 
-    def _photos(self) -> list[Photo]:
-        config, stride = self.config, self.backbone.stride
+    @cached_property
+    def others(self) -> list[Photo]:
+        """Those that are unseen."""
+        return self._photos(unseen(self.config, self.index))
+
+    def _photos(self, ordinals: NDArray[np.int64]) -> list[Photo]:
+        stride = self.backbone.stride
         photos = []
-        ordinals = self.index.split(config.data.score_split)
         with progress("features of photos", len(ordinals), "photos", True) as advance:
             for done, ordinal in enumerate(ordinals.tolist(), 1):
                 data, labels = self.reader.image_and_labels(ordinal)
@@ -225,9 +239,18 @@ class FrozenLine:
         *,
         scales: Sequence[float] = (),
     ) -> Evidence:
-        """Of the last stage that is given."""
+        """Of the last stage that is given, on score_split."""
         evidence = Evidence.empty(len(self.index.classes))
         for photo in self.photos:
             maps = self.maps(photo, net, decision, expansion, shrinkage, scales=scales)
             evidence.update(photo.truth, maps["cam"], list(maps.values())[-1])
         return evidence
+
+    @torch.no_grad()
+    def score_unseen(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> ThresholdCurve:
+        """Of the last stage that is given, on the other photos."""
+        curve = ThresholdCurve(len(self.index.classes))
+        for photo in self.others:
+            last = list(self.maps(photo, *nets, scales=scales).values())[-1]
+            curve.update(photo.truth, *(t.numpy() for t in best_class(last.full, last.classes)))
+        return curve

@@ -8,12 +8,22 @@ of different height want different thresholds: every chain gets its own, by one 
 
 from __future__ import annotations
 
+import argparse
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import machine, table
-from benchmarks.main_line import accelerate, arguments, run, spread
+from benchmarks.frozen_line import unseen
+from benchmarks.main_line import accelerate, arguments, folder_of, run, spread
+from esol import config as configuration
 from esol.config import IRN, PSA, SEGMENT
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.transforms import decode_mask
+from esol.metrics import VOID, Counts, confusion_matrix, score
 
 Results = dict[str, dict[str, Any]]
 BEHIND = ("seed_masks", *PSA, *IRN, *SEGMENT)
@@ -59,6 +69,45 @@ def suffix(chain: str) -> str:
     return f"-kept-{chain.lower().replace(', ', '-')}"
 
 
+def confusions(run_dir: Path, stage: str) -> dict[str, Counts]:
+    """Of a stage's final masks, a matrix for each photo (N, C+1, C+1), by the set that the photos belong to."""
+    config = configuration.load(str(run_dir / "resolved.yaml"))
+    data, masks = ShardReader(Index.load(config.data.root)), ShardReader(Index.load(run_dir / stage))
+    place = {str(key): i for i, key in enumerate(masks.index.keys)}
+    labels, names = len(data.index.classes) + 1, config.data
+
+    def of(ordinal: int) -> Counts:
+        own = place[str(data.index.keys[ordinal])]
+        said = decode_mask(masks.read(own, "mask.png"), masks.name(own))
+        truth = decode_mask(data.read(ordinal, "mask.png"), data.name(ordinal))
+        return confusion_matrix(truth, np.where(said == VOID, 0, said), labels)  # void is background, as in masks.py
+
+    if stage == "evaluate":
+        parts = {names.eval_split: data.index.split(names.eval_split)}
+    else:
+        parts = {names.score_split: data.index.split(names.score_split)}
+        parts[f"{names.mask_split}, unseen"] = unseen(config, data.index)
+    return {name: np.array([of(i) for i in part.tolist()]) for name, part in parts.items() if len(part)}
+
+
+def miou(confusion: Counts) -> float:
+    return 100 * score(confusion).miou
+
+
+def over_photos(own: list[Counts], base: list[Counts], draws: int = 1000) -> list[float]:
+    """The mean gain of own over base if other photos had been drawn: paired bootstrap over photos, all seeds alike."""
+    generator = np.random.default_rng(0)
+    photos = len(own[0])
+    gains = []
+    for _ in range(draws):
+        weight = np.bincount(generator.integers(0, photos, photos), minlength=photos)
+        pairs = zip(own, base, strict=True)
+        gains.append(
+            float(np.mean([miou(np.tensordot(weight, a, 1)) - miou(np.tensordot(weight, b, 1)) for a, b in pairs]))
+        )
+    return gains
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
@@ -77,6 +126,30 @@ def main() -> None:
     for name in args.chains:
         print(f"{name}: {' '.join(settings(CHAINS[name][1]))}\n")
     print(tables(found, args.stages))
+    print("\n" + by_photos(args))
+
+
+def by_photos(args: argparse.Namespace) -> str:
+    """Final masks of photos by which settings were chosen, and of photos by which none was."""
+    rows = []
+    for what, stage in ROWS:
+        if stage not in args.stages:
+            continue
+        counts = {
+            name: [confusions(folder_of(args.config, s, args.overrides, suffix(name)), stage) for s in args.seeds]
+            for name in args.chains
+        }
+        for which in counts[args.chains[0]][0]:
+            base = [c[which] for c in counts[args.chains[0]]]
+            for name, found in counts.items():
+                own = [c[which] for c in found]
+                each = [miou(c.sum(0)) for c in own]
+                gains = [a - miou(b.sum(0)) for a, b in zip(each, base, strict=True)]
+                low, high = np.percentile(over_photos(own, base), (2.5, 97.5))
+                row = [f"{what} + CRF", f"{len(own[0])} of {which}", name, spread(each), spread(gains)]
+                rows.append([*row, f"{low:.2f} to {high:.2f}"])
+    heads = ("masks", "photos", "from the maps of", "mIoU", f"over {args.chains[0]}", "95 % over photos")
+    return table(heads, rows)
 
 
 def tables(found: dict[str, list[Results]], stages: list[str]) -> str:

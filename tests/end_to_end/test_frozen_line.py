@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from benchmarks.ablations import Found, read
 from benchmarks.chains import FieldPerClass
-from benchmarks.frozen_line import REACH, Evidence, FrozenLine
+from benchmarks.frozen_line import REACH, Evidence, FrozenLine, unseen
 from esol import config as configuration
 from esol.localize.class_maps import ClassMaps
 from esol.models.expansion import Expansion
@@ -68,6 +68,19 @@ def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class
     task({"image": x, "labels": labels, "key": []})[0]["loss"].backward()
     moved = [bool(own.offset.conv.weight.grad.any()) for own in task.handover.each]
     assert moved == [False, True, False, False, False]
+
+
+def test_unseen_photos_are_those_with_masks_that_scored_nothing(one: Path, tmp_path: Path) -> None:
+    def line(split: str) -> FrozenLine:
+        config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}", f"data.score_split={split}"])
+        return FrozenLine(config, trained_net(config, 5), tmp_path, 0)
+
+    own, other = line("val"), line("train")  # masks are made for train
+    assert unseen(own.config, own.index).tolist() == own.index.split("train").tolist()
+    assert not len(unseen(other.config, other.index))
+    counts = own.score_unseen(own.net).counts
+    assert counts.sum() > 0
+    np.testing.assert_array_equal(counts, other.score(other.net).curve.counts)
 
 
 def test_reach_counts_objects_and_background_by_distance_from_the_peak() -> None:
