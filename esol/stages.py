@@ -146,6 +146,8 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
             manifest is not None and manifest["fingerprint"] == stamp and _outputs(stage, folder) == manifest["outputs"]
         )
         if not context.engine.any(context.engine.is_main and not fits):
+            if context.engine.is_main and manifest is not None:  # its folder may come from another run
+                _add_results(context.run_dir / "results.json", stage.name, manifest["results"])
             context.say(f"{stage.name}: done before with these settings, skipped")
             continue
         if manifest is not None:
@@ -207,7 +209,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-        return manifest if {"fingerprint", "settings", "consumed", "outputs"} <= manifest.keys() else None
+        return manifest if {"fingerprint", "settings", "consumed", "outputs", "results"} <= manifest.keys() else None
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete the folder to run the stage again") from error
 

@@ -182,9 +182,13 @@ def test_truth_that_is_all_void_is_not_scored(config: Path, tmp_path: Path) -> N
 
 
 def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, one: Path) -> None:
+    results = one / "results.json"
+    had = results.read_text()
+    results.unlink()  # as where the folders of stages were brought from elsewhere
     again = launch(PLAIN, config)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before with these settings, skipped") == len(STAGES)
+    assert results.read_text() == had
     shutil.copytree(one, config.parent / "runs/changed")
     here = ("--set", "run_dir=runs/changed", "--set", "tracking.uri=none")
     other_split = launch(PLAIN, config, *here, "--set", "data.score_split=train", "--stages", "classify")
