@@ -211,46 +211,54 @@ class FrozenLine:
         for task, _ in tasks:
             task.eval()
 
+    def score(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> Evidence:
+        """Of the last of net, decision, expansion, shrinkage that is given, on score_split."""
+        evidence = Evidence.empty(len(self.index.classes))
+        for photo, cam in zip(self.photos, self._cams, strict=True):
+            evidence.update(photo.truth, cam, self._last(photo, nets, scales))
+        return evidence
+
+    def score_unseen(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> ThresholdCurve:
+        """The same on the photos that are unseen."""
+        curve = ThresholdCurve(len(self.index.classes))
+        for photo in self.others:
+            last = self._last(photo, nets, scales)
+            curve.update(photo.truth, *(t.numpy() for t in best_class(last.full, last.classes)))
+        return curve
+
+    @cached_property
+    def _cams(self) -> list[ClassMaps]:
+        return [self._last(photo, (self.net,)) for photo in self.photos]
+
     @torch.no_grad()
-    def maps(
-        self,
-        photo: Photo,
-        net: CamNet,
-        decision: Decision | None = None,
-        expansion: Expansion | None = None,
-        shrinkage: Shrinkage | None = None,
-        *,
-        scales: Sequence[float] = (),
-    ) -> dict[str, ClassMaps]:
-        """Of the stages that are given, at the config's scales unless said."""
-        net.backbone.photo = photo.features  # type: ignore[assignment]
+    def _last(self, photo: Photo, nets: Sequence[nn.Module | None], scales: Sequence[float] = ()) -> ClassMaps:
+        """The maps of the last stage, at the config's scales unless said; those before it would cost as much each."""
+        last = Last(*nets)
+        last.backbone.photo = photo.features
         blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
         scales, flip = scales or self.config.localize.scales, self.config.localize.flip
         with self._autocast():
-            nets = (net, decision, expansion, shrinkage)
-            return class_maps(blank, photo.labels[None], *nets, scales=scales, flip=flip)[0]
+            return class_maps(blank, photo.labels[None], last, scales=scales, flip=flip)[0]["cam"]
 
-    def score(
+
+class Last(nn.Module):
+    """The last stage that is given, in the CAM network's place."""
+
+    def __init__(
         self,
         net: CamNet,
         decision: Decision | None = None,
         expansion: Expansion | None = None,
         shrinkage: Shrinkage | None = None,
-        *,
-        scales: Sequence[float] = (),
-    ) -> Evidence:
-        """Of the last stage that is given, on score_split."""
-        evidence = Evidence.empty(len(self.index.classes))
-        for photo in self.photos:
-            maps = self.maps(photo, net, decision, expansion, shrinkage, scales=scales)
-            evidence.update(photo.truth, maps["cam"], list(maps.values())[-1])
-        return evidence
+    ) -> None:
+        super().__init__()
+        self.net, self.backbone = net, net.backbone
+        self.decision, self.expansion, self.shrinkage = decision, expansion, shrinkage
 
-    @torch.no_grad()
-    def score_unseen(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> ThresholdCurve:
-        """Of the last stage that is given, on the other photos."""
-        curve = ThresholdCurve(len(self.index.classes))
-        for photo in self.others:
-            last = list(self.maps(photo, *nets, scales=scales).values())[-1]
-            curve.update(photo.truth, *(t.numpy() for t in best_class(last.full, last.classes)))
-        return curve
+    def features(self, image: Tensor) -> Tensor:
+        return self.net.features(image)
+
+    def class_maps(self, x: Tensor) -> Tensor:
+        if self.expansion is None:
+            return (self.decision or self.net).class_maps(x)
+        return (self.shrinkage or self.expansion).class_maps(self.expansion.features(x))
