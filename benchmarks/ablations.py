@@ -275,6 +275,25 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
     heads = ("", *first, "area under the curve", "precision at the recall of Expansion's best")
     parts.append(table((*heads, *(f"at recall {r}" for r in (50, 70, 80, 90))), rows))
 
+    parts.append("\nWhat each sampler adds, seed by seed\n")
+    pairs = (
+        (EXPAND, CLIP),
+        (WHOLE, DECIDED),
+        (ALL, SHRUNK),
+        (SHRINK, ALONE),
+        (SHRINK, EXPAND),
+        (ALL, WHOLE),
+        (ALL, CAM),
+    )
+    names = [name for name in ("mIoU", "mIoU of unseen photos") if name in first]
+    rows = []
+    for after, before in pairs:
+        both = list(zip(found[after], found[before], strict=True))
+        more = [spread([first[name](a, a) - first[name](b, b) for a, b in both]) for name in names]
+        at = [a.precision_at_recall(r) - b.precision_at_recall(r) for (a, b), r in zip(both, own_recall, strict=True)]
+        rows.append([f"{after} - {before}", *more, spread(at)])
+    parts.append(table(("", *names, "precision at the recall of Expansion's best"), rows))
+
     if points:
         parts.append("\n### Open points, one changed at a time but where a row names more\n")
         rows = []
