@@ -8,7 +8,7 @@ classify runs once per seed, in the pipeline; then every chain below is trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,80 +202,77 @@ def main() -> None:
     args = parser.parse_args()
     chains = dict(CONTROLS)
     chains |= {f"{point}: {name}": chain for point in args.points for name, chain in POINTS[point].items()}
-    found: dict[str, list[Found]] = {name: [] for name in chains}
+    found = []
     for seed in args.seeds:
         lab = Lab(args.config, seed, args.overrides, chains)
-        for name in chains:
-            found[name].append(read(lab.evidence(name), lab.others(name)))
+        found.append({name: read(lab.evidence(name), lab.others(name)) for name in chains})
         lab.close()
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}\n")
     print(tables(found, args.points))
 
 
-def tables(found: dict[str, list[Found]], points: list[str]) -> str:
-    cams = found[CAM]
-
-    def row(name: str, *columns: Callable[[Found, Found], float]) -> list[str]:
-        pairs = list(zip(found[name], cams, strict=True))
-        return [name, *(spread([column(own, cam) for own, cam in pairs]) for column in columns)]
-
-    def miou(own: Found, cam: Found) -> float:
-        return own.miou
-
-    def gain(own: Found, cam: Found) -> float:
-        return own.miou - cam.miou
-
-    def unseen(own: Found, cam: Found) -> float:
-        return own.unseen
-
-    def unseen_gain(own: Found, cam: Found) -> float:
-        return own.unseen - cam.unseen
-
-    def area(own: Found, cam: Found) -> float:
-        return own.area
-
-    first = {"mIoU": miou, "over the CAM": gain}
-    if not np.isnan(cams[0].unseen):
-        first |= {"mIoU of unseen photos": unseen, "over the CAM there": unseen_gain}
-    parts = ["### RQ1: does Expansion recover the whole object?\n"]
-    columns = (
-        *first.values(),
-        lambda own, cam: own.threshold,
-        lambda own, cam: own.recall_at(cam.threshold),
-        lambda own, cam: own.precision_at(cam.threshold),
-        lambda own, cam: own.recall_at_precision(cam.precision_at(cam.threshold)),
-        area,
+# Columns: heading -> what is read of a chain, given all chains of the same seed
+Columns = dict[str, Callable[[Found, dict[str, Found]], float]]
+MIOU: Columns = {"mIoU": lambda own, of: own.miou, "over the CAM": lambda own, of: own.miou - of[CAM].miou}
+UNSEEN: Columns = {
+    "mIoU of unseen photos": lambda own, of: own.unseen,
+    "over the CAM there": lambda own, of: own.unseen - of[CAM].unseen,
+}
+BESIDE_THE_CAM: Columns = {
+    "threshold": lambda own, of: own.threshold,
+    "recall at the CAM's threshold": lambda own, of: own.recall_at(of[CAM].threshold),
+    "precision there": lambda own, of: own.precision_at(of[CAM].threshold),
+    "recall at the CAM's precision": lambda own, of: own.recall_at_precision(of[CAM].precision_at(of[CAM].threshold)),
+}
+AREA: Columns = {"area under the curve": lambda own, of: own.area}
+AT_EXPANSION: Columns = {
+    "precision at the recall of Expansion's best": lambda own, of: own.precision_at_recall(
+        of[EXPAND].recall_at(of[EXPAND].threshold)
     )
-    heads: tuple[str, ...] = ("", *first, "threshold", "recall at the CAM's threshold", "precision there")
-    rows = [row(name, *columns) for name in (CAM, LONGER, CLIP, EXPAND, DECIDED, WHOLE)]
-    parts.append(table((*heads, "recall at the CAM's precision", "area under the curve"), rows))
-    parts.append("\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n")
-    heads = tuple(f"{low:g}-{high:g}" for low, high in zip((0.0, *REACH), (*REACH, float("inf")), strict=True))
+}
+AT_RECALL: Columns = {f"at recall {r}": lambda own, of, r=r: own.precision_at_recall(r) for r in (50, 70, 80, 90)}
+
+
+def tables(found: list[dict[str, Found]], points: list[str]) -> str:
+    """All of ABLATIONS.md's tables; found: the chains of each seed."""
+    known: Columns = {} if np.isnan(found[0][CAM].unseen) else UNSEEN
+    first, last = MIOU | known, AREA | AT_EXPANSION
+    parts = [
+        "### RQ1: does Expansion recover the whole object?\n",
+        compared(found, (CAM, LONGER, CLIP, EXPAND, DECIDED, WHOLE), first | BESIDE_THE_CAM | AREA),
+        "\nClaimed share of objects / of background by distance from the CAM's peak (1 = root of the area)\n",
+        reached(found),
+        "\n### RQ2: does Shrinkage prune background?\n",
+        compared(
+            found,
+            (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK),
+            first | last | AT_RECALL,
+        ),
+        "\nWhat each sampler adds, seed by seed\n",
+        added(found, {name: first[name] for name in ("mIoU", *known) if name.startswith("mIoU")} | AT_EXPANSION),
+    ]
+    if points:
+        chains = []
+        for point in points:
+            base = ALL if "Shrinkage" in point else WHOLE
+            chains.append((f"**{point}**: as configured ({base})", base))
+            chains += [(name, f"{point}: {name}") for name in POINTS[point]]
+        parts.append("\n### Open points, one changed at a time but where a row names more\n")
+        parts.append(compared(found, chains, first | last))
+    return "\n".join(parts)
+
+
+def compared(found: list[dict[str, Found]], chains: Iterable[str | tuple[str, str]], columns: Columns) -> str:
+    """A row for each chain, mean and spread over the seeds; a pair says how the row is called as well."""
     rows = []
-    at_cam = [(name, "the CAM's") for name in (CAM, EXPAND, DECIDED, WHOLE)]
-    for name, threshold in (*at_cam, *((name, "its own") for name in (CLIP, EXPAND, DECIDED, WHOLE))):
-        shares = [
-            own.reached(cam.threshold if threshold == "the CAM's" else own.threshold)
-            for own, cam in zip(found[name], cams, strict=True)
-        ]
-        mean = np.mean(shares, 0)
-        rows.append([f"{name}, at {threshold} threshold", *(f"{a:.1f} / {b:.1f}" for a, b in mean)])
-    parts.append(table(("", *heads), rows))
+    for chain in chains:
+        said, name = (chain, chain) if isinstance(chain, str) else chain
+        rows.append([said, *(spread([column(of[name], of) for of in found]) for column in columns.values())])
+    return table(("", *columns), rows)
 
-    parts.append("\n### RQ2: does Shrinkage prune background?\n")
-    own_recall = [f.recall_at(f.threshold) for f in found[EXPAND]]
 
-    def precision_at_expansions(name: str) -> str:
-        return spread([f.precision_at_recall(r) for f, r in zip(found[name], own_recall, strict=True)])
-
-    rows = []
-    for name in (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK):
-        fixed = [spread([f.precision_at_recall(r) for f in found[name]]) for r in (50.0, 70.0, 80.0, 90.0)]
-        rows.append([*row(name, *first.values(), area), precision_at_expansions(name), *fixed])
-    heads = ("", *first, "area under the curve", "precision at the recall of Expansion's best")
-    parts.append(table((*heads, *(f"at recall {r}" for r in (50, 70, 80, 90))), rows))
-
-    parts.append("\nWhat each sampler adds, seed by seed\n")
+def added(found: list[dict[str, Found]], columns: Columns) -> str:
+    """Differences of chains with and without one sampler."""
     pairs = (
         (EXPAND, CLIP),
         (WHOLE, DECIDED),
@@ -285,26 +282,26 @@ def tables(found: dict[str, list[Found]], points: list[str]) -> str:
         (ALL, WHOLE),
         (ALL, CAM),
     )
-    names = [name for name in ("mIoU", "mIoU of unseen photos") if name in first]
-    rows = []
-    for after, before in pairs:
-        both = list(zip(found[after], found[before], strict=True))
-        more = [spread([first[name](a, a) - first[name](b, b) for a, b in both]) for name in names]
-        at = [a.precision_at_recall(r) - b.precision_at_recall(r) for (a, b), r in zip(both, own_recall, strict=True)]
-        rows.append([f"{after} - {before}", *more, spread(at)])
-    parts.append(table(("", *names, "precision at the recall of Expansion's best"), rows))
+    rows = [
+        [
+            f"{after} - {before}",
+            *(spread([column(of[after], of) - column(of[before], of) for of in found]) for column in columns.values()),
+        ]
+        for after, before in pairs
+    ]
+    return table(("", *columns), rows)
 
-    if points:
-        parts.append("\n### Open points, one changed at a time but where a row names more\n")
-        rows = []
-        for point in points:
-            base = ALL if "Shrinkage" in point else WHOLE
-            named = {f"**{point}**: as configured ({base})": base}
-            named |= {name: f"{point}: {name}" for name in POINTS[point]}
-            for said, name in named.items():
-                rows.append([said, *row(name, *first.values(), area)[1:], precision_at_expansions(name)])
-        parts.append(table(heads, rows))
-    return "\n".join(parts)
+
+def reached(found: list[dict[str, Found]]) -> str:
+    """What maps claim by distance from the CAM's peak, at the CAM's threshold and at each chain's own."""
+    rows = []
+    for whose, names in (("the CAM's", (CAM, EXPAND, DECIDED, WHOLE)), ("its own", (CLIP, EXPAND, DECIDED, WHOLE))):
+        for name in names:
+            shares = [of[name].reached(of[CAM if whose == "the CAM's" else name].threshold) for of in found]
+            row = [f"{a:.1f} / {b:.1f}" for a, b in np.mean(shares, 0)]
+            rows.append([f"{name}, at {whose} threshold", *row])
+    heads = [f"{low:g}-{high:g}" for low, high in zip((0.0, *REACH), (*REACH, float("inf")), strict=True)]
+    return table(("", *heads), rows)
 
 
 if __name__ == "__main__":

@@ -94,12 +94,12 @@ def miou(confusion: Counts) -> float:
     return 100 * score(confusion).miou
 
 
-def over_photos(own: list[Counts], base: list[Counts], draws: int = 1000) -> list[float]:
+def over_photos(own: list[Counts], base: list[Counts]) -> list[float]:
     """The mean gain of own over base if other photos had been drawn: paired bootstrap over photos, all seeds alike."""
     generator = np.random.default_rng(0)
     photos = len(own[0])
     gains = []
-    for _ in range(draws):
+    for _ in range(1000):
         weight = np.bincount(generator.integers(0, photos, photos), minlength=photos)
         pairs = zip(own, base, strict=True)
         gains.append(
