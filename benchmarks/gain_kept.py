@@ -130,8 +130,9 @@ def main() -> None:
 
 
 def by_photos(args: argparse.Namespace) -> str:
-    """Final masks of photos by which settings were chosen, and of photos by which none was."""
-    rows = []
+    """Final masks of photos by which settings were chosen, and of photos by which none was; then class by class."""
+    first, labels = args.chains[0], ("background", *Index.load(configuration.load(args.config).data.root).classes)
+    rows, classes = [], []
     for what, stage in ROWS:
         if stage not in args.stages:
             continue
@@ -139,17 +140,22 @@ def by_photos(args: argparse.Namespace) -> str:
             name: [confusions(folder_of(args.config, s, args.overrides, suffix(name)), stage) for s in args.seeds]
             for name in args.chains
         }
-        for which in counts[args.chains[0]][0]:
-            base = [c[which] for c in counts[args.chains[0]]]
+        for which in counts[first][0]:
+            base = [c[which] for c in counts[first]]
             for name, found in counts.items():
                 own = [c[which] for c in found]
                 each = [miou(c.sum(0)) for c in own]
                 gains = [a - miou(b.sum(0)) for a, b in zip(each, base, strict=True)]
+                row = [f"{what} + CRF", f"{len(own[0])} of {which}", name]
                 low, high = np.percentile(over_photos(own, base), (2.5, 97.5))
-                row = [f"{what} + CRF", f"{len(own[0])} of {which}", name, spread(each), spread(gains)]
-                rows.append([*row, f"{low:.2f} to {high:.2f}"])
-    heads = ("masks", "photos", "from the maps of", "mIoU", f"over {args.chains[0]}", "95 % over photos")
-    return table(heads, rows)
+                rows.append([*row, spread(each), spread(gains), "" if name == first else f"{low:.2f} to {high:.2f}"])
+                ious = 100 * np.array([score(c.sum(0)).iou for c in own])
+                less = 0 if name == first else 100 * np.array([score(c.sum(0)).iou for c in base])
+                said = name if name == first else f"{name}, over {first}"
+                classes.append([*row[:2], said, *(spread(values.tolist()) for values in (ious - less).T)])
+    heads = ("masks", "photos", "from the maps of")
+    scores = table((*heads, "mIoU", f"over {first}", "95 % over photos"), rows)
+    return f"{scores}\n\nIoU of each class\n\n{table((*heads, *labels), classes)}"
 
 
 def tables(found: dict[str, list[Results]], stages: list[str]) -> str:
