@@ -9,7 +9,7 @@ classify runs once per seed, in the pipeline; then every chain below is trained 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,7 @@ CONTROLS: dict[str, Chain] = {
 }
 LATE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
 ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
+STEPS = "steps of Expansion (alpha x steps x lr is one budget)"
 # Each point stands beside the configured chain: up to Shrinkage where the point's name has it, else up to Expansion
 POINTS: dict[str, dict[str, Chain]] = {
     "deciding in Shrinkage instead of before": {
@@ -78,9 +79,7 @@ POINTS: dict[str, dict[str, Chain]] = {
     },
     "bound r of Expansion": {f"r {r:g}": (decide(), expand(bound=r)) for r in (0.5, 2.0, 4.0)},
     "classes whose loss is maximised": {"present": (decide(), expand(classes="present"))},
-    "steps of Expansion (alpha x steps x lr is one budget)": {
-        f"{n} steps": (decide(), expand(duration=f"{n} steps")) for n in (25, 50, 200)
-    },
+    STEPS: {f"{n} steps": (decide(), expand(duration=f"{n} steps")) for n in (25, 50, 200, 400)},
     "clipping beta of Expansion": {f"beta {b:g}": (decide(), expand(clip=b)) for b in (0.0, 0.1, 0.3, 0.5)},
     "where Expansion clips": {
         "in the maps alone": (decide(), expand(clip=0.0, maps_clip=0.2)),
@@ -136,6 +135,7 @@ class Found:
     reach: NDArray[np.float64]  # (T, bins, 2): claimed share of objects and of background, by distance
     thresholds: NDArray[np.float32]
     unseen: float = float("nan")  # mIoU at the same threshold on the photos by which nothing was chosen
+    losses: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # of Expansion's steps
 
     def recall_at(self, threshold: float) -> float:
         return float(self.recall[self._at(threshold)])
@@ -180,6 +180,7 @@ def read(evidence: Evidence, unseen: ThresholdCurve | None = None) -> Found:
         100 * share.transpose(2, 0, 1),
         curve.thresholds,
         100 * unseen.at(best.threshold).miou if unseen else float("nan"),
+        evidence.losses,
     )
 
 
@@ -259,6 +260,9 @@ def tables(found: list[dict[str, Found]], points: list[str]) -> str:
             chains += [(name, f"{point}: {name}") for name in POINTS[point]]
         parts.append("\n### Open points, one changed at a time but where a row names more\n")
         parts.append(compared(found, chains, first | last))
+    if STEPS in points:
+        parts.append("\nWhen to stop Expansion: the loss that it maximises, which needs no mask, and the maps\n")
+        parts.append(stopping(found))
     return "\n".join(parts)
 
 
@@ -290,6 +294,21 @@ def added(found: list[dict[str, Found]], columns: Columns) -> str:
         for after, before in pairs
     ]
     return table(("", *columns), rows)
+
+
+def stopping(found: list[dict[str, Found]]) -> str:
+    """By steps of Expansion behind decide: its loss, the mean over the last 20 of them, and what the maps are worth."""
+    names = [WHOLE, *(f"{STEPS}: {name}" for name in POINTS[STEPS])]
+    names.sort(key=lambda name: len(found[0][name].losses))
+    last = [-float(of[names[-1]].losses[0]) for of in found]
+    rows = [[0, spread(last), "", *(spread([column(of[DECIDED], of) for of in found]) for column in MIOU.values())]]
+    for name in names:
+        loss = [-float(of[name].losses[-20:].mean()) for of in found]
+        growth = [100 * (new / old - 1) for new, old in zip(loss, last, strict=True)]
+        scores = (spread([column(of[name], of) for of in found]) for column in MIOU.values())
+        rows.append([len(found[0][name].losses), spread(loss), spread(growth), *scores])
+        last = loss
+    return table(("steps", "classification loss", "more than in the row above, %", *MIOU), rows)
 
 
 def reached(found: list[dict[str, Found]]) -> str:

@@ -38,7 +38,7 @@ def main() -> None:
     net = build_net(config, 1, pretrained=True)
     with tempfile.TemporaryDirectory() as folder:
         line = FrozenLine(config, net, Path(folder), steps=0)
-    samples = [Sample.of(photo, len(line.index.classes)) for photo in line.photos]
+        samples = [Sample.of(photo, line) for photo in line.photos]
     found = {f"truth on the grid of stride {line.backbone.stride}": [_scored((s, s.shares[0, 1:]) for s in samples)]}
     hidden = config.model.kernel_channels
     for seed in args.seeds:
@@ -66,12 +66,12 @@ class Sample:
     shares: Tensor
 
     @classmethod
-    def of(cls, photo: Photo, classes: int) -> Sample:
-        features = next(iter(photo.features.values()))
-        layers = np.stack([photo.truth == label for label in range(classes + 1)]).astype(np.float32)
+    def of(cls, photo: Photo, line: FrozenLine) -> Sample:
+        features = next(iter(photo.features.values())).to(line.device, memory_format=torch.channels_last, copy=True)
+        layers = np.stack([photo.truth == label for label in range(len(line.index.classes) + 1)]).astype(np.float32)
         size = features.shape[2:]
         shares = F.interpolate(torch.from_numpy(layers)[None], size, mode="bilinear", antialias=True)
-        return cls(photo, features, shares)
+        return cls(photo, features, shares.to(line.device))
 
 
 def _scored(maps: Iterable[tuple[Sample, Tensor]]) -> Found:
@@ -80,7 +80,7 @@ def _scored(maps: Iterable[tuple[Sample, Tensor]]) -> Found:
     for sample, own in maps:
         evidence = evidence or Evidence.empty(len(own))
         photo, chosen = sample.photo, sample.photo.labels.nonzero()[:, 0]
-        full = F.interpolate(own[None, chosen], photo.truth.shape, mode="bilinear", align_corners=True)[0]
+        full = F.interpolate(own[None].cpu()[:, chosen], photo.truth.shape, mode="bilinear", align_corners=True)[0]
         full = full / (full.amax((1, 2), keepdim=True) + 1e-5)
         winner, score = (t.numpy() for t in best_class(full, chosen))
         evidence.curve.update(photo.truth, winner, score)
@@ -92,16 +92,17 @@ def _trained(samples: list[Sample], hidden: int, seed: int, name: str) -> Iterat
     """Two folds; a photo a step, cross entropy over the grid against the shares; probabilities of the other fold."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    width, labels = samples[0].features.shape[1], samples[0].shares.shape[1]
+    width, labels, device = samples[0].features.shape[1], samples[0].shares.shape[1], samples[0].features.device
     for fold in (0, 1):
         last = nn.Conv2d(hidden or width, labels, 1)
         head = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), nn.ReLU(), last) if hidden else last
+        head.to(device)
         optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-2)
         learning, judged = samples[1 - fold :: 2], samples[fold::2]
         with progress(f"{name}, seed {seed}, fold {fold}", EPOCHS, "epochs", True) as advance:
             for epoch in range(EPOCHS):
                 for i in order.permutation(len(learning)).tolist():
-                    with torch.autocast("cpu", torch.bfloat16):
+                    with torch.autocast(device.type, torch.bfloat16):
                         logits = head(learning[i].features[:1])
                     loss = -(learning[i].shares * logits.float().log_softmax(1)).sum(1).mean()
                     optimizer.zero_grad()
@@ -110,10 +111,10 @@ def _trained(samples: list[Sample], hidden: int, seed: int, name: str) -> Iterat
                 advance(epoch + 1, "")
         with torch.no_grad():
             for sample in judged:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16):
                     straight, mirrored = head(sample.features).float().chunk(2)
                 logits = (straight + mirrored.flip(3))[0] / 2
-                known = torch.cat((torch.tensor([True]), sample.photo.labels > 0))
+                known = torch.cat((torch.tensor([True]), sample.photo.labels > 0)).to(device)
                 yield sample, logits.masked_fill(~known[:, None, None], -torch.inf).softmax(0)[1:]
 
 

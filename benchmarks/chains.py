@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class State:
     expansion: Expansion | None = None
     shrinkage: Shrinkage | None = None
     scales: tuple[float, ...] = ()  # () = the config's
+    losses: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # of expand's steps
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def expand(regions: int | None = None, maps_clip: float | None = None, **fields:
         def train(line: FrozenLine, state: State) -> None:
             start = (state.net, own, state.decision)
             task = Expand(*start) if regions is None else Regions(*start, regions)
-            line.train(task, own, steps_of(own))
+            state.losses = line.train(task, own, steps_of(own))
             state.expansion = task.handover
             if maps_clip is not None:
                 state.expansion.clip = maps_clip
@@ -187,8 +188,7 @@ def together(config: Config) -> Step:
 
     def train(line: FrozenLine, state: State) -> None:
         first = Expand(state.net, slow, state.decision)
-        second = Shrink(state.net, first.handover, config.shrink)  # which freezes what it is given
-        first.handover.offset.requires_grad_(True)
+        second = Following(state.net, first.handover, config.shrink)
         line.train_together([(first, slow), (second, config.shrink)], steps)
         state.expansion, state.shrinkage = first.handover, second.handover
 
@@ -244,6 +244,18 @@ class Readout(HeadTask):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("head", self._learning)]
+
+
+class Following(Shrink):
+    """Shrinkage on an Expansion that another task moves on in between: its own frozen copy is kept up to date."""
+
+    def __init__(self, net: CamNet, leader: Expansion, config: ShrinkConfig) -> None:
+        super().__init__(net, copy.deepcopy(leader), config)
+        self._leader = (leader,)  # in a tuple it is no part of this task: its parameters learn elsewhere
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self.expansion.offset.load_state_dict(self._leader[0].offset.state_dict())
+        return super().forward(batch)
 
 
 class Regions(HeadTask):
@@ -343,7 +355,7 @@ class Lab:
     def evidence(self, name: str) -> Evidence:
         """Of one of the chains, on score_split."""
         kept = self._kept(name, "", self._score)
-        return Evidence.of(kept["counts"], kept["reach"])
+        return Evidence.of(kept["counts"], kept["reach"], kept["losses"])
 
     def others(self, name: str) -> ThresholdCurve | None:
         """The same chain's curve on the photos that are unseen, if there are any."""
@@ -368,6 +380,7 @@ class Lab:
             begun = time.monotonic()
             state = self._state(steps)
             found = score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
+            found["losses"] = state.losses
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **found)
             print(f"seed {self._seed}, {name}{suffix}: {time.monotonic() - begun:.0f} s", flush=True)

@@ -199,10 +199,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="photos for the agreement (default 20)")
     parser.add_argument("--timed", type=int, default=8, help="photos for the times (default 8)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu-alone", action="store_true", help="leave out what runs on the CPU")
     args = parser.parse_args()
     paths = sorted(p for p in args.photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))[: args.count]
     torch.set_num_threads(1)
     print(f"{machine()}, one thread, {len(paths)} photos, 10 iterations\n")
+    if args.gpu_alone:
+        print(f"GPU, IRN's workload at 375x500: {on_gpu(paths, args.rounds)}")
+        return
     print(agreement(paths), flush=True)
     headings = ["kernels", "photos", "counted", "ours, s", "pydensecrf2, s", "ratio (median)", "highest of a photo"]
     irn, *_, many = PARAMETERS

@@ -6,10 +6,13 @@ looked up. tests/end_to_end/test_frozen_line.py holds it against the pipeline.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +45,9 @@ class Remembered(nn.Module):
         self.photo: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, image: Tensor) -> Tensor:
-        return image if image.shape[1] == self.channels else self.photo[tuple(image.shape[2:])]
+        if image.shape[1] == self.channels:
+            return image
+        return self.photo[tuple(image.shape[2:])].to(image.device, memory_format=torch.channels_last)
 
 
 REACH = (0.25, 0.5, 0.75, 1.0, 1.5)  # edges of distances from the CAM's peak, in square roots of the object's area
@@ -53,11 +58,13 @@ class Evidence:
     """Everything that tables need of maps: whole numbers, which add up over photos.
 
     reach, int64 (bins, 2, levels): pixels of the present classes' objects (0) and of the background (1) by distance
-    from the CAM's peak of that class and by the level of its map, as in ThresholdCurve.
+    from the CAM's peak of that class and by the level of its map, as in ThresholdCurve. losses: of Expansion's
+    steps, in the chains that have one.
     """
 
     curve: ThresholdCurve
     reach: NDArray[np.int64]
+    losses: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @classmethod
     def empty(cls, num_classes: int) -> Evidence:
@@ -65,10 +72,10 @@ class Evidence:
         return cls(curve, np.zeros((len(REACH) + 1, 2, curve.counts.shape[2]), np.int64))
 
     @classmethod
-    def of(cls, counts: NDArray[np.int64], reach: NDArray[np.int64]) -> Evidence:
+    def of(cls, counts: NDArray[np.int64], reach: NDArray[np.int64], losses: NDArray[np.float32]) -> Evidence:
         curve = ThresholdCurve(counts.shape[1])
         curve.add(counts)
-        return cls(curve, reach)
+        return cls(curve, reach, losses)
 
     def update(self, truth: NDArray[np.uint8], cam: ClassMaps, own: ClassMaps) -> None:
         """One photo: its truth (H, W), its CAM, and the maps that are judged."""
@@ -91,7 +98,10 @@ class Evidence:
 
 @dataclass
 class Photo:
-    """What inference needs of a photo: labels (C,), truth (H, W) and the features of each input size, mirrored too."""
+    """What inference needs of a photo: labels (C,), truth (H, W) and the features of each input size, mirrored too.
+
+    features lie on the disk: a size's tensor is read when it is used.
+    """
 
     labels: Tensor
     truth: NDArray[np.uint8]
@@ -114,9 +124,10 @@ def unseen(config: Config, index: Index) -> NDArray[np.int64]:
 
 
 class FrozenLine:
-    """Features of the crops of `steps` steps (on disk below `folder`) and of photos (in memory).
+    """Features of the crops of `steps` steps and of photos, on disk below `folder`, where processes share them.
 
-    scales: of the photos, all that maps will be asked for; steps 0: no crops, nothing can be trained.
+    scales: of the photos, all that maps will be asked for; steps 0: no crops, nothing can be trained. Works on a GPU
+    where there is one.
     """
 
     def __init__(self, config: Config, net: CamNet, folder: Path, steps: int, scales: Sequence[float] = ()) -> None:
@@ -124,32 +135,34 @@ class FrozenLine:
         self.scales = sorted({*config.localize.scales, *scales})
         self.index = Index.load(config.data.root)
         self.reader = ShardReader(self.index, config.data.cache)
-        self.net = net.eval()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net = net.eval().to(self.device)
         half = config.engine.precision == "bf16"
         self._type, self._bits = (
             (torch.bfloat16, torch.int16) if half else (torch.float32, torch.int32)
         )  # numpy has no bf16
         self.backbone = self.net.backbone
         self.net.backbone = Remembered(self.backbone.channels, self.backbone.stride)  # type: ignore[assignment]
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         if steps:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.crops, self.labels = self._crops(folder, steps)
-        self.photos = self._photos(self.index.split(config.data.score_split))
+            self.crops, self.labels = self._crops(steps)
+        self.photos = self._photos("photos", self.index.split(config.data.score_split))
 
     @torch.no_grad()
-    def _features(self, image: Tensor) -> Tensor:
+    def _features(self, image: Tensor) -> NDArray[np.int16 | np.int32]:
         with self._autocast():
-            return self.backbone(image).to(self._type)
+            return self.backbone(image.to(self.device)).to(self._type).contiguous().view(self._bits).cpu().numpy()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._type == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._type == torch.bfloat16)
 
-    def _crops(self, folder: Path, steps: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
+    def _crops(self, steps: int) -> tuple[NDArray[np.int16 | np.int32], Tensor]:
         config = self.config
         batch, plan = config.classify.global_batch, plan_of(config, self.index)
         side = -(-config.data.crop // self.backbone.stride)
         shape = (steps, batch, self.backbone.channels, side, side)
-        path = folder / "crops.npy"
+        path = self._folder / "crops.npy"
         labels = path.with_suffix(".labels.npy")
         if not labels.exists():
             store = np.lib.format.open_memmap(path, "w+", str(self._bits).removeprefix("torch."), shape)
@@ -161,7 +174,7 @@ class FrozenLine:
             )
             with progress("features of crops", steps, "steps", True) as advance:
                 for step, (one,) in enumerate(stream):
-                    store[step] = self._features(one["image"]).view(self._bits).numpy()
+                    store[step] = self._features(one["image"])
                     found[step] = one["labels"].numpy()
                     advance(step + 1, "")
             np.save(labels, found)
@@ -170,34 +183,52 @@ class FrozenLine:
     @cached_property
     def others(self) -> list[Photo]:
         """Those that are unseen."""
-        return self._photos(unseen(self.config, self.index))
+        return self._photos("others", unseen(self.config, self.index))
 
-    def _photos(self, ordinals: NDArray[np.int64]) -> list[Photo]:
-        stride = self.backbone.stride
+    def _photos(self, name: str, ordinals: NDArray[np.int64]) -> list[Photo]:
+        path = self._folder / f"{name}-{'-'.join(map(str, self.scales))}.bin"
+        places = path.with_suffix(".json")  # of each photo: input size, features' shape, where they begin
+        if not places.exists():
+            places.write_text(json.dumps(self._write_photos(path, ordinals)))
+        stored = torch.from_file(str(path), size=path.stat().st_size // self._bits.itemsize, dtype=self._bits)
         photos = []
-        with progress("features of photos", len(ordinals), "photos", True) as advance:
-            for done, ordinal in enumerate(ordinals.tolist(), 1):
-                data, labels = self.reader.image_and_labels(ordinal)
-                image = decode(data, self.reader.name(ordinal))
-                truth = decode_mask(self.reader.read(ordinal, "mask.png"), self.reader.name(ordinal))
-                features = {}
-                for scale in self.scales:
-                    inputs = to_grid(image[None], scale, stride)
-                    features[tuple(inputs.shape[2:])] = self._features(torch.cat((inputs, inputs.flip(3))))
-                photos.append(Photo(torch.from_numpy(labels), truth, features))
-                advance(done, "")
+        for ordinal, own in zip(ordinals.tolist(), json.loads(places.read_text()), strict=True):
+            truth = decode_mask(self.reader.read(ordinal, "mask.png"), self.reader.name(ordinal))
+            features = {
+                tuple(size): stored[start : start + math.prod(shape)].view(shape).view(self._type)
+                for size, shape, start in own
+            }
+            photos.append(Photo(torch.from_numpy(self.reader.labels(ordinal)), truth, features))
         return photos
 
-    def train(self, task: Task, config: TrainConfig, steps: int) -> None:
-        """The pipeline's steps on its batches, in the order of its plan."""
-        self.train_together([(task, config)], steps)
+    def _write_photos(self, path: Path, ordinals: NDArray[np.int64]) -> list[list[Any]]:
+        places, start = [], 0
+        with path.open("wb") as file, progress("features of photos", len(ordinals), "photos", True) as advance:
+            for done, ordinal in enumerate(ordinals.tolist(), 1):
+                image = decode(self.reader.image(ordinal), self.reader.name(ordinal))
+                own = []
+                for scale in self.scales:
+                    inputs = to_grid(image[None], scale, self.backbone.stride)
+                    found = self._features(torch.cat((inputs, inputs.flip(3))))
+                    file.write(found.tobytes())
+                    own.append((tuple(inputs.shape[2:]), found.shape, start))
+                    start += found.size
+                places.append(own)
+                advance(done, "")
+        return places
 
-    def train_together(self, tasks: list[tuple[Task, TrainConfig]], steps: int) -> None:
-        """Every task takes each step, in this order, on the same batch."""
-        optimizers = [build_optimizer(task.train(), config) for task, config in tasks]
+    def train(self, task: Task, config: TrainConfig, steps: int) -> NDArray[np.float32]:
+        """The pipeline's steps on its batches, in the order of its plan; the loss of each."""
+        return self.train_together([(task, config)], steps)
+
+    def train_together(self, tasks: list[tuple[Task, TrainConfig]], steps: int) -> NDArray[np.float32]:
+        """Every task takes each step, in this order, on the same batch; the last one's losses."""
+        found = []
+        optimizers = [build_optimizer(task.train().to(self.device), config) for task, config in tasks]
         for step in range(steps):
             x = torch.from_numpy(self.crops[step].copy()).view(self._type)
-            batch: Batch = {"image": x, "labels": self.labels[step], "key": []}
+            x = x.to(self.device, memory_format=torch.channels_last)  # as backbones make them: the last digit differs
+            batch: Batch = {"image": x, "labels": self.labels[step].to(self.device), "key": []}
             for (task, config), optimizer in zip(tasks, optimizers, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, config) * group["lr_multiplier"]
@@ -208,8 +239,10 @@ class FrozenLine:
                 if config.clip_norm:
                     nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], config.clip_norm)
                 optimizer.step()
+            found.append(losses["loss"].detach().float())
         for task, _ in tasks:
             task.eval()
+        return torch.stack(found).cpu().numpy() if found else np.zeros(0, np.float32)
 
     def score(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> Evidence:
         """Of the last of net, decision, expansion, shrinkage that is given, on score_split."""
@@ -235,10 +268,11 @@ class FrozenLine:
         """The maps of the last stage, at the config's scales unless said; those before it would cost as much each."""
         last = Last(*nets)
         last.backbone.photo = photo.features
-        blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8)
+        blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8, device=self.device)
         scales, flip = scales or self.config.localize.scales, self.config.localize.flip
         with self._autocast():
-            return class_maps(blank, photo.labels[None], last, scales=scales, flip=flip)[0]["cam"]
+            maps = class_maps(blank, photo.labels[None].to(self.device), last, scales=scales, flip=flip)[0]["cam"]
+        return ClassMaps(maps.classes.cpu(), maps.low.cpu(), maps.full.cpu())
 
 
 class Last(nn.Module):

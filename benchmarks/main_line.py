@@ -46,7 +46,9 @@ def run(
 
 
 def accelerate(processes: int) -> list[str]:
-    """The launcher of so many processes on this machine."""
+    """The launcher of so many processes on this machine; one needs none."""
+    if processes == 1:
+        return [sys.executable]
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(processes)]
     return [*command, "--config_file", str(ROOT / "launch/cpu.yaml")]
 

@@ -73,7 +73,7 @@ def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class
 def test_unseen_photos_are_those_with_masks_that_scored_nothing(one: Path, tmp_path: Path) -> None:
     def line(split: str) -> FrozenLine:
         config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}", f"data.score_split={split}"])
-        return FrozenLine(config, trained_net(config, 5), tmp_path, 0)
+        return FrozenLine(config, trained_net(config, 5), tmp_path / split, 0)
 
     own, other = line("val"), line("train")  # masks are made for train
     assert unseen(own.config, own.index).tolist() == own.index.split("train").tolist()

@@ -33,7 +33,7 @@ TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes"]
 
 
-def launch(launcher: list[str], config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(launcher: list[str], config: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [*launcher, str(ROOT / "esol/train.py"), "--config", str(config), *arguments]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "OMP"))} | variables
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=config.parent)
