@@ -21,6 +21,7 @@ from benchmarks.chains import (
     decide,
     expand,
     expand_each,
+    further,
     longer,
     readout,
     scales,
@@ -114,6 +115,10 @@ POINTS: dict[str, dict[str, Chain]] = {
         "W2 starts as identity": (decide(), expand(), shrink(kernel="identity")),
         "V fixed": (decide(), expand(), shrink(learn_classifier=False)),
         "in the same steps as Expansion": (decide(), together),
+    },
+    "rounds of Expansion and Shrinkage": {
+        "two": (decide(), expand(), shrink(), further(), shrink()),
+        "one, its Expansion as long as both": (decide(), expand(duration="200 steps"), shrink()),
     },
     "scales of inference": {
         f"{name}, scales {', '.join(map(str, chosen))}": (*steps, scales(*chosen))

@@ -162,6 +162,22 @@ def shrink(**fields: Any) -> Callable[[Config], Step]:
     return make
 
 
+def further(**fields: Any) -> Callable[[Config], Step]:
+    """A second round of expand, behind a shrink: see Further. The shrink that follows starts anew."""
+
+    def make(config: Config) -> Step:
+        own = replace(config.expand, **fields)
+
+        def train(line: FrozenLine, state: State) -> None:
+            assert state.expansion is not None
+            assert state.shrinkage is not None
+            line.train(Further(state.net, state.expansion, state.shrinkage, own), own, steps_of(own))
+
+        return Step(["further", own], train, steps_of(own))
+
+    return make
+
+
 def readout(**fields: Any) -> Callable[[Config], Step]:
     """Shrinkage's loss without its sampler: see Readout. Of the Expansion, or of the CAM network that is there."""
 
@@ -244,6 +260,28 @@ class Readout(HeadTask):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("head", self._learning)]
+
+
+class Further(HeadTask):
+    """Expansion's offsets go on, by the loss of the maps of the Shrinkage behind them, which stays as it is."""
+
+    handover: Expansion
+
+    def __init__(self, net: CamNet, expansion: Expansion, shrinkage: Shrinkage, config: ExpandConfig) -> None:
+        super().__init__(net)
+        self.shrinkage = shrinkage.requires_grad_(False)
+        self.handover = expansion.requires_grad_(False)
+        self.handover.offset.requires_grad_(True)
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logits = pool(self.shrinkage.class_maps(self.handover.features(self.features(batch))))
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = classification_loss(logits, batch["labels"], self.config.classes).mean()
+        return {"loss": -self.config.alpha * loss}, {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("offset", list(self.handover.offset.parameters()))]
 
 
 class Following(Shrink):

@@ -1,5 +1,6 @@
 """benchmarks/frozen_line.py gives the pipeline's numbers, or the ablations would be of something else."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.ablations import Found, read
-from benchmarks.chains import FieldPerClass
+from benchmarks import chains
+from benchmarks.ablations import CONTROLS, POINTS, Found, read
+from benchmarks.chains import FieldPerClass, Further
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine, unseen
 from esol import config as configuration
 from esol.localize.class_maps import ClassMaps
 from esol.models.expansion import Expansion
 from esol.networks import trained_decision, trained_expansion, trained_net, trained_shrinkage
+from esol.tasks.base import Batch
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.shrink import Shrink
@@ -56,6 +59,36 @@ def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
         best = line.score(line.net, *nets).curve.best()
         assert 100 * best.miou == pytest.approx(results[f"{source}_miou"], abs=0.02)
         assert best.threshold == pytest.approx(results[f"{source}_threshold"], abs=0.011)
+
+
+def test_every_chain_of_the_ablations_trains_and_scores(line: FrozenLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_of = chains.steps_of
+    monkeypatch.setattr(chains, "steps_of", lambda own: min(1, steps_of(own)))
+    monkeypatch.setattr(chains, "total_steps", lambda *_: 1)
+    for name, chain in {**CONTROLS, **{name: c for point in POINTS.values() for name, c in point.items()}}.items():
+        state = chains.State(copy.deepcopy(line.net))
+        for step in (make(line.config) for make in chain):
+            if not step.scales:  # of which the line remembers no features
+                step.train(line, state)
+        counts = line.score(state.net, state.decision, state.expansion, state.shrinkage).curve.counts
+        assert counts.sum() > 0, name
+
+
+def test_a_second_round_climbs_the_loss_of_shrinkage_by_the_offsets_alone(line: FrozenLine, one: Path) -> None:
+    expansion = trained_expansion(line.config, line.net)
+    shrinkage = trained_shrinkage(line.config, expansion)
+    before = copy.deepcopy(expansion.state_dict())
+    task = Further(line.net, expansion, shrinkage, line.config.expand)
+    batch: Batch = {
+        "image": torch.from_numpy(line.crops[0].copy()).view(torch.float32),
+        "labels": line.labels[0],
+        "key": [],
+    }
+    start = float(task(batch)[0]["loss"].detach())
+    line.train(task, line.config.expand, 4)
+    assert float(task(batch)[0]["loss"].detach()) < start
+    changed = {name for name, value in expansion.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"offset.conv.weight", "offset.conv.bias"}
 
 
 def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class(line: FrozenLine, one: Path) -> None:
