@@ -1,5 +1,7 @@
 """The sampler against torchvision's operator and the ordinary convolution."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,3 +77,29 @@ def test_offset_branch_starts_at_zero_and_stays_within_its_bound() -> None:
         torch.nn.init.constant_(module.conv.bias, 100.0)  # type: ignore[arg-type]
     assert branch(x).abs().max() <= 1.5
     assert torch.equal(free(x), torch.full((1, 18, 5, 5), 100.0))
+
+
+def test_a_frozen_weight_is_taken_apart_anew_whenever_it_changes() -> None:
+    torch.manual_seed(3)
+    x, offset = torch.randn(1, 4, 6, 7), torch.randn(1, 18, 6, 7)
+    weight = torch.nn.Parameter(torch.randn(5, 4, 3, 3), requires_grad=False)
+
+    def check() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            half = deform_conv(x, weight, offset)
+        assert half.dtype == torch.bfloat16
+        assert _relative(half.float(), deform_conv(x, weight.clone(), offset)) < 0.05
+        assert torch.equal(deform_conv(x, weight, offset), deform_conv(x, weight.clone(), offset))
+
+    check()
+    weight.mul_(2)
+    check()
+    weight.data = torch.randn(5, 4, 3, 3)
+    check()
+    weight.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(deform_conv(x, weight, offset).sum(), weight)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        weight.add_(1)
+        check()
+    assert torch.equal(copy.deepcopy(weight), weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,14 +22,37 @@ def deform_conv(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """
     batch, _, height, width = x.shape
     channels = weight.shape[0]
-    taps = weight.permute(2, 3, 0, 1).reshape(TAPS * channels, -1, 1, 1)
-    projected = F.conv2d(x, taps).reshape(batch * TAPS, channels, height, width)
+    projected = F.conv2d(x, _taps(weight))
     with torch.autocast(x.device.type, enabled=False):
-        wide = projected if projected.dtype == torch.float64 else projected.float()
-        grid = _sampling_grid(offset.to(wide.dtype), height, width)
+        kind = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        wide = projected.to(kind, memory_format=torch.contiguous_format)  # convolutions like another one
+        wide = wide.reshape(batch * TAPS, channels, height, width)
+        grid = _sampling_grid(offset.to(kind), height, width)
         sampled = F.grid_sample(wide, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         result = sampled.reshape(batch, TAPS, channels, height, width).sum(1)
     return result.to(projected.dtype)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The nine 1x1 kernels of a 3x3 one, (9 * Cout, Cin, 1, 1), in the type that the convolution computes in.
+
+    Those of a weight that does not learn are kept with it: taking them apart is a quarter of a photo's time on a CPU.
+    """
+    device = weight.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _apart(weight).to(kind)
+    stamp = (weight.data_ptr(), weight._version, weight.device, kind)
+    kept: tuple[Any, Tensor, Tensor] | None = getattr(weight, "_esol_taps", None)
+    if kept is None or kept[0] != stamp:
+        same = weight.detach()  # held, so that its memory is no other's while the stamp names it
+        kept = (stamp, _apart(same).to(kind), same)
+        weight._esol_taps = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
+def _apart(weight: Tensor) -> Tensor:
+    return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1], 1, 1)
 
 
 def _sampling_grid(offset: Tensor, height: int, width: int) -> Tensor:
