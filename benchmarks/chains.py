@@ -385,7 +385,7 @@ class Lab:
         return self._line
 
     def close(self) -> None:
-        """Gives the disk back: 3 GB a seed."""
+        """Gives the disk back: 10 GB a seed."""
         self._line, self._states = None, {}
         for folder in self.folder.glob("features-*"):
             shutil.rmtree(folder)

@@ -49,6 +49,10 @@ class Remembered(nn.Module):
             return image
         return self.photo[tuple(image.shape[2:])].to(image.device, memory_format=torch.channels_last)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Remembered:
+        """Copies of a network share it: a photo's features are part of a file of gigabytes, which would be copied."""
+        return self
+
 
 REACH = (0.25, 0.5, 0.75, 1.0, 1.5)  # edges of distances from the CAM's peak, in square roots of the object's area
 
