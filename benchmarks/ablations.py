@@ -211,7 +211,9 @@ def main() -> None:
     found = []
     for seed in args.seeds:
         lab = Lab(args.config, seed, args.overrides, chains)
-        found.append({name: read(lab.evidence(name), lab.others(name)) for name in chains})
+        found.append(
+            {name: read(lab.evidence(name), lab.others(name) if name in CONTROLS else None) for name in chains}
+        )
         lab.close()
     print(f"\n{machine()}\n{args.config} {' '.join(args.overrides)}, seeds {args.seeds}\n")
     print(tables(found, args.points))
@@ -264,7 +266,7 @@ def tables(found: list[dict[str, Found]], points: list[str]) -> str:
             chains.append((f"**{point}**: as configured ({base})", base))
             chains += [(name, f"{point}: {name}") for name in POINTS[point]]
         parts.append("\n### Open points, one changed at a time but where a row names more\n")
-        parts.append(compared(found, chains, first | last))
+        parts.append(compared(found, chains, MIOU | last))
     if STEPS in points:
         parts.append("\nWhen to stop Expansion: the loss that it maximises, which needs no mask, and the maps\n")
         parts.append(stopping(found))
