@@ -110,6 +110,7 @@ POINTS: dict[str, dict[str, Chain]] = {
         "area 0": (decide(), expand(), shrink(area=0.0)),
         "the mean of A instead": (decide(), expand(), shrink(area_term="mean")),
         "the mean of A instead, no Expansion": (decide(), STILL, shrink(area_term="mean")),
+        "the mean of A instead, Expansion at beta 0.1": (decide(), expand(clip=0.1), shrink(area_term="mean")),
         "clip 0.2": (decide(), expand(), shrink(clip=0.2)),
         "no clip": (decide(), expand(), shrink(clip=0.0)),
         "W2 fixed": (decide(), expand(), shrink(learn_kernel=False)),
