@@ -39,7 +39,8 @@ def _taps(weight: Tensor) -> Tensor:
     Those of a weight that does not learn are kept with it: taking them apart is a quarter of a photo's time on a CPU.
     """
     device = weight.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
+    kind = torch.get_autocast_dtype(device) if casts else weight.dtype
     if torch.is_grad_enabled() and weight.requires_grad:
         return _apart(weight).to(kind)
     stamp = (weight.data_ptr(), weight._version, weight.device, kind)
