@@ -119,7 +119,7 @@ POINTS: dict[str, dict[str, Chain]] = {
         "in the same steps as Expansion": (decide(), together),
     },
     "rounds of Expansion and Shrinkage": {
-        "two": (decide(), expand(), shrink(), further(), shrink()),
+        "two": (decide(), expand(), shrink(), further, shrink()),
         "one, its Expansion as long as both": (decide(), expand(duration="200 steps"), shrink()),
     },
     "scales of inference": {

@@ -12,28 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.frozen_line import Evidence, FrozenLine, plan_of, unseen
 from benchmarks.main_line import of_seed, run
+from benchmarks.variants import FieldPerClass, Following, Further, Readout, Regions
 from esol import config as configuration
-from esol.config import Config, ExpandConfig, ShrinkConfig, TrainConfig
+from esol.config import Config, TrainConfig
 from esol.data.index import Index
 from esol.fit import total_steps
 from esol.metrics import ThresholdCurve
-from esol.models.cam_net import CamNet, pool
+from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
 from esol.schema import fingerprint
-from esol.tasks.base import Batch, ParameterGroup
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
-from esol.tasks.head import HeadTask
-from esol.tasks.losses import classification_and_area, classification_loss
 from esol.tasks.shrink import Shrink
 
 
@@ -47,6 +43,11 @@ class State:
     shrinkage: Shrinkage | None = None
     scales: tuple[float, ...] = ()  # () = the config's
     losses: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # of expand's steps
+
+    @property
+    def nets(self) -> tuple[nn.Module | None, ...]:
+        """As FrozenLine.score takes them."""
+        return self.net, self.decision, self.expansion, self.shrinkage
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,16 @@ def shrink(**fields: Any) -> Callable[[Config], Step]:
     return make
 
 
-def further(**fields: Any) -> Callable[[Config], Step]:
+def further(config: Config) -> Step:
     """A second round of expand, behind a shrink: see Further. The shrink that follows starts anew."""
+    own = config.expand
 
-    def make(config: Config) -> Step:
-        own = replace(config.expand, **fields)
+    def train(line: FrozenLine, state: State) -> None:
+        assert state.expansion is not None
+        assert state.shrinkage is not None
+        line.train(Further(state.net, state.expansion, state.shrinkage, own), own, steps_of(own))
 
-        def train(line: FrozenLine, state: State) -> None:
-            assert state.expansion is not None
-            assert state.shrinkage is not None
-            line.train(Further(state.net, state.expansion, state.shrinkage, own), own, steps_of(own))
-
-        return Step(["further", own], train, steps_of(own))
-
-    return make
+    return Step(["further", own], train, steps_of(own))
 
 
 def readout(**fields: Any) -> Callable[[Config], Step]:
@@ -237,125 +234,6 @@ def _learning(net: CamNet) -> CamNet:
     return net
 
 
-class Readout(HeadTask):
-    """L_cls + lambda * L_area on an Expansion's features without a second sampler: V learns; W1 where W2 would.
-
-    The offsets stay. The maps are clipped as config says from then on.
-    """
-
-    handover: Expansion
-
-    def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig) -> None:
-        super().__init__(net)
-        self.handover = expansion.requires_grad_(False)
-        self.handover.clip = config.clip
-        self._learning = [expansion.classifier, *([expansion.kernel] if config.learn_kernel else [])]
-        for parameter in self._learning:
-            parameter.requires_grad_(True)
-        self.config = config
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        maps = self.handover.class_maps(self.handover.features(self.features(batch)))
-        return classification_and_area(maps, batch["labels"], self.config.area, self.config.area_term), {}
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup("head", self._learning)]
-
-
-class Further(HeadTask):
-    """Expansion's offsets go on, by the loss of the maps of the Shrinkage behind them, which stays as it is."""
-
-    handover: Expansion
-
-    def __init__(self, net: CamNet, expansion: Expansion, shrinkage: Shrinkage, config: ExpandConfig) -> None:
-        super().__init__(net)
-        self.shrinkage = shrinkage.requires_grad_(False)
-        self.handover = expansion.requires_grad_(False)
-        self.handover.offset.requires_grad_(True)
-        self.config = config
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        logits = pool(self.shrinkage.class_maps(self.handover.features(self.features(batch))))
-        with torch.autocast(logits.device.type, enabled=False):
-            loss = classification_loss(logits, batch["labels"], self.config.classes).mean()
-        return {"loss": -self.config.alpha * loss}, {}
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup("offset", list(self.handover.offset.parameters()))]
-
-
-class Following(Shrink):
-    """Shrinkage on an Expansion that another task moves on in between: its own frozen copy is kept up to date."""
-
-    def __init__(self, net: CamNet, leader: Expansion, config: ShrinkConfig) -> None:
-        super().__init__(net, copy.deepcopy(leader), config)
-        self._leader = (leader,)  # in a tuple it is no part of this task: its parameters learn elsewhere
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        self.expansion.offset.load_state_dict(self._leader[0].offset.state_dict())
-        return super().forward(batch)
-
-
-class Regions(HeadTask):
-    """Expansion whose loss is the mean over n x n regions, pooled and labelled as the image is; 0 = over positions."""
-
-    handover: Expansion
-
-    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None, regions: int) -> None:
-        super().__init__(net)
-        self.handover = Expansion(decision or net, config)
-        self.alpha, self.regions = config.alpha, regions
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        maps = self.handover.class_maps(self.handover.features(self.features(batch))).float()
-        logits = F.adaptive_avg_pool2d(maps, self.regions) if self.regions else maps
-        with torch.autocast(maps.device.type, enabled=False):
-            labels = batch["labels"][:, :, None, None].expand_as(logits)
-            loss = F.binary_cross_entropy_with_logits(logits, labels)
-        return {"loss": -self.alpha * loss}, {}
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup("offset", list(self.handover.offset.parameters()))]
-
-
-class Fields(nn.Module):
-    """An Expansion for each class, all of the same W1 and V: each class's map is sampled by its own offsets."""
-
-    def __init__(self, head: CamNet | Decision, config: ExpandConfig) -> None:
-        super().__init__()
-        self.each = nn.ModuleList(Expansion(head, config) for _ in head.classifier)
-
-    def features(self, x: Tensor) -> Tensor:
-        """X (B, Cf, h, w) -> one F for each class, (C, B, K, h, w)."""
-        return torch.stack([expansion.features(x) for expansion in self.each])
-
-    def class_maps(self, features: Tensor) -> Tensor:
-        """(C, B, K, h, w) -> class maps (B, C, h, w)."""
-        maps = [own.class_maps(f)[:, c] for c, (own, f) in enumerate(zip(self.each, features, strict=True))]
-        return torch.stack(maps, 1)
-
-
-class FieldPerClass(HeadTask):
-    """Expansion with an offset field for every class; a field sees the loss of its own class alone."""
-
-    handover: Fields
-
-    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None) -> None:
-        super().__init__(net)
-        self.handover = Fields(decision or net, config)
-        self.config = config
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        logits = pool(self.handover.class_maps(self.handover.features(self.features(batch))))
-        with torch.autocast(logits.device.type, enabled=False):
-            loss = classification_loss(logits, batch["labels"], self.config.classes).mean()
-        return {"loss": -self.config.alpha * loss}, {}
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        offsets = [p for own in self.handover.each for p in own.offset.parameters()]
-        return [ParameterGroup("offset", offsets)]
-
-
 class Lab:
     """One seed: its classify, its remembered features, the chains that are done."""
 
@@ -403,22 +281,20 @@ class Lab:
         curve.add(self._kept(name, f"-{self.config.data.mask_split}", self._score_unseen)["counts"])
         return curve
 
-    def _score(self, *nets: nn.Module | None, scales: tuple[float, ...]) -> dict[str, NDArray[np.int64]]:
-        evidence = self.line.score(*nets, scales=scales)
-        return {"counts": evidence.curve.counts, "reach": evidence.reach}
+    def _score(self, state: State) -> dict[str, NDArray[Any]]:
+        evidence = self.line.score(*state.nets, scales=state.scales)
+        return {"counts": evidence.curve.counts, "reach": evidence.reach, "losses": state.losses}
 
-    def _score_unseen(self, *nets: nn.Module | None, scales: tuple[float, ...]) -> dict[str, NDArray[np.int64]]:
-        return {"counts": self.line.score_unseen(*nets, scales=scales).counts}
+    def _score_unseen(self, state: State) -> dict[str, NDArray[Any]]:
+        return {"counts": self.line.score_unseen(*state.nets, scales=state.scales).counts}
 
-    def _kept(self, name: str, suffix: str, score: Callable[..., dict[str, NDArray[np.int64]]]) -> dict[str, Any]:
+    def _kept(self, name: str, suffix: str, score: Callable[[State], dict[str, NDArray[Any]]]) -> dict[str, Any]:
         """What score says of a chain; what is there, under everything that it follows from, is not done again."""
         steps = self._chains[name]
         path = self.folder / f"{self._key(steps)}{suffix}.npz"
         if not path.exists():
             begun = time.monotonic()
-            state = self._state(steps)
-            found = score(state.net, state.decision, state.expansion, state.shrinkage, scales=state.scales)
-            found["losses"] = state.losses
+            found = score(self._state(steps))
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **found)
             print(f"seed {self._seed}, {name}{suffix}: {time.monotonic() - begun:.0f} s", flush=True)

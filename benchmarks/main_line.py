@@ -46,9 +46,7 @@ def run(
 
 
 def accelerate(processes: int) -> list[str]:
-    """The launcher of so many processes on this machine; one needs none."""
-    if processes == 1:
-        return [sys.executable]
+    """The launcher of so many processes on this machine."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(processes)]
     return [*command, "--config_file", str(ROOT / "launch/cpu.yaml")]
 

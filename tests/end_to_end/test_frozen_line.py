@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from benchmarks import chains
 from benchmarks.ablations import CONTROLS, POINTS, Found, read
-from benchmarks.chains import FieldPerClass, Further
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine, unseen
+from benchmarks.variants import FieldPerClass, Further
 from esol import config as configuration
 from esol.localize.class_maps import ClassMaps
 from esol.models.expansion import Expansion
