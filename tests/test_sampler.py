@@ -95,6 +95,10 @@ def test_a_frozen_weight_is_taken_apart_anew_whenever_it_changes() -> None:
     weight.mul_(2)
     check()
     weight.data = torch.randn(5, 4, 3, 3)
+    with torch.inference_mode():  # what is made in it can be in no gradient afterwards
+        deform_conv(x, weight, offset)
+    assert torch.autograd.grad(deform_conv(x.requires_grad_(), weight, offset).sum(), x)[0].abs().sum() > 0
+    x.requires_grad_(False)
     check()
     weight.requires_grad_(True)
     (gradient,) = torch.autograd.grad(deform_conv(x, weight, offset).sum(), weight)

@@ -36,12 +36,12 @@ def deform_conv(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
 def _taps(weight: Tensor) -> Tensor:
     """The nine 1x1 kernels of a 3x3 one, (9 * Cout, Cin, 1, 1), in the type that the convolution computes in.
 
-    Those of a weight that does not learn are kept with it: taking them apart is a quarter of a photo's time on a CPU.
+    Those of a weight that does not learn are kept with it: they are the same for every photo, and strided to make.
     """
     device = weight.device.type
     casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
     kind = torch.get_autocast_dtype(device) if casts else weight.dtype
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and weight.requires_grad):
         return _apart(weight).to(kind)
     stamp = (weight.data_ptr(), weight._version, weight.device, kind)
     kept: tuple[Any, Tensor, Tensor] | None = getattr(weight, "_esol_taps", None)
