@@ -38,6 +38,7 @@ SHRINK, ALONE = "Expansion, Shrinkage of the mean", "Shrinkage of the mean alone
 READ = "CAM, trained on with that loss"
 DECIDED, WHOLE, ALL = "decide", "decide, Expansion", "decide, Expansion, Shrinkage"
 SHRUNK = "decide, Shrinkage, no Expansion"
+ALL_MEAN, SHRUNK_MEAN = f"{ALL}, its area the mean", "decide, Shrinkage, its area the mean, no Expansion"
 STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that moves and clips nothing
 # The area as its mean, which is all that the paper says of it
 MEAN = {"area_term": "mean", "area": 0.1, "clip": 0.2, "lr": 0.02, "duration": "250 steps"}
@@ -53,6 +54,8 @@ CONTROLS: dict[str, Chain] = {
     WHOLE: (decide(), expand()),
     ALL: (decide(), expand(), shrink()),
     SHRUNK: (decide(), STILL, shrink()),
+    ALL_MEAN: (decide(), expand(), shrink(area_term="mean")),
+    SHRUNK_MEAN: (decide(), STILL, shrink(area_term="mean")),
 }
 LATE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
 ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
@@ -109,7 +112,6 @@ POINTS: dict[str, dict[str, Chain]] = {
     "Shrinkage after decide and Expansion": {
         "area 0": (decide(), expand(), shrink(area=0.0)),
         "the mean of A instead": (decide(), expand(), shrink(area_term="mean")),
-        "the mean of A instead, no Expansion": (decide(), STILL, shrink(area_term="mean")),
         "the mean of A instead, Expansion at beta 0.1": (decide(), expand(clip=0.1), shrink(area_term="mean")),
         "clip 0.2": (decide(), expand(), shrink(clip=0.2)),
         "no clip": (decide(), expand(), shrink(clip=0.0)),
@@ -228,10 +230,12 @@ UNSEEN: Columns = {
     "mIoU of unseen photos": lambda own, of: own.unseen,
     "over the CAM there": lambda own, of: own.unseen - of[CAM].unseen,
 }
-BESIDE_THE_CAM: Columns = {
+AT_CAM: Columns = {
     "threshold": lambda own, of: own.threshold,
     "recall at the CAM's threshold": lambda own, of: own.recall_at(of[CAM].threshold),
     "precision there": lambda own, of: own.precision_at(of[CAM].threshold),
+}
+BESIDE_THE_CAM: Columns = AT_CAM | {
     "recall at the CAM's precision": lambda own, of: own.recall_at_precision(of[CAM].precision_at(of[CAM].threshold)),
 }
 AREA: Columns = {"area under the curve": lambda own, of: own.area}
@@ -255,20 +259,15 @@ def tables(found: list[dict[str, Found]], points: list[str]) -> str:
         "\n### RQ2: does Shrinkage prune background?\n",
         compared(
             found,
-            (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK),
+            (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK, ALL_MEAN, SHRUNK_MEAN),
             first | last | AT_RECALL,
         ),
         "\nWhat each sampler adds, seed by seed\n",
         added(found, {name: first[name] for name in ("mIoU", *known) if name.startswith("mIoU")} | AT_EXPANSION),
     ]
     if points:
-        chains = []
-        for point in points:
-            base = ALL if "Shrinkage" in point else WHOLE
-            chains.append((f"**{point}**: as configured ({base})", base))
-            chains += [(name, f"{point}: {name}") for name in POINTS[point]]
         parts.append("\n### Open points, one changed at a time but where a row names more\n")
-        parts.append(compared(found, chains, MIOU | last))
+        parts.append(opened(found, points))
     if STEPS in points:
         parts.append("\nWhen to stop Expansion: the loss that it maximises, which needs no mask, and the maps\n")
         parts.append(stopping(found))
@@ -284,12 +283,27 @@ def compared(found: list[dict[str, Found]], chains: Iterable[str | tuple[str, st
     return table(("", *columns), rows)
 
 
+def opened(found: list[dict[str, Found]], points: list[str]) -> str:
+    """The rows of each point below the configured chain that they stand beside."""
+    lines: list[str] = []
+    for point in points:
+        base = ALL if "Shrinkage" in point else WHOLE
+        chains = [(f"**{point}**: as configured ({base})", base)]
+        chains += [(name, f"{point}: {name}") for name in POINTS[point]]
+        beside: Columns = {"over the configured": lambda own, of, base=base: own.miou - of[base].miou}
+        rows = compared(found, chains, MIOU | beside | AT_CAM | AREA | AT_EXPANSION).splitlines()
+        lines += rows[2:] if lines else rows  # headings once
+    return "\n".join(lines)
+
+
 def added(found: list[dict[str, Found]], columns: Columns) -> str:
     """Differences of chains with and without one sampler."""
     pairs = (
         (EXPAND, CLIP),
         (WHOLE, DECIDED),
         (ALL, SHRUNK),
+        (ALL_MEAN, SHRUNK_MEAN),
+        (ALL_MEAN, ALL),
         (SHRINK, ALONE),
         (SHRINK, EXPAND),
         (ALL, WHOLE),
