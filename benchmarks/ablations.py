@@ -24,7 +24,6 @@ from benchmarks.chains import (
     further,
     longer,
     readout,
-    scales,
     shrink,
     together,
 )
@@ -38,7 +37,7 @@ SHRINK, ALONE = "Expansion, Shrinkage of the mean", "Shrinkage of the mean alone
 READ = "CAM, trained on with that loss"
 DECIDED, WHOLE, ALL = "decide", "decide, Expansion", "decide, Expansion, Shrinkage"
 SHRUNK = "decide, Shrinkage, no Expansion"
-ALL_MEAN, SHRUNK_MEAN = f"{ALL}, its area the mean", "decide, Shrinkage, its area the mean, no Expansion"
+ALL_DECIDES, SHRUNK_DECIDES = f"{ALL} that decides", "decide, Shrinkage that decides, no Expansion"
 STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that moves and clips nothing
 # The area as its mean, which is all that the paper says of it
 MEAN = {"area_term": "mean", "area": 0.1, "clip": 0.2, "lr": 0.02, "duration": "250 steps"}
@@ -54,8 +53,8 @@ CONTROLS: dict[str, Chain] = {
     WHOLE: (decide(), expand()),
     ALL: (decide(), expand(), shrink()),
     SHRUNK: (decide(), STILL, shrink()),
-    ALL_MEAN: (decide(), expand(), shrink(area_term="mean")),
-    SHRUNK_MEAN: (decide(), STILL, shrink(area_term="mean")),
+    ALL_DECIDES: (decide(), expand(), shrink(area_term="decide")),
+    SHRUNK_DECIDES: (decide(), STILL, shrink(area_term="decide")),
 }
 LATE = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.005, "duration": "390 steps"}
 ONLY_V = {"area_term": "decide", "area": 2.0, "clip": 0.3, "lr": 0.05, "duration": "390 steps", "learn_kernel": False}
@@ -110,9 +109,9 @@ POINTS: dict[str, dict[str, Chain]] = {
         },
     },
     "Shrinkage after decide and Expansion": {
-        "area 0": (decide(), expand(), shrink(area=0.0)),
-        "the mean of A instead": (decide(), expand(), shrink(area_term="mean")),
-        "the mean of A instead, Expansion at beta 0.1": (decide(), expand(clip=0.1), shrink(area_term="mean")),
+        "no area term": (decide(), expand(), shrink(area=0.0)),
+        **{f"lambda {a:g}": (decide(), expand(), shrink(area=a)) for a in (0.3, 3.0)},
+        "Expansion at beta 0.1": (decide(), expand(clip=0.1), shrink()),
         "clip 0.2": (decide(), expand(), shrink(clip=0.2)),
         "no clip": (decide(), expand(), shrink(clip=0.0)),
         "W2 fixed": (decide(), expand(), shrink(learn_kernel=False)),
@@ -123,11 +122,6 @@ POINTS: dict[str, dict[str, Chain]] = {
     "rounds of Expansion and Shrinkage": {
         "two": (decide(), expand(), shrink(), further, shrink()),
         "one, its Expansion as long as both": (decide(), expand(duration="200 steps"), shrink()),
-    },
-    "scales of inference": {
-        f"{name}, scales {', '.join(map(str, chosen))}": (*steps, scales(*chosen))
-        for chosen in ((1.0,), (0.5, 1.0, 1.5, 2.0))
-        for name, steps in ((CAM, ()), (WHOLE, (decide(), expand())), (ALL, (decide(), expand(), shrink())))
     },
 }
 
@@ -259,7 +253,7 @@ def tables(found: list[dict[str, Found]], points: list[str]) -> str:
         "\n### RQ2: does Shrinkage prune background?\n",
         compared(
             found,
-            (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK, ALL_MEAN, SHRUNK_MEAN),
+            (CAM, LONGER, READ, EXPAND, SHRINK, ALONE, DECIDED, WHOLE, ALL, SHRUNK, ALL_DECIDES, SHRUNK_DECIDES),
             first | last | AT_RECALL,
         ),
         "\nWhat each sampler adds, seed by seed\n",
@@ -302,8 +296,8 @@ def added(found: list[dict[str, Found]], columns: Columns) -> str:
         (EXPAND, CLIP),
         (WHOLE, DECIDED),
         (ALL, SHRUNK),
-        (ALL_MEAN, SHRUNK_MEAN),
-        (ALL_MEAN, ALL),
+        (ALL_DECIDES, SHRUNK_DECIDES),
+        (ALL, ALL_DECIDES),
         (SHRINK, ALONE),
         (SHRINK, EXPAND),
         (ALL, WHOLE),

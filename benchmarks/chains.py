@@ -35,13 +35,12 @@ from esol.tasks.shrink import Shrink
 
 @dataclass
 class State:
-    """What a chain has trained so far; maps come from the last network that is there, at these scales."""
+    """What a chain has trained so far; maps come from the last network that is there."""
 
     net: CamNet
     decision: Decision | None = None
     expansion: Expansion | None = None
     shrinkage: Shrinkage | None = None
-    scales: tuple[float, ...] = ()  # () = the config's
     losses: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # of expand's steps
 
     @property
@@ -54,14 +53,12 @@ class State:
 class Step:
     """A step of a chain under one config.
 
-    settings: all that it follows from, for fingerprint; train: moves a state, in so many steps; scales: of inference,
-    that it asks for.
+    settings: all that it follows from, for fingerprint; train: moves a state, in so many steps.
     """
 
     settings: list[Any]
     train: Callable[[FrozenLine, State], None]
-    steps: int = 0
-    scales: tuple[float, ...] = ()
+    steps: int
 
 
 Chain = tuple[Callable[[Config], Step], ...]
@@ -208,18 +205,6 @@ def together(config: Config) -> Step:
     return Step(["together", slow, config.shrink], train, steps)
 
 
-def scales(*values: float) -> Callable[[Config], Step]:
-    """Other scales of inference."""
-
-    def make(config: Config) -> Step:
-        def train(line: FrozenLine, state: State) -> None:
-            state.scales = values
-
-        return Step(["scales", list(values)], train, scales=values)
-
-    return make
-
-
 def steps_of(config: TrainConfig) -> int:
     """Of a duration in steps; also none, which the pipeline has no use for."""
     if not config.duration.endswith("steps"):
@@ -256,10 +241,9 @@ class Lab:
         if self._line is None:
             net = trained_net(self.config, len(self._index.classes))
             wanted = [step for steps in self._chains.values() for step in steps]
-            scales = sorted({scale for step in wanted for scale in step.scales})
             steps = max((step.steps for step in wanted), default=0)
             folder = self.folder / f"features-{fingerprint(self.stamp, steps)}"
-            self._line = FrozenLine(self.config, net, folder, steps, scales)
+            self._line = FrozenLine(self.config, net, folder, steps)
         return self._line
 
     def close(self) -> None:
@@ -282,11 +266,11 @@ class Lab:
         return curve
 
     def _score(self, state: State) -> dict[str, NDArray[Any]]:
-        evidence = self.line.score(*state.nets, scales=state.scales)
+        evidence = self.line.score(*state.nets)
         return {"counts": evidence.curve.counts, "reach": evidence.reach, "losses": state.losses}
 
     def _score_unseen(self, state: State) -> dict[str, NDArray[Any]]:
-        return {"counts": self.line.score_unseen(*state.nets, scales=state.scales).counts}
+        return {"counts": self.line.score_unseen(*state.nets).counts}
 
     def _kept(self, name: str, suffix: str, score: Callable[[State], dict[str, NDArray[Any]]]) -> dict[str, Any]:
         """What score says of a chain; what is there, under everything that it follows from, is not done again."""

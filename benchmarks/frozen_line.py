@@ -130,13 +130,11 @@ def unseen(config: Config, index: Index) -> NDArray[np.int64]:
 class FrozenLine:
     """Features of the crops of `steps` steps and of photos, on disk below `folder`, where processes share them.
 
-    scales: of the photos, all that maps will be asked for; steps 0: no crops, nothing can be trained. Works on a GPU
-    where there is one.
+    steps 0: no crops, nothing can be trained. Works on a GPU where there is one.
     """
 
-    def __init__(self, config: Config, net: CamNet, folder: Path, steps: int, scales: Sequence[float] = ()) -> None:
+    def __init__(self, config: Config, net: CamNet, folder: Path, steps: int) -> None:
         self.config = config
-        self.scales = sorted({*config.localize.scales, *scales})
         self.index = Index.load(config.data.root)
         self.reader = ShardReader(self.index, config.data.cache)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +188,7 @@ class FrozenLine:
         return self._photos("others", unseen(self.config, self.index))
 
     def _photos(self, name: str, ordinals: NDArray[np.int64]) -> list[Photo]:
-        path = self._folder / f"{name}-{'-'.join(map(str, self.scales))}.bin"
+        path = self._folder / f"{name}-{'-'.join(map(str, self.config.localize.scales))}.bin"
         places = path.with_suffix(".json")  # of each photo: input size, features' shape, where they begin
         if not places.exists():
             places.write_text(json.dumps(self._write_photos(path, ordinals)))
@@ -211,7 +209,7 @@ class FrozenLine:
             for done, ordinal in enumerate(ordinals.tolist(), 1):
                 image = decode(self.reader.image(ordinal), self.reader.name(ordinal))
                 own = []
-                for scale in self.scales:
+                for scale in self.config.localize.scales:
                     inputs = to_grid(image[None], scale, self.backbone.stride)
                     found = self._features(torch.cat((inputs, inputs.flip(3))))
                     file.write(found.tobytes())
@@ -248,18 +246,18 @@ class FrozenLine:
             task.eval()
         return torch.stack(found).cpu().numpy() if found else np.zeros(0, np.float32)
 
-    def score(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> Evidence:
+    def score(self, *nets: nn.Module | None) -> Evidence:
         """Of the last of net, decision, expansion, shrinkage that is given, on score_split."""
         evidence = Evidence.empty(len(self.index.classes))
         for photo, cam in zip(self.photos, self._cams, strict=True):
-            evidence.update(photo.truth, cam, self._last(photo, nets, scales))
+            evidence.update(photo.truth, cam, self._last(photo, nets))
         return evidence
 
-    def score_unseen(self, *nets: nn.Module | None, scales: Sequence[float] = ()) -> ThresholdCurve:
+    def score_unseen(self, *nets: nn.Module | None) -> ThresholdCurve:
         """The same on the photos that are unseen."""
         curve = ThresholdCurve(len(self.index.classes))
         for photo in self.others:
-            last = self._last(photo, nets, scales)
+            last = self._last(photo, nets)
             curve.update(photo.truth, *(t.numpy() for t in best_class(last.full, last.classes)))
         return curve
 
@@ -268,12 +266,12 @@ class FrozenLine:
         return [self._last(photo, (self.net,)) for photo in self.photos]
 
     @torch.no_grad()
-    def _last(self, photo: Photo, nets: Sequence[nn.Module | None], scales: Sequence[float] = ()) -> ClassMaps:
-        """The maps of the last stage, at the config's scales unless said; those before it would cost as much each."""
+    def _last(self, photo: Photo, nets: Sequence[nn.Module | None]) -> ClassMaps:
+        """The maps of the last stage; those before it would cost as much each."""
         last = Last(*nets)
         last.backbone.photo = photo.features
         blank = torch.zeros(1, 3, *photo.truth.shape, dtype=torch.uint8, device=self.device)
-        scales, flip = scales or self.config.localize.scales, self.config.localize.flip
+        scales, flip = self.config.localize.scales, self.config.localize.flip
         with self._autocast():
             maps = class_maps(blank, photo.labels[None].to(self.device), last, scales=scales, flip=flip)[0]["cam"]
         return ClassMaps(maps.classes.cpu(), maps.low.cpu(), maps.full.cpu())

@@ -32,7 +32,7 @@ CHAINS = {
     "CAM": ((), 0.21),
     "decide": (("decide",), 0.39),
     "decide, Expansion": (("decide", "expand"), 0.33),
-    "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.40),
+    "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.30),
 }
 ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"), ("DeepLab", "evaluate"))
 

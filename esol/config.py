@@ -124,7 +124,7 @@ class ShrinkConfig(TrainConfig):
     kernel: Literal["identity", "copy", "box"] = key("box")  # where W2 starts
     learn_kernel: bool = key(True)
     learn_classifier: bool = key(True)
-    area_term: Literal["mean", "max", "decide"] = key("decide")  # of the normalised maps: see esol/tasks/losses.py
+    area_term: Literal["mean", "max", "decide"] = key("mean")  # of the normalised maps: see esol/tasks/losses.py
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_i
     f = clip_features(f, 0.7)
     maps = torch.einsum("ck,bkhw->bchw", s.classifier, deform_conv2d(f, offsets(s, f), s.kernel, padding=1).relu())
     want = F.multilabel_soft_margin_loss(maps.mean((2, 3)), b["labels"].double())
-    want = want + 0.3 * area_loss(maps, b["labels"], "decide").mean()
+    want = want + 0.3 * area_loss(maps, b["labels"]).mean()
     got = shrink(b)[0]["loss"]
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
     for parameter in shrink.handover.parameters():

@@ -68,8 +68,7 @@ def test_every_chain_of_the_ablations_trains_and_scores(line: FrozenLine, monkey
     for name, chain in {**CONTROLS, **{name: c for point in POINTS.values() for name, c in point.items()}}.items():
         state = chains.State(copy.deepcopy(line.net))
         for step in (make(line.config) for make in chain):
-            if not step.scales:  # of which the line remembers no features
-                step.train(line, state)
+            step.train(line, state)
         counts = line.score(state.net, state.decision, state.expansion, state.shrinkage).curve.counts
         assert counts.sum() > 0, name
 
