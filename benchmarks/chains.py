@@ -240,8 +240,7 @@ class Lab:
     def line(self) -> FrozenLine:
         if self._line is None:
             net = trained_net(self.config, len(self._index.classes))
-            wanted = [step for steps in self._chains.values() for step in steps]
-            steps = max((step.steps for step in wanted), default=0)
+            steps = max((step.steps for chain in self._chains.values() for step in chain), default=0)
             folder = self.folder / f"features-{fingerprint(self.stamp, steps)}"
             self._line = FrozenLine(self.config, net, folder, steps)
         return self._line

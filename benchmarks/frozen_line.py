@@ -188,7 +188,7 @@ class FrozenLine:
         return self._photos("others", unseen(self.config, self.index))
 
     def _photos(self, name: str, ordinals: NDArray[np.int64]) -> list[Photo]:
-        path = self._folder / f"{name}-{'-'.join(map(str, self.config.localize.scales))}.bin"
+        path = self._folder / f"{name}.bin"
         places = path.with_suffix(".json")  # of each photo: input size, features' shape, where they begin
         if not places.exists():
             places.write_text(json.dumps(self._write_photos(path, ordinals)))
