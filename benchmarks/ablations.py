@@ -39,7 +39,7 @@ DECIDED, WHOLE, ALL = "decide", "decide, Expansion", "decide, Expansion, Shrinka
 SHRUNK = "decide, Shrinkage, no Expansion"
 ALL_DECIDES, SHRUNK_DECIDES = f"{ALL} that decides", "decide, Shrinkage that decides, no Expansion"
 STILL = expand(duration="0 steps", clip=0.0)  # an Expansion that moves and clips nothing
-# The area as its mean, which is all that the paper says of it
+# Shrinkage's own settings without decide before it; the area is the mean, which is all that the paper says of it
 MEAN = {"area_term": "mean", "area": 0.1, "clip": 0.2, "lr": 0.02, "duration": "250 steps"}
 CONTROLS: dict[str, Chain] = {
     CAM: (),
@@ -300,6 +300,7 @@ def added(found: list[dict[str, Found]], columns: Columns) -> str:
         (ALL, ALL_DECIDES),
         (SHRINK, ALONE),
         (SHRINK, EXPAND),
+        (ALL, EXPAND),
         (ALL, WHOLE),
         (ALL, CAM),
     )
