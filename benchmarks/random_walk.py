@@ -1,6 +1,7 @@
 """The random walk against IRN's dense squared matrix: error, time, memory, growth with the image. One core.
 
 python -m benchmarks.random_walk [--dense-squarings 8]   prints Markdown tables; 5 to 10 minutes, 2 GB.
+python -m benchmarks.random_walk --gpu-alone             the walk on a GPU, which the first prints too if there is one
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import esol.localize.random_walk as walk_module
 from benchmarks.common import interleaved, machine, table
 from esol.localize.pairs import boundary_affinity, pair_offsets, pair_windows
 from esol.localize.random_walk import random_walk
@@ -135,6 +138,38 @@ def growth() -> None:
     print(table(headings, rows))
 
 
+def on_gpu() -> None:
+    """All neighbours at once, as on every GPU, and pair by pair, as on the CPU; both on the GPU, in turn."""
+    rows: list[list[object]] = []
+    for grid in (VOC_GRID, (256, 256)):
+        scenes = scene(*grid)
+        exact = exact_walk(*scenes)
+        maps, affinity = (tensor.cuda() for tensor in scenes)
+
+        def walk(maps: Tensor = maps, affinity: Tensor = affinity) -> Tensor:
+            return random_walk(maps, affinity, RADIUS, BETA).cpu()  # waits for it
+
+        def pair_by_pair(walk: Callable[[], Tensor] = walk) -> Tensor:
+            with patch.object(walk_module, "_all_at_once", walk_module._pair_by_pair):
+                return walk()
+
+        cases: dict[str, Callable[[], Tensor]] = {"all at once": walk, "pair by pair": pair_by_pair}
+        off = {name: errors(case(), exact) for name, case in cases.items()}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        walk()
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        found = interleaved({name: partial(once, case) for name, case in cases.items()}, rounds=15)
+        cases["one core"] = partial(random_walk, *scenes, RADIUS, BETA)
+        off["one core"] = errors(cases["one core"](), exact)
+        found["one core"] = [once(cases["one core"]) for _ in range(5)]
+        for name, took in found.items():
+            own = f"{memory:.0f}" if name == "all at once" else ""
+            rows.append([f"{grid[0]} x {grid[1]}", name, *off[name], 1e3 * statistics.median(took), own])
+    print(f"On a GPU, {CLASSES} classes, medians of 15; the last row of each size on the CPU, of 5. Errors as above.\n")
+    print(table(["grid", "float32", "largest error", "mean error", "ms", "extra memory, MiB"], rows))
+
+
 def extra_memory(height: int, width: int) -> float:
     """MiB by which a fresh process grows while it walks."""
     # Every block over 64 kB goes back to the system when it is freed: none is left over from before to be used unseen.
@@ -172,11 +207,15 @@ def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense-squarings", type=int, default=SQUARINGS, choices=range(1, SQUARINGS + 1))
+    parser.add_argument("--gpu-alone", action="store_true", help="leave out what runs on the CPU alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine() + ", one thread\n")
-    against_dense(options.dense_squarings)
-    growth()
+    if not options.gpu_alone:
+        against_dense(options.dense_squarings)
+        growth()
+    if torch.cuda.is_available():
+        on_gpu()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import esol.localize.random_walk as walk_module
 from esol.localize.pairs import boundary_affinity, feature_affinity, pair_labels, pair_offsets
 from esol.localize.random_walk import random_walk
 
@@ -162,6 +163,16 @@ def test_ignored_pixels_are_in_no_pair() -> None:
     assert not any(kind.any() for kind in pair_labels(torch.full((1, 9, 9), 255, dtype=torch.uint8), 5))
 
 
+@pytest.fixture(params=["in slices", "all at once", "in parts"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a product is computed: in slices on a CPU, all neighbours at once on a GPU, in parts where they are many."""
+    if request.param != "in slices":
+        monkeypatch.setattr(walk_module, "_pair_by_pair", walk_module._all_at_once)
+    if request.param == "in parts":
+        monkeypatch.setattr(walk_module, "ROOM", 1500)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("radius", "beta", "steps"), [(5, 10, 256), (3, 8, 256), (5, 2.5, 7), (3, 1, 1), (5, 10, 0)])
 def test_walk_equals_the_dense_matrix(size: tuple[int, int], radius: int, beta: float, steps: int) -> None:
@@ -177,6 +188,7 @@ def test_walk_equals_the_dense_matrix(size: tuple[int, int], radius: int, beta: 
             assert error(ours, theirs) < 2e-5
 
 
+@pytest.mark.usefixtures("way")
 def test_walk_of_a_batch_equals_one_by_one_and_repeats_to_the_bit() -> None:
     torch.manual_seed(0)
     maps, affinity = torch.rand(3, 4, 11, 9), boundary_affinity(torch.rand(3, 11, 9) * 0.2, 5)
@@ -187,6 +199,7 @@ def test_walk_of_a_batch_equals_one_by_one_and_repeats_to_the_bit() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("count", [0, 1, 81])
 def test_walk_takes_any_number_of_classes_and_keeps_constants(count: int) -> None:
     torch.manual_seed(0)
@@ -195,6 +208,7 @@ def test_walk_takes_any_number_of_classes_and_keeps_constants(count: int) -> Non
     assert torch.equal(got, maps)
 
 
+@pytest.mark.usefixtures("way")
 def test_walk_without_affinity_changes_nothing_and_never_leaves_the_range_of_its_map() -> None:
     torch.manual_seed(0)
     maps = torch.rand(1, 2, 20, 21)
@@ -205,6 +219,7 @@ def test_walk_without_affinity_changes_nothing_and_never_leaves_the_range_of_its
     assert random_walk(spike, affinity, 5, 10).min() >= 0
 
 
+@pytest.mark.usefixtures("way")
 def test_walk_looks_at_no_pair_that_leaves_the_image() -> None:
     torch.manual_seed(0)
     maps, affinity = torch.rand(1, 2, 6, 7), boundary_affinity(torch.rand(1, 6, 7), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from esol.localize.pairs import pair_offsets, pair_windows
 
 TAIL = 1e-7  # sum of the coefficients that are left out, at most
+ROOM = 2**25  # floats of neighbours at a time on a GPU
 
 
 @torch.no_grad()
@@ -69,6 +71,22 @@ def _chebyshev(terms: Tensor, weights: Tensor, shifts: list[int], steps: int) ->
         share[..., :length] += weights[:, k]
         share[..., shift : shift + length] += weights[:, k]
     share.reciprocal_()
+    add = _all_at_once(terms, weights, shifts) if terms.is_cuda else _pair_by_pair(terms, weights, shifts)
+    coefficients = _coefficients(steps)
+    result = terms[0] * coefficients[0]
+    for degree, coefficient in enumerate(coefficients[1:], 1):
+        new = terms[degree % 3].zero_()
+        add((degree - 1) % 3)
+        new.mul_(share).add_(terms[(degree - 1) % 3])
+        if degree > 1:
+            new.mul_(2).sub_(terms[(degree - 2) % 3])
+        result.add_(new, alpha=coefficient)
+    return result
+
+
+def _pair_by_pair(terms: Tensor, weights: Tensor, shifts: list[int]) -> Callable[[int], None]:
+    """Adds sum_j A_ij (x_j - x_i) of term `which` to the term after it: in slices, next to no memory."""
+    length = weights.shape[-1]
     difference = terms.new_empty((*terms.shape[1:3], length))
     pairs = [  # slices made once; the three terms take turns
         [
@@ -77,19 +95,37 @@ def _chebyshev(terms: Tensor, weights: Tensor, shifts: list[int], steps: int) ->
         ]
         for x, y in ((terms[i], terms[(i + 1) % 3]) for i in range(3))
     ]
-    coefficients = _coefficients(steps)
-    result = terms[0] * coefficients[0]
-    for degree, coefficient in enumerate(coefficients[1:], 1):
-        new = terms[degree % 3].zero_()
-        for first, second, weight, to_first, to_second in pairs[(degree - 1) % 3]:
+
+    def add(which: int) -> None:
+        for first, second, weight, to_first, to_second in pairs[which]:
             torch.sub(second, first, out=difference)
             to_first.addcmul_(weight, difference)
             to_second.addcmul_(weight, difference, value=-1)
-        new.mul_(share).add_(terms[(degree - 1) % 3])
-        if degree > 1:
-            new.mul_(2).sub_(terms[(degree - 2) % 3])
-        result.add_(new, alpha=coefficient)
-    return result
+
+    return add
+
+
+def _all_at_once(terms: Tensor, weights: Tensor, shifts: list[int]) -> Callable[[int], None]:
+    """The same from the neighbours' side, for a GPU, where it is the number of kernels that takes the time.
+
+    Neighbours are both ways of every pair, in one gather; 2K floats a pixel and map, in parts of ROOM floats at most.
+    """
+    length = weights.shape[-1]
+    ways = torch.tensor([*shifts, *(-s for s in shifts)], dtype=torch.int64, device=terms.device)[:, None]
+    place = torch.arange(length, device=terms.device) + ways
+    inside, place = place >= 0, place.clamp_(0, length - 1)  # behind the last pixel weights are 0 already
+    forth = weights[:, :, 0]
+    back = forth.gather(2, place[len(shifts) :].expand_as(forth))
+    both = torch.cat((forth, back), 1)[:, None] * inside
+    size = max(ROOM // terms[0, ..., :length].numel(), 1)
+    parts = [(place[i : i + size], both[:, :, i : i + size]) for i in range(0, len(place), size)]
+
+    def add(which: int) -> None:
+        x, y = terms[which][..., :length], terms[(which + 1) % 3][..., :length]
+        for near, weight in parts:
+            y += (x[..., near] - x[..., None, :]).mul_(weight).sum(2)
+
+    return add
 
 
 def _coefficients(steps: int) -> list[float]:
