@@ -21,7 +21,8 @@ def random_walk(maps: Tensor, affinity: Tensor, radius: int, beta: float, steps:
     maps (B, n, h, w), n may be 0; affinity: pairs (B, K, h, w) in 0..1 of `pair_offsets(radius)`, that of a pixel with
     itself is 1; beta above 0. Returns float32 (B, n, h, w). ValueError where the shapes do not fit, or beta or steps.
     The result of PSA and IRN (`to_transition_matrix`), who square a dense matrix of (hw)^2; memory here is about K + 6n
-    floats a pixel. A step makes every pixel a mean of those around it: a map stays between its extremes.
+    floats a pixel, on a GPU 7K + 6n and up to 256 MiB. A step makes every pixel a mean of those around it: a map stays
+    between its extremes.
 
     T is self-adjoint when pixels weigh what their columns sum to. Its eigenvalues are in -1..1, where x^steps is nearly
     a Chebyshev series of 5.3 sqrt(steps) terms: 84 products instead of 256 (Sachdeva and Vishnoi, "Faster Algorithms
@@ -108,12 +109,13 @@ def _pair_by_pair(terms: Tensor, weights: Tensor, shifts: list[int]) -> Callable
 def _all_at_once(terms: Tensor, weights: Tensor, shifts: list[int]) -> Callable[[int], None]:
     """The same from the neighbours' side, for a GPU, where it is the number of kernels that takes the time.
 
-    Neighbours are both ways of every pair, in one gather; 2K floats a pixel and map, in parts of ROOM floats at most.
+    Neighbours are both ways of every pair, in one gather: 2K floats a pixel and map, in parts of ROOM floats.
     """
     length = weights.shape[-1]
     ways = torch.tensor([*shifts, *(-s for s in shifts)], dtype=torch.int64, device=terms.device)[:, None]
     place = torch.arange(length, device=terms.device) + ways
-    inside, place = place >= 0, place.clamp_(0, length - 1)  # behind the last pixel weights are 0 already
+    inside = place >= 0  # behind the last pixel weights are 0 already
+    place.clamp_(0, length - 1)
     forth = weights[:, :, 0]
     back = forth.gather(2, place[len(shifts) :].expand_as(forth))
     both = torch.cat((forth, back), 1)[:, None] * inside
