@@ -142,32 +142,33 @@ def on_gpu() -> None:
     """All neighbours at once, as on every GPU, and pair by pair, as on the CPU; both on the GPU, in turn."""
     rows: list[list[object]] = []
     for grid in (VOC_GRID, (256, 256)):
-        scenes = scene(*grid)
-        exact = exact_walk(*scenes)
-        maps, affinity = (tensor.cuda() for tensor in scenes)
-
-        def walk(maps: Tensor = maps, affinity: Tensor = affinity) -> Tensor:
-            return random_walk(maps, affinity, RADIUS, BETA).cpu()  # waits for it
-
-        def pair_by_pair(walk: Callable[[], Tensor] = walk) -> Tensor:
-            with patch.object(walk_module, "_all_at_once", walk_module._pair_by_pair):
-                return walk()
-
-        cases: dict[str, Callable[[], Tensor]] = {"all at once": walk, "pair by pair": pair_by_pair}
+        here = scene(*grid)
+        exact, there = exact_walk(*here), [tensor.cuda() for tensor in here]
+        cases = {"all at once": partial(waited, *there), "pair by pair": partial(pair_by_pair, *there)}
         off = {name: errors(case(), exact) for name, case in cases.items()}
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        walk()
+        waited(*there)
         memory = (torch.cuda.max_memory_allocated() - before) / 2**20
         found = interleaved({name: partial(once, case) for name, case in cases.items()}, rounds=15)
-        cases["one core"] = partial(random_walk, *scenes, RADIUS, BETA)
-        off["one core"] = errors(cases["one core"](), exact)
-        found["one core"] = [once(cases["one core"]) for _ in range(5)]
+        off["one core"] = errors(waited(*here), exact)
+        found["one core"] = [once(partial(waited, *here)) for _ in range(5)]
         for name, took in found.items():
             own = f"{memory:.0f}" if name == "all at once" else ""
             rows.append([f"{grid[0]} x {grid[1]}", name, *off[name], 1e3 * statistics.median(took), own])
     print(f"On a GPU, {CLASSES} classes, medians of 15; the last row of each size on the CPU, of 5. Errors as above.\n")
     print(table(["grid", "float32", "largest error", "mean error", "ms", "extra memory, MiB"], rows))
+
+
+def waited(maps: Tensor, affinity: Tensor) -> Tensor:
+    """The walk to its end, on the CPU then."""
+    return random_walk(maps, affinity, RADIUS, BETA).cpu()
+
+
+def pair_by_pair(maps: Tensor, affinity: Tensor) -> Tensor:
+    """The same on a GPU as the CPU does it."""
+    with patch.object(walk_module, "_all_at_once", walk_module._pair_by_pair):
+        return waited(maps, affinity)
 
 
 def extra_memory(height: int, width: int) -> float:
@@ -204,7 +205,7 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense-squarings", type=int, default=SQUARINGS, choices=range(1, SQUARINGS + 1))
     parser.add_argument("--gpu-alone", action="store_true", help="leave out what runs on the CPU alone")
