@@ -14,7 +14,7 @@ import torch
 from esol.engines.base import Engine, gather_text
 from esol.errors import CheckpointError
 from esol.files import atomic_write, sha256, sync_folder
-from esol.schema import differing
+from esol.schema import differing, finite
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "esol-checkpoint 1"
@@ -23,18 +23,19 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a checkpoint left off: optimizer steps done, and the notes given to the Checkpointer that wrote it."""
+    """Where a checkpoint left off: optimizer steps done, and the notes that the Checkpointer had then."""
 
     step: int
-    notes: dict[str, str]
+    notes: dict[str, Any]
 
 
 class Checkpointer:
     """Saves and finds the training state of one stage; every method is a collective.
 
     folder: shared by all ranks; holds step-N/ (state.pt, rank-*.pt, manifest.json) and `latest`, the newest one's name.
-    config: what the fingerprint was computed from, as plain JSON, to name the keys that differ. notes: kept in
-    the manifest (the MLflow run id). every: steps between saves, for the loop; keep: how many checkpoints stay.
+    config: what the fingerprint was computed from, as plain JSON, to name the keys that differ. notes: kept in the
+    manifest as they are at each save (the last logged values). every: steps between saves, for the loop; keep: how many
+    checkpoints stay.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Checkpointer:
         config: dict[str, Any],
         every: int = 500,
         keep: int = 2,
-        notes: dict[str, str] | None = None,
+        notes: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.every = folder, every
         self._engine, self._keep = engine, keep
         self._fingerprint, self._config = fingerprint, json.loads(json.dumps(config))
-        self._notes = notes or {}
+        self._notes = {} if notes is None else notes
 
     def save(self, step: int) -> Path:
         """Writes step-N; CheckpointError on every rank if any fails, and then the earlier checkpoints are untouched."""
@@ -73,7 +74,7 @@ class Checkpointer:
             "fingerprint": self._fingerprint,
             "world_size": self._engine.world_size,
             "config": self._config,
-            "notes": self._notes,
+            "notes": finite(self._notes),
             "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())},
         }
         atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1))

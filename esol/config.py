@@ -159,7 +159,7 @@ class SaliencyConfig:
     """Saliency maps as background cue of the mask stages (DRS): background = 1 - saliency instead of a threshold."""
 
     source: Literal["none", "shards", "folder", "spectral-residual"] = key("none")  # the last: a classical stand-in
-    folder: str = key("", path=True)  # KEY.png, 8-bit gray, for source folder
+    folder: str = key("", path=True, runtime=True)  # KEY.png, 8-bit gray, for source folder; its content counts
     floor: float = key(0.2, low=0, high=1)  # class scores below it count as 0
     conflict: float = key(0.9, low=0, high=1)  # void where more than two channels exceed it
 
@@ -399,6 +399,11 @@ class Config:
         return next((name for name in ("irn_masks", "psa_masks") if name in self.stages), "seed_masks")
 
     def check(self, where: str) -> None:
+        written = self.localize.write
+        if "localize" in self.stages and written not in ("last", "cam", *self.stages):
+            raise ConfigError(
+                f"localize.write = {written}, but stages has no {written}: add it, or set localize.write to last"
+            )
         needing = [s for s in ("decide", "expand", "shrink") if s in self.stages]
         if self.model.kernel_channels == 0 and needing:
             raise ConfigError(
@@ -414,9 +419,9 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"cannot read config {source}: {error.strerror}") from error
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+        raise ConfigError(f"{source} is not valid YAML: {_where(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected keys and values at the top level, got {type(tree).__name__}")
     for override in overrides:
@@ -425,6 +430,28 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
             raise ConfigError(f"--set {override!r}: write it as a.b=value")
         _assign(tree, key.strip(), value)
     return build(Config, tree)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What is wrong and in which line, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return problem if mark is None else f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is given twice is an error: of two values the later would count in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                if name.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {name.value} is given twice", name.start_mark
+                    )
+                seen.add(name.value)
+        return node
 
 
 def _assign(tree: dict[str, Any], key: str, value: str) -> None:
@@ -436,9 +463,9 @@ def _assign(tree: dict[str, Any], key: str, value: str) -> None:
             raise ConfigError(f"--set {key}: {'.'.join(parents[: depth + 1])} is a value, it has no keys below it")
         node = child
     try:
-        node[last] = yaml.safe_load(value) if value.strip() else ""
+        node[last] = yaml.load(value, _Loader) if value.strip() else ""
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {error}") from error
+        raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {_where(error)}") from error
 
 
 def parse_duration(text: str, path: str) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from esol.data.reader import ShardReader
 from esol.data.transforms import decode
 from esol.engines.base import Engine, gather_text
 from esol.errors import DataError
+from esol.pipeline.needs import missing
 
 PACKAGES = ("esol", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "webdataset", "mlflow", "timm")
 SIZES = (1 << 10, 1 << 20, 64 << 20)  # bytes of the all-reduces
@@ -53,6 +54,7 @@ def examine(config: Config, engine: Engine) -> int:
     _limits(found, each, config)
     _all_reduce(found, engine)
     _shards(found, engine, config, each)
+    _needs(found, engine, config)
     if engine.is_main:
         print("\n".join(found.lines))
         print("\n".join(["", "to change:", *(f"- {text}" for text in found.advice)]) if found.advice else "\nall well")
@@ -195,8 +197,6 @@ def _folder(found: Findings, engine: Engine, run_dir: Path, each: list[dict[str,
                     f"rank {rank} ({each[rank]['host']}) does not share run_dir {run_dir} ({text}): put it on a file "
                     "system that all machines mount at the same place"
                 )
-        if free < 5:
-            found.advice.append(f"{run_dir} has {free:.1f} GiB left: a run with DeepLab wants about 5")
 
 
 def _limits(found: Findings, each: list[dict[str, Any]], config: Config) -> None:
@@ -263,6 +263,17 @@ def _shards(found: Findings, engine: Engine, config: Config, each: list[dict[str
             "shards",
             f"{config.data.root}: {slowest[0]:.0f} MB/s and {slowest[1]:.0f} photos/s decoded, the slowest rank",
         )
+
+
+def _needs(found: Findings, engine: Engine, config: Config) -> None:
+    """What a run of all stages would look for before its first step."""
+    if not engine.is_main:
+        return
+    try:
+        found.advice += map(str, missing(config, Index.load(config.data.root), config.stages, engine.world_size))
+    except DataError as problem:  # shards that nobody can read are named above
+        if str(problem) not in "".join(found.advice):
+            found.advice.append(str(problem))
 
 
 def run(config: Config) -> int:

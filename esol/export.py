@@ -53,7 +53,7 @@ def export(run_dir: Path, out: Path) -> None:
 
     EsolError where there is no such model or folder, or where an exported graph does not agree with PyTorch.
     """
-    if not (run_dir / "resolved.yaml").exists():
+    if not (run_dir / "segment").is_dir():
         raise EsolError(f"{run_dir} is no run directory: give the run_dir of a run with a finished segment stage")
     net, info = load_model(run_dir)
     try:

@@ -158,6 +158,7 @@ def _fit(
     share = share_of(engine.rank, engine.world_size, config.global_batch, settings.engine.micro_batch)
     total = total_steps(config, name, plan)
 
+    last: Results = {}
     engine.prepare(task, build_optimizer(task, config), config.clip_norm)
     checkpoints = Checkpointer(
         folder / "checkpoints",
@@ -166,11 +167,11 @@ def _fit(
         config=context.settings,
         every=settings.checkpoint.every,
         keep=settings.checkpoint.keep,
+        notes=last,  # a run that is killed behind its last checkpoint has its results there
     )
-    start = _start(context, name, checkpoints)
+    start = _start(context, name, checkpoints, last)
     fill = _mean_colour(backbone)
     batches = training_stream(context.reader, plan, share, start, total, crop, settings.data, fill, target)
-    last: Results = {}
     with progress(name, total, "steps", engine.is_main) as advance:
 
         def log(step: int, metrics: dict[str, float]) -> None:
@@ -200,7 +201,8 @@ def _fit(
     return {key: value for key, value in last.items() if key != "lr"}
 
 
-def _start(context: Context, name: str, checkpoints: Checkpointer) -> int:
+def _start(context: Context, name: str, checkpoints: Checkpointer, last: Results) -> int:
+    """The steps that are done, and into `last` what was logged by then."""
     if not context.resume:
         if context.engine.any(checkpoints.folder.exists()):
             context.say(f"{name}: starts over; there is an interrupted one, which --resume would go on with")
@@ -212,6 +214,7 @@ def _start(context: Context, name: str, checkpoints: Checkpointer) -> int:
     if found is None:
         return 0
     context.say(f"{name}: resumed after step {found.step}")
+    last.update(found.notes)
     return found.step
 
 

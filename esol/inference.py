@@ -1,13 +1,16 @@
 """Inference over a split: one shard is one unit of work, done by one rank, its output a shard of the same name.
 
 Beside <shard>, written whole or not at all, lies <shard>.counts.npz: whole numbers that add up over shards in any
-order, so that scores do not depend on who did what. What a killed job has finished is kept.
+order, so that scores do not depend on who did what, and the hash of the shard. What a killed job has finished is kept
+where it still is what was written.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,13 +25,14 @@ from esol.data.index import Index, scan_shard, write_index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
 from esol.errors import DataError
-from esol.files import atomic_write
+from esol.files import atomic_write, sha256
 from esol.loop import Stopped
 from esol.progress import progress
 from shards.writer import write_mirror_shard
 
 Tally = dict[str, NDArray[Any]]
 Members = dict[str, bytes]
+_SHARD = "shard sha256"  # of the counts: what the shard beside them holds
 Work = Callable[[NDArray[np.int64], Tally], Iterable[tuple[int, Members]]]
 
 
@@ -58,8 +62,8 @@ def over_shards(
         for shard in mine:
             spec = index.shards[shard].name
             members = ordinals[shard_of == shard]
-            outputs = (f"{spec}.counts.npz", *((spec,) if writes else ()))
-            if not all((folder / output).exists() for output in outputs):
+            context.engine.beat(f"the check of {folder / spec}")
+            if not _finished(folder, spec, writes):
                 _one_shard(context, name, folder, spec, members, work, partial(_advance, advance, done, spec), writes)
             done += len(members)
             advance(done, spec)
@@ -95,8 +99,9 @@ def _discard_foreign(context: Context, name: str, folder: Path) -> None:
     if context.engine.is_main:
         stamp = json.dumps({"fingerprint": context.fingerprint})
         if not mark.exists() or mark.read_text() != stamp:
-            for path in (*folder.glob("shard-*"), *folder.glob("*.tmp"), *folder.glob("*.json")):
-                path.unlink(missing_ok=True)
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.unlink(missing_ok=True)
             atomic_write(mark, stamp)
     context.engine.barrier(f"the main rank to clear the folder of {name}")
 
@@ -121,12 +126,24 @@ def _one_shard(
             advance(len(samples))
     except DataError as error:
         raise DataError(f"{error}; {name} needs every sample of its split") from error
+    written = ""
     if writes:
         keys = context.index.keys
-        write_mirror_shard(folder, spec, ({"__key__": str(keys[o]), **samples[int(o)]} for o in ordinals))
+        mirrored = ({"__key__": str(keys[o]), **samples[int(o)]} for o in ordinals)
+        written = write_mirror_shard(folder, spec, mirrored)["sha256"]
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **tally)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **tally, **{_SHARD: np.array(written)})  # type: ignore[arg-type]
     atomic_write(folder / f"{spec}.counts.npz", buffer.getvalue())
+
+
+def _finished(folder: Path, spec: str, writes: bool) -> bool:
+    """Whether a shard's two files are there and undamaged."""
+    try:
+        with np.load(folder / f"{spec}.counts.npz", allow_pickle=False) as counts:
+            members = {key: counts[key] for key in counts.files}  # reading checks every member's checksum
+        return not writes or sha256(folder / spec) == str(members[_SHARD])
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _sum(paths: Iterator[Path]) -> Tally:
@@ -134,6 +151,8 @@ def _sum(paths: Iterator[Path]) -> Tally:
     for path in paths:
         with np.load(path, allow_pickle=False) as counts:
             for key in counts.files:
+                if key == _SHARD:
+                    continue
                 total[key] = total[key] + counts[key] if key in total else counts[key]
     return total
 

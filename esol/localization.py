@@ -23,6 +23,7 @@ from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
 from esol.networks import CamNets, initial_weights, trained_cam
 from esol.report import heat, paint, sheet
+from esol.schema import finite
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body
@@ -40,7 +41,7 @@ def localize(context: Context, folder: Path) -> Results:
             found = _maps(context, config, nets, [images[o] for o in group], group)
             for ordinal, maps in zip(group, found, strict=True):
                 _count(context, curves, ordinal, maps)
-                yield ordinal, {"maps.npz": _pack(maps[config.write if config.write in maps else list(maps)[-1]])}
+                yield ordinal, {"maps.npz": _pack(maps[list(maps)[-1] if config.write == "last" else config.write])}
         tally.update({source: curve.counts for source, curve in curves.items()})
 
     tally = over_shards(context, "localize", folder, mask_splits(context), work)
@@ -150,7 +151,7 @@ def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurv
         for step, row in enumerate(table[source]):
             values = {f"{source}_curve_{name}": row[name] for name in ("miou", "precision", "recall")}
             context.tracker.metrics(step, values)
-    atomic_write(folder / "curves.json", json.dumps(table, indent=1))
+    atomic_write(folder / "curves.json", json.dumps(finite(table), indent=1, allow_nan=False))
 
 
 def draw(context: Context, name: str, nets: CamNets, thresholds: dict[str, float] | None = None) -> None:

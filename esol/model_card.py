@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esol import config as configuration
+from esol.config import Config, EvaluateConfig
 from esol.errors import CheckpointError
-from esol.report import load_results, per_class, summary
+from esol.pipeline import store
+from esol.report import per_class, summary
 from esol.segmenter import ModelInfo
 
 FILES = {
@@ -26,17 +26,20 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
 
     checks: exported graph -> how it compares with PyTorch; pictured: whether evaluate.png lies beside the card.
     """
-    results, config = load_results(run_dir), configuration.load(run_dir / "resolved.yaml")
-    name, manifest = run_dir.resolve().name, _manifest(run_dir)
+    results, manifest = store.results(run_dir), store.need(run_dir, "segment")
+    name, config = run_dir.resolve().name, manifest.ran_with
+    stale = store.outdated(run_dir)
+    if stale:
+        raise CheckpointError(f"{run_dir} is not of one piece: {'; '.join(stale)}. Run it to its end, then export it")
     learned, scores = results["segment"], results.get("evaluate", {})
     source = "true masks" if info.masks == "truth" else f"pseudo masks ({info.masks}) that image-level labels led to"
     parts = [
         f"# {name}: DeepLab-v2 on {info.backbone}\n\n"
         f"Labels every pixel of a photo as background or one of {len(info.classes)} classes: "
         f"{', '.join(info.classes)}. It learned from {source}. Written by `esol export` from the run {name}, finished "
-        f"{manifest['finished']}.",
+        f"{manifest.finished}.",
         "![photos of the evaluation split, predictions, truth](evaluate.png)" if pictured else "",
-        f"## Use\n\n{_usage(checks, config)}",
+        f"## Use\n\n{_usage(checks, info.evaluate)}",
         f"## Data\n\n{_data(config, manifest, learned, scores)}",
         f"## Recipe\n\n{_recipe(config, info, manifest)}",
         f"## Numbers\n\n{_numbers(results, scores)}",
@@ -45,19 +48,10 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _manifest(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "segment" / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): run segment to its end") from error
-
-
-def _usage(checks: Mapping[str, str], config: configuration.Config) -> str:
+def _usage(checks: Mapping[str, str], test: EvaluateConfig) -> str:
     graphs = ("model.pt2", "model.onnx")
     rows = [f"| {name} | {about} |" for name, about in FILES.items() if name in checks or name not in graphs]
     files = "\n".join(["| file | what it is |", "|---|---|", *rows])
-    test = config.evaluate
     notes = [
         "    esol predict . photos/ --out predictions",
         "    mlflow models serve -m mlflow --env-manager local --host 127.0.0.1 --port 5001",
@@ -68,30 +62,28 @@ def _usage(checks: Mapping[str, str], config: configuration.Config) -> str:
     return "\n\n".join([files, *notes, *(f"{name}: {text}." for name, text in checks.items())])
 
 
-def _data(
-    config: configuration.Config, manifest: dict[str, Any], learned: dict[str, Any], scores: dict[str, Any]
-) -> str:
+def _data(config: Config, manifest: store.Manifest, learned: dict[str, Any], scores: dict[str, Any]) -> str:
     lines = [
-        f"- shard set {config.data.root}, content hash {manifest['consumed']['data'][:16]}",
+        f"- shard set {config.data.root}, content hash {manifest.consumed['data'][:16]}",
         f"- segment learned from {learned.get('photos', 'the')} photos of the split {config.data.mask_split}",
     ]
     if own := [stage for stage in ("classify", "decide", "expand", "shrink") if stage in config.stages]:
         lines.append(f"- {', '.join(own)} learned from the image-level labels of {config.data.train_split}")
     if scores:
-        lines.append(f"- evaluated on {scores.get('photos', 'the')} photos of the split {config.data.eval_split}")
+        lines.append(f"- evaluated on {scores['photos']} photos of the split {scores['split']}")
     return "\n".join(lines)
 
 
-def _recipe(config: configuration.Config, info: ModelInfo, manifest: dict[str, Any]) -> str:
+def _recipe(config: Config, info: ModelInfo, manifest: store.Manifest) -> str:
     own = config.segment
-    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
     lines = [
         f"- stages: {' -> '.join(config.stages)}",
         f"- segment: {own.duration}, {own.global_batch} photos a step, {own.optimizer}, learning rate {own.lr:g}, ASPP "
         f"times {own.head_lr:g}, crop {own.crop}, scale {own.scale[0]:g} to {own.scale[1]:g}, dilations "
         f"{', '.join(map(str, info.rates))}, {'class-balanced ' if own.balance else ''}cross entropy",
         f"- initial weights: {info.initial_weights}",
-        f"- seed {config.seed}, {config.engine.precision}, {manifest['world_size']} process(es), {versions}",
+        f"- seed {config.seed}, {config.engine.precision}, {manifest.world_size} process(es), {versions}",
     ]
     return "\n".join(lines)
 
@@ -117,9 +109,9 @@ def _limits(info: ModelInfo, scores: dict[str, Any]) -> str:
             "- Nobody drew the masks that it learned from. What always appears together with a class (rails with "
             "trains) may be taken for it, and parts without which the class can be told may be missing."
         )
-    found = {name: scores[f"iou_{name}"] for name in info.classes if f"iou_{name}" in scores}
+    found = {name: iou for name in info.classes if (iou := scores.get(f"iou_{name}")) is not None}
     if found:
-        worst = min(found, key=found.__getitem__)
+        worst = min(found, key=lambda name: found[name])
         lines.append(f"- Weakest class: {worst}, IoU {found[worst]:.1f}.")
     if scores and (absent := [name for name in info.classes if name not in found]):
         lines.append(f"- Not scored, for want of truth: {', '.join(absent)}.")

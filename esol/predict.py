@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from esol import config as configuration
 from esol.data.transforms import decode, resize
 from esol.errors import DataError, EsolError
 from esol.files import atomic_write
@@ -25,6 +24,7 @@ from esol.localize.class_maps import class_maps
 from esol.localize.dense_crf import mean_field, unary_from_probabilities
 from esol.localize.segmentation import enlarged_labels, probabilities
 from esol.networks import trained_cam
+from esol.pipeline import store
 from esol.progress import progress
 from esol.report import heat, paint
 from esol.segmenter import load_model
@@ -190,9 +190,9 @@ class _Cams:
     """The class maps of a run's last stage, as localize makes them, for the classes that its network finds."""
 
     def __init__(self, run_dir: Path, predictor: Predictor) -> None:
-        if not (run_dir / "resolved.yaml").exists():
+        if not (run_dir / "classify").is_dir():
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
-        self.config = replace(configuration.load(run_dir / "resolved.yaml"), run_dir=str(run_dir))
+        self.config = store.ran_with(run_dir, "localize", "shrink", "expand", "decide", "classify")
         self.classes, self.device = predictor.info.classes, predictor.device
         self.nets = trained_cam(self.config, len(self.classes), self.device)
 

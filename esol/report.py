@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from esol.errors import EsolError
 from esol.palette import voc_palette
+from esol.pipeline import store
 
 SOURCES = ("cam", "decide", "expand", "shrink")
 MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
@@ -66,9 +65,9 @@ def _tile(pixels: Pixels) -> Image.Image:
 
 
 def results_table(run_dir: Path) -> str:
-    """All numbers of results.json as Markdown: the scores, then each kind of stage; EsolError where there is none."""
-    results = load_results(run_dir)
-    lines = summary(results).splitlines()
+    """All numbers of a run as Markdown: the scores, then each kind of stage; EsolError where there is none."""
+    results = store.results(run_dir)
+    lines = [*summary(results).splitlines(), *(f"\nout of date: {line}" for line in store.outdated(run_dir))]
     training = {name: own for name, own in results.items() if name not in ("localize", "evaluate", *MASK_STAGES)}
     lines += ["", "| stage | metric | value |", "|---|---|---|"]
     lines += [
@@ -79,7 +78,7 @@ def results_table(run_dir: Path) -> str:
     if sources:
         lines += ["", "| seeds | " + " | ".join(sources) + " |", "|---|" + "---|" * len(sources)]
         for name in (key.removeprefix("cam_") for key in seeds if key.startswith("cam_")):
-            lines.append(f"| {name} | " + " | ".join(f"{seeds[f'{source}_{name}']:.4g}" for source in sources) + " |")
+            lines.append(f"| {name} | " + " | ".join(_text(seeds[f"{source}_{name}"]) for source in sources) + " |")
         lines += ["", *verdicts(seeds)]
     masks = {name: results[name] for name in MASK_STAGES if "plain_miou" in results.get(name, {})}
     if masks:
@@ -94,21 +93,12 @@ def results_table(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def load_results(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """results.json of a run; EsolError where there is none."""
-    path = run_dir / "results.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise EsolError(f"{path} cannot be read ({error.strerror}): is {run_dir} the folder of a run?") from error
-
-
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """Every mIoU of a run with the split and the initial weights that it stands on; Markdown."""
     rows = []
     seeds = results.get("localize", {})
     for source in (source for source in SOURCES if f"{source}_miou" in seeds):
-        what = f"seeds of {source}, best threshold {seeds[f'{source}_threshold']:.2f}"
+        what = f"seeds of {source}, best threshold {_text(seeds[f'{source}_threshold'], '.2f')}"
         rows.append((what, seeds, f"{source}_"))
     for name in MASK_STAGES:
         own = results.get(name, {})
@@ -121,7 +111,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
             rows.append((f"DeepLab, learned from {own['masks']}{how}", own, prefix))
     lines = ["| what | split | mIoU | precision | recall | initial weights |", "|---|---|---|---|---|---|"]
     for what, own, prefix in rows:
-        measures = " | ".join(f"{own[prefix + name]:.2f}" for name in ("miou", "precision", "recall"))
+        measures = " | ".join(_text(own[prefix + name], ".2f") for name in ("miou", "precision", "recall"))
         lines.append(f"| {what} | {own.get('split', '')} | {measures} | {own.get('initial_weights', '')} |")
     return "\n".join(lines) if rows else "nothing was scored: no split of the run has masks"
 
@@ -133,15 +123,15 @@ def per_class(scores: dict[str, Any]) -> str:
     lines = ["| class | IoU | precision | recall |", "|---|---|---|---|"]
     for label in classes:
         values = (scores.get(f"{name}_{label}") for name in names)
-        lines.append(f"| {label} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
+        lines.append(f"| {label} | " + " | ".join(_text(value, ".2f") for value in values) + " |")
     return "\n".join(lines)
 
 
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+def _text(value: float | str | None, form: str = ".4g") -> str:
+    return "-" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def verdicts(seeds: dict[str, float]) -> list[str]:
+def verdicts(seeds: dict[str, Any]) -> list[str]:
     """One line each on whether Expansion raised recall and Shrinkage precision, whichever way it went."""
     recall = "body_recall" if "cam_body_recall" in seeds else "recall"
     lines = []
@@ -149,6 +139,9 @@ def verdicts(seeds: dict[str, float]) -> list[str]:
     for source, before, aim in (("expand", start, recall), ("shrink", "expand", "precision")):
         if f"{source}_miou" not in seeds:
             continue
+        keys = (f"at_cam_{aim}", "miou")
+        if None in (seeds[f"{which}_{key}"] for which in (before, source) for key in keys):
+            continue  # not to be measured on these photos
         parts = []
         for name, where in ((aim, "at the CAM's threshold"), ("miou", "at the best threshold of each")):
             key = f"at_cam_{name}" if name == aim else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -144,6 +145,15 @@ def semantic(value: Any) -> Any:
     if not is_dataclass(value):
         return value
     return {f.name: semantic(getattr(value, f.name)) for f in fields(value) if not f.metadata.get("runtime")}
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for a number that could not be measured."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def differing(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

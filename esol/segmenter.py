@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from esol import config as configuration
 from esol.config import BackboneConfig, EvaluateConfig
 from esol.errors import CheckpointError, ConfigError
 from esol.files import atomic_write
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
+from esol.pipeline import store
 from esol.schema import build
 
 FORMAT = "esol-deeplab 2"
@@ -57,14 +57,17 @@ def describe(info: ModelInfo) -> dict[str, Any]:
 def load_model(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     """The network, in eval mode on the CPU, of a run directory, an exported folder or a .safetensors file.
 
-    A run directory's own `evaluate` section decides how to predict. CheckpointError where there is no such model.
+    A run directory predicts as its evaluate stage did, before that has run as segment's header says. CheckpointError
+    where there is no such model.
     """
     place = Path(place)
-    resolved = place / "resolved.yaml"
-    path = place / "segment" / WEIGHTS if resolved.exists() else place / WEIGHTS if place.is_dir() else place
+    run = (place / "segment").is_dir()
+    path = place / "segment" / WEIGHTS if run else place / WEIGHTS if place.is_dir() else place
     info = read_info(path)
-    if resolved.exists():
-        info = replace(info, evaluate=configuration.load(resolved).evaluate)
+    if run:
+        segment, evaluated = store.need(place, "segment"), store.read_manifest(place / "evaluate")
+        if evaluated and evaluated.consumed["segment"] == segment.output:
+            info = replace(info, evaluate=evaluated.ran_with.evaluate)
     model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
     net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
     try:

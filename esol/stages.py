@@ -1,50 +1,27 @@
-"""The stages of a run, in order, and how one hands over to the next.
-
-A stage writes the folder run_dir/<stage>: its outputs and, last, manifest.json with what went in (settings, the hash of
-every stage and shard set that it consumed), what came out (files by content hash) and its results. A stage whose
-manifest still fits is skipped; one whose settings or inputs changed runs again.
-"""
+"""The stages of a run, in order: which of them run, and which are skipped because what they made still stands."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from esol import affinity_labels, displacement, evaluation, fit, localization, masks
 from esol.config import Config
-from esol.context import Context, Results
+from esol.context import Context
 from esol.data.index import Index
+from esol.engines.base import gather_text
 from esol.errors import CheckpointError, ConfigError, DataError
-from esol.files import atomic_write, sha256
+from esol.pipeline.registry import Stage
+from esol.pipeline.store import MANIFEST, Store
 from esol.report import SOURCES
-from esol.schema import differing, fingerprint, semantic
+from esol.schema import semantic
 
 HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds"}
 HEADLINE |= {f"{source}_miou" for source in SOURCES}
 HEADLINE |= {"threshold", "plain_miou", "crf_miou", "initial_weights"}  # results.json has all
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the table.
-
-    consumes: the earlier stages that it reads under a config; settings: what of the config shapes its result;
-    run(context, folder): does the work on every rank, writes its outputs and returns its results (the main rank's
-    count); produces: files below its folder, by pattern, whose content is its result.
-    """
-
-    name: str
-    consumes: Callable[[Config], tuple[str, ...]]
-    settings: Callable[[Config], dict[str, Any]]
-    run: Callable[[Context, Path], Results]
-    produces: str
 
 
 def _reads(*needed: str, optional: tuple[str, ...] = ()) -> Callable[[Config], tuple[str, ...]]:
@@ -79,28 +56,33 @@ def _inference(*sections: str) -> Callable[[Config], dict[str, Any]]:
     return _settings(("mask_split", "score_split"), *sections)
 
 
+_WEIGHTS = ("model.safetensors",)
+_SHARDS = ("index.json", "*.tar")
+_SCORED = (*_SHARDS, "curves.json")
+
+# A version goes up when the stage's code gives another result from the same inputs (tests/end_to_end/test_versions.py).
 _TABLE = (
-    Stage("classify", _reads(), _training("classify"), fit.classify, "model.safetensors"),
-    Stage("decide", _reads("classify"), _training("decide"), fit.decide, "model.safetensors"),
-    Stage("expand", _reads("classify", optional=("decide",)), _training("expand"), fit.expand, "model.safetensors"),
-    Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, "model.safetensors"),
+    Stage("classify", _reads(), _training("classify"), fit.classify, _WEIGHTS),
+    Stage("decide", _reads("classify"), _training("decide"), fit.decide, _WEIGHTS),
+    Stage("expand", _reads("classify", optional=("decide",)), _training("expand"), fit.expand, _WEIGHTS),
+    Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, _WEIGHTS),
     Stage(
         "localize",
         _reads("classify", optional=("decide", "expand", "shrink")),
         _inference("localize"),
         localization.localize,
-        "index.json",
+        _SCORED,
     ),
-    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, "index.json"),
-    Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, "index.json"),
-    Stage("psa", _reads("classify", "psa_labels"), _pairs("model", "psa"), fit.psa, "model.safetensors"),
-    Stage("psa_masks", _reads("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, "index.json"),
-    Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, "index.json"),
-    Stage("irn", _reads("classify", "irn_labels"), _pairs("model", "irn"), fit.irn, "model.safetensors"),
-    Stage("irn_mean", _reads("irn"), _inference(), displacement.irn_mean, "model.safetensors"),
-    Stage("irn_masks", _reads("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, "index.json"),
-    Stage("segment", _masks, _pairs("segment"), fit.segment, "model.safetensors"),
-    Stage("evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, "index.json"),
+    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, _SCORED),
+    Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, _SHARDS),
+    Stage("psa", _reads("classify", "psa_labels"), _pairs("model", "psa"), fit.psa, _WEIGHTS),
+    Stage("psa_masks", _reads("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, _SCORED),
+    Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, _SHARDS),
+    Stage("irn", _reads("classify", "irn_labels"), _pairs("model", "irn"), fit.irn, _WEIGHTS),
+    Stage("irn_mean", _reads("irn"), _inference(), displacement.irn_mean, _WEIGHTS),
+    Stage("irn_masks", _reads("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, _SCORED),
+    Stage("segment", _masks, _pairs("segment"), fit.segment, _WEIGHTS),
+    Stage("evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, _SHARDS),
 )
 STAGES = {stage.name: stage for stage in _TABLE}
 
@@ -132,31 +114,22 @@ def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> No
                 )
 
 
-def run_stages(context: Context, only: Sequence[str] | None) -> None:
+def run_stages(context: Context, only: Sequence[str] | None, store: Store) -> None:
     """Runs or skips every chosen stage and keeps results.json up to date."""
     for stage in chosen(context.config, only):
         folder = context.run_dir / stage.name
-        settings = {**stage.settings(context.config), **_weights(context, stage)}
-        consumed = {"data": context.index.hash}
-        for name in stage.consumes(context.config):
-            consumed[name] = _output_hash(context, name, stage.name)
-        stamp = fingerprint(stage.name, settings, consumed)
-        manifest = _read_manifest(folder)
-        fits = (
-            manifest is not None and manifest["fingerprint"] == stamp and _outputs(stage, folder) == manifest["outputs"]
-        )
-        if not context.engine.any(context.engine.is_main and not fits):
-            if context.engine.is_main and manifest is not None:  # its folder may come from another run
-                _add_results(context.run_dir / "results.json", stage.name, manifest["results"])
+        task = _look(context, stage, store)
+        if task["error"]:
+            raise CheckpointError(task["error"])
+        if not task["why"]:
             context.say(f"{stage.name}: done before with these settings, skipped")
             continue
-        if manifest is not None:
-            context.say(f"{stage.name}: runs again, {_difference(manifest, settings, consumed)}")
-        context.settings, context.fingerprint = settings, stamp
-        context.engine.barrier(f"all ranks to see that {stage.name} is to run")
+        if task["had"]:
+            context.say(f"{stage.name}: runs again, {task['why']}")
+        context.settings, context.fingerprint = task["settings"], task["fingerprint"]
         if context.engine.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "manifest.json").unlink(missing_ok=True)
+            (folder / MANIFEST).unlink(missing_ok=True)
         context.engine.barrier(f"the folder of {stage.name}")
         begun = time.monotonic()
         context.engine.beat(f"the start of {stage.name}")
@@ -164,85 +137,26 @@ def run_stages(context: Context, only: Sequence[str] | None) -> None:
             results = stage.run(context, folder)
             results["seconds"] = round(time.monotonic() - begun, 1)
             if context.engine.is_main:
-                _write_manifest(stage, folder, context, settings, consumed, results)
+                store.finish(stage.name, results, context.engine.world_size)
                 # no earlier, or a fault in between would cost the whole stage
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                _add_results(context.run_dir / "results.json", stage.name, results)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")
         shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in results.items() if k in HEADLINE)
         context.say(f"{stage.name}: " + ", ".join(shown))
 
 
-def _weights(context: Context, stage: Stage) -> dict[str, Any]:
-    """The initial weights count by content, not by place."""
-    if stage.name not in ("classify", "psa", "irn", "segment"):
-        return {}
-    weights = (context.config.segment.model if stage.name == "segment" else context.config.model).weights
-    return {"weights": sha256(Path(weights)) if Path(weights).is_file() else weights}
-
-
-def _write_manifest(
-    stage: Stage, folder: Path, context: Context, settings: dict[str, Any], consumed: dict[str, str], results: Results
-) -> None:
-    manifest = {
-        "stage": stage.name,
-        "fingerprint": context.fingerprint,
-        "settings": settings,
-        "consumed": consumed,
-        "outputs": _outputs(stage, folder),
-        "results": results,
-        "world_size": context.engine.world_size,
-        "versions": {name: version(name) for name in ("esol", "torch", "torchvision", "numpy")},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def _outputs(stage: Stage, folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.glob(stage.produces))}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        return manifest if {"fingerprint", "settings", "consumed", "outputs", "results"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): delete the folder to run the stage again") from error
-
-
-def _output_hash(context: Context, name: str, consumer: str) -> str:
-    manifest = _read_manifest(context.run_dir / name)
-    if manifest is None:
-        raise CheckpointError(
-            f"{consumer} needs {name}, which has not finished in {context.run_dir}: add it to --stages"
-        )
-    settings = json.loads(json.dumps(STAGES[name].settings(context.config)))
-    was = {key: manifest["settings"].get(key) for key in settings}
-    if changed := [f"{key}: {old!r} -> {new!r}" for key, old, new in differing(was, settings)]:
-        raise CheckpointError(f"{name} in {context.run_dir} has other settings ({'; '.join(changed)}): run it again")
-    outputs = _outputs(STAGES[name], context.run_dir / name)
-    if outputs != manifest["outputs"]:
-        raise CheckpointError(f"{context.run_dir / name}: outputs do not match manifest.json: run {name} again")
-    return hashlib.sha256(json.dumps([manifest["fingerprint"], outputs], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _difference(manifest: dict[str, Any], settings: dict[str, Any], consumed: dict[str, str]) -> str:
-    """What changed since a manifest was written, for people."""
-    changed = [
-        f"{key}: {old!r} -> {new!r}"
-        for key, old, new in differing(manifest["settings"], json.loads(json.dumps(settings)))
-    ]
-    names = dict.fromkeys((*consumed, *manifest["consumed"]))
-    changed += [f"its input {n} changed" for n in names if manifest["consumed"].get(n) != consumed.get(n)]
-    return "; ".join(changed) or "its outputs were missing or changed"
-
-
-def _add_results(path: Path, stage: str, results: Results) -> None:
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[stage] = results
-    ordered = {name: everything[name] for name in STAGES if name in everything}
-    atomic_write(path, json.dumps(ordered, indent=1) + "\n")
+def _look(context: Context, stage: Stage, store: Store) -> dict[str, Any]:
+    """What the main rank finds of a stage, on every rank: why it must run, whether it had run before, or an error."""
+    task: dict[str, Any] = {"error": "", "why": "", "had": False, "settings": {}, "fingerprint": ""}
+    if context.engine.is_main:
+        try:
+            store.plan([stage.name])
+            state = store.state(stage.name)
+            task |= {"why": state.why, "had": state.manifest is not None}
+            task |= {"settings": store.settings(stage.name), "fingerprint": store.stamp(stage.name)}
+            if not state.why:
+                store.write_results()  # its folder may come from another run
+        except CheckpointError as error:
+            task["error"] = str(error)
+    return json.loads(gather_text(context.engine, json.dumps(task))[0])

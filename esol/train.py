@@ -70,8 +70,9 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.engines.base import gather_text
     from esol.files import atomic_write, hold
     from esol.loop import Stopped, StopSignal
-    from esol.report import load_results, summary
-    from esol.stages import check_splits, chosen, run_stages
+    from esol.pipeline import needs, store
+    from esol.report import summary
+    from esol.stages import STAGES, check_splits, chosen, run_stages
     from esol.tracking import Tracker
 
     chosen(config, only)
@@ -80,6 +81,9 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     index.check_files()
     engine = make_engine(config.engine, config.seed)
     run_dir = Path(config.run_dir)
+    stages = store.Store(config, STAGES, index.hash, engine.beat)
+    names = [stage.name for stage in chosen(config, only)]
+    needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
     busy = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,12 +98,13 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
             with engine.watched(run_dir / "stalled"):
-                run_stages(context, only)
+                run_stages(context, only, stages)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return exits.STOPPED
-    if engine.is_main and (run_dir / "results.json").exists():
-        print(f"\n{summary(load_results(run_dir))}\n\nall numbers: esol report {run_dir}", flush=True)
+    if engine.is_main:
+        stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
+        print(f"\n{summary(store.results(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
     engine.close()
     return 0
 

@@ -1,6 +1,7 @@
 """Tables, verdicts and pictures of a run, and what localize says about its shards."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from esol.errors import EsolError
 from esol.inference import advice_on_shards
 from esol.palette import voc_palette
+from esol.pipeline import store
 from esol.report import heat, paint, results_table, sheet, verdicts
 
 SEEDS = {
@@ -29,11 +31,21 @@ def test_verdicts_say_what_happened_whichever_way_it_went() -> None:
     assert verdicts({"cam_miou": 40.0}) == []
 
 
+def write(run_dir: Path, results: dict[str, Any]) -> None:
+    """A run of which only the results matter."""
+    for name, own in results.items():
+        (run_dir / name).mkdir(exist_ok=True)
+        manifest = store.Manifest(name, 1, "", {}, {}, {}, own, {}, 1, {}, "")
+        text = json.dumps({"format": store.FORMAT, **asdict(manifest)})
+        (run_dir / name / store.MANIFEST).write_text(text)
+
+
 def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, "localize": SEEDS}))
+    write(tmp_path, {"classify": {"loss": 0.12345}, "localize": SEEDS | {"shrink_recall": None}})
     table = results_table(tmp_path)
     assert "| classify | loss | 0.1235 |" in table
     assert "| miou | 40 | 38 | 42 |" in table
+    assert "| recall | 0.5 | 0.5 | - |" in table  # what could not be measured
     masks: dict[str, Any] = {
         "seed_masks": {"threshold": 0.5, "plain_miou": 50.0, "crf_miou": 55.0},
         "irn_masks": {"threshold": 0.25, "plain_miou": 60.0},
@@ -48,7 +60,7 @@ def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
         "recall_cat": 70.0,
     }
     evaluate |= {"masks": "irn_masks", "split": "val", "initial_weights": "ImageNet (resnet101, x.pth)"}
-    (tmp_path / "results.json").write_text(json.dumps({"classify": {"loss": 0.12345}, **masks, "evaluate": evaluate}))
+    write(tmp_path, {**masks, "evaluate": evaluate})
     table = results_table(tmp_path)
     assert "| pseudo masks | seed_masks | irn_masks |" in table
     assert "| plain_miou | 50 | 60 |\n| crf_miou | 55 |  |" in table
@@ -56,7 +68,7 @@ def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
     assert said in table.splitlines()
     assert "| seed_masks at threshold 0.5 + CRF | " in table
     assert "| cat | 61.00 | - | 70.00 |" in table
-    with pytest.raises(EsolError, match=r"nowhere/results.json cannot be read .*the folder of a run\?"):
+    with pytest.raises(EsolError, match=r"nowhere has no finished stage: is it the folder of a run\?"):
         results_table(tmp_path / "nowhere")
 
 
