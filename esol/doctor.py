@@ -10,6 +10,7 @@ import shutil
 import socket
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,7 +55,7 @@ def examine(config: Config, engine: Engine) -> int:
     _limits(found, each, config)
     _all_reduce(found, engine)
     _shards(found, engine, config, each)
-    _needs(found, engine, config)
+    _needs(found, engine, config, each)
     if engine.is_main:
         print("\n".join(found.lines))
         print("\n".join(["", "to change:", *(f"- {text}" for text in found.advice)]) if found.advice else "\nall well")
@@ -265,15 +266,13 @@ def _shards(found: Findings, engine: Engine, config: Config, each: list[dict[str
         )
 
 
-def _needs(found: Findings, engine: Engine, config: Config) -> None:
-    """What a run of all stages would look for before its first step."""
-    if not engine.is_main:
-        return
-    try:
-        found.advice += map(str, missing(config, Index.load(config.data.root), config.stages, engine.world_size))
-    except DataError as problem:  # shards that nobody can read are named above
-        if str(problem) not in "".join(found.advice):
-            found.advice.append(str(problem))
+def _needs(found: Findings, engine: Engine, config: Config, each: list[dict[str, Any]]) -> None:
+    """What a run of all stages would look for before its first step; shards that nobody can read are named above."""
+    lacking: list[str] = []
+    if engine.is_main:
+        with suppress(DataError):
+            lacking = [str(one) for one in missing(config, Index.load(config.data.root), config.stages, len(each))]
+    found.advice += json.loads(gather_text(engine, json.dumps(lacking))[0])
 
 
 def run(config: Config) -> int:

@@ -33,9 +33,10 @@ def test_a_healthy_job(tmp_path: Path, shard_set: Path) -> None:
 def test_what_is_not_shared_or_not_there_is_named_by_rank(tmp_path: Path, own_shard_set: Path) -> None:
     shutil.move(own_shard_set / "shard-000002.tar", tmp_path / "gone")
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-    text, codes = report(run_ranks(2, toy.examine, str(own_shard_set), folders))
+    text, codes = report(run_ranks(2, toy.examine, str(own_shard_set), folders, "/nope.pth"))
     assert "rank 1" in text
     assert f"does not share run_dir {folders[0]}" in text
     assert "cannot read the shards" in text
     assert "shard-000002.tar is missing" in text
+    assert "- segment.model.weights = /nope.pth: no such file; put torchvision's resnet50" in text
     assert codes == [1, 1]

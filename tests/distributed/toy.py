@@ -254,10 +254,12 @@ def sigterm_rank_1_twice(engine: Engine, step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def examine(root: str, run_dirs: list[str]) -> int:
-    """esol doctor with a run directory of the rank's own."""
+def examine(root: str, run_dirs: list[str], weights: str = "none") -> int:
+    """esol doctor with a run directory of the rank's own, and DeepLab's initial weights."""
     own = run_dirs[int(os.environ["RANK"])]
     tree = {"run_dir": own, "data": {"root": root}, "engine": {"threads": 1, "timeout": 0.5}}
+    tree |= {"model": {"backbone": "small", "weights": "none"}, "irn": {"global_batch": 8}}
+    tree["segment"] = {"model": {"backbone": "small" if weights == "none" else "resnet50", "weights": weights}}
     return doctor.run(build(Config, tree))
 
 

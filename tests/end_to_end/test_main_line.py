@@ -138,13 +138,17 @@ def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
     for name in ("manifest.json", "index.json", "shard-000002.tar", "shard-000005.tar.counts.npz"):
         (folder / name).unlink()
+    damaged = bytearray((folder / "shard-000003.tar").read_bytes())
+    damaged[700] ^= 1  # of the same size
+    (folder / "shard-000003.tar").write_bytes(damaged)
+    os.truncate(folder / "shard-000006.tar.counts.npz", 100)
     again = launch(PLAIN, config, "--set", f"run_dir={run}", "--set", "tracking.uri=none")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before with these settings, skipped") == len(STAGES) - 1
     after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
     assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
     redone = {name for name in before if before[name][1] != after[name][1]}
-    assert redone == {f"shard-00000{i}.tar{end}" for i in (2, 5) for end in ("", ".counts.npz")}
+    assert redone == {f"shard-00000{i}.tar{end}" for i in (2, 3, 5, 6) for end in ("", ".counts.npz")}
 
 
 def test_saliency_from_a_folder_decides_the_background(
@@ -161,7 +165,7 @@ def test_saliency_from_a_folder_decides_the_background(
     lacking = launch(PLAIN, config, *options)
     assert lacking.returncode == 2
     absent = maps / f"{source.keys[0]}.png"
-    assert f"sample {source.keys[0]}: saliency map {absent} cannot be read (No such file" in lacking.stderr
+    assert f"saliency.folder = {maps} lacks 1 of 56 maps, the first is {absent.name}" in lacking.stderr
     Image.new("L", (64, 64), 0).save(absent)
     assert launch(PLAIN, config, *options).returncode == 0
     made = Index.load(str(run / "seed_masks"))
@@ -199,12 +203,16 @@ def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, on
     assert changed.stdout.count("settings, skipped") == 3
     assert "shrink: runs again, shrink.area: 1.0 -> 0.5" in changed.stdout
     assert "localize: runs again, its input shrink changed" in changed.stdout
+    accepted = (config.parent / "runs/changed/resolved.yaml").read_text()
     stale = launch(PLAIN, config, *here, "--set", "expand.alpha=2", "--stages", "shrink")
     assert stale.returncode == 2
-    assert "error: expand in runs/changed has other settings (expand.alpha: 1.0 -> 2.0): run it again" in stale.stderr
+    why = "shrink needs expand in runs/changed, but expand.alpha: 1.0 -> 2.0: add expand to --stages"
+    assert f"error: {why}" in stale.stderr
+    assert (config.parent / "runs/changed/resolved.yaml").read_text() == accepted
     early = launch(PLAIN, config, "--set", "run_dir=runs/none", "--stages", "expand")
     assert early.returncode == 2
-    assert "expand needs classify, which has not finished in runs/none: add it to --stages" in early.stderr
+    assert "expand needs classify in runs/none, but it has not finished: add classify, decide to" in early.stderr
+    assert not (config.parent / "runs/none").exists()
     lonely = launch(PLAIN, config, "--set", "stages=[classify, localize, irn]")
     assert "error: stages: irn needs irn_labels; add it to stages" in lonely.stderr
 
@@ -306,3 +314,19 @@ def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) 
     odd = launch(TWO_RANKS, config, *options, "--set", "classify.global_batch=9")
     assert odd.returncode != 0
     assert "global_batch = 9 cannot be shared by 2 processes: set global_batch to" in odd.stderr
+
+
+def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_its_results(config: Path, one: Path) -> None:
+    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "run_dir=runs/late"]
+    kill = "import os, sys; from esol import train; from esol.pipeline.store import Store; sys.argv[0] = 'train.py'\n"
+    kill += "Store.finish = lambda *_: os._exit(9)\nsys.exit(train.main())"
+    command = [*PLAIN, "-c", kill, "--config", str(config), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(command, cwd=config.parent, timeout=120, env=environment)
+    assert killed.returncode == 9
+    resumed = launch(PLAIN, config, *options, "--resume")
+    assert "classify: resumed after step 12" in resumed.stdout, resumed.stderr
+    runs = (config.parent / "runs" / name / "results.json" for name in ("late", "one"))
+    ours, whole = (json.loads(path.read_text())["classify"] for path in runs)
+    assert ours.keys() == whole.keys()
+    assert ours["loss"] == whole["loss"]
