@@ -21,6 +21,7 @@ from esol.files import atomic_write
 from esol.model_card import model_card
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import pad_to_grid
+from esol.pipeline import store
 from esol.segmenter import WEIGHTS, describe, load_model, write_model
 from esol.tracking import save_mlflow_model
 
@@ -53,7 +54,7 @@ def export(run_dir: Path, out: Path) -> None:
 
     EsolError where there is no such model or folder, or where an exported graph does not agree with PyTorch.
     """
-    if not (run_dir / "segment").is_dir():
+    if not store.is_run(run_dir):
         raise EsolError(f"{run_dir} is no run directory: give the run_dir of a run with a finished segment stage")
     net, info = load_model(run_dir)
     try:

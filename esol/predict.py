@@ -190,7 +190,7 @@ class _Cams:
     """The class maps of a run's last stage, as localize makes them, for the classes that its network finds."""
 
     def __init__(self, run_dir: Path, predictor: Predictor) -> None:
-        if not (run_dir / "classify").is_dir():
+        if not store.is_run(run_dir):
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
         self.config = store.ran_with(run_dir, "localize", "shrink", "expand", "decide", "classify")
         self.classes, self.device = predictor.info.classes, predictor.device

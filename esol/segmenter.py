@@ -61,13 +61,13 @@ def load_model(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     where there is no such model.
     """
     place = Path(place)
-    run = (place / "segment").is_dir()
+    run = store.is_run(place)
+    segment = store.need(place, "segment") if run else None
     path = place / "segment" / WEIGHTS if run else place / WEIGHTS if place.is_dir() else place
     info = read_info(path)
-    if run:
-        segment, evaluated = store.need(place, "segment"), store.read_manifest(place / "evaluate")
-        if evaluated and evaluated.consumed["segment"] == segment.output:
-            info = replace(info, evaluate=evaluated.ran_with.evaluate)
+    evaluated = store.read_manifest(place / "evaluate") if run else None
+    if segment and evaluated and evaluated.consumed["segment"] == segment.output:
+        info = replace(info, evaluate=evaluated.ran_with.evaluate)
     model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
     net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
     try:

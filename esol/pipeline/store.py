@@ -231,6 +231,11 @@ def manifests(run_dir: Path) -> dict[str, Manifest]:
     return {name: manifest for name, manifest in ordered.items() if manifest is not None}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a stage has finished there."""
+    return any(folder.glob(f"*/{MANIFEST}"))
+
+
 def need(run_dir: Path, stage: str) -> Manifest:
     """The manifest of a stage that must have finished; CheckpointError where it has not, or its files are damaged."""
     manifest = read_manifest(run_dir / stage)

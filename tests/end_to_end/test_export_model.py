@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -188,9 +189,8 @@ def test_export_wants_a_finished_run_and_an_empty_folder(one: Path, exported: Pa
     nothing = esol("export", tmp_path, "--out", tmp_path / "out")
     assert nothing.returncode == 2
     assert "is no run directory: give the run_dir of a run with a finished segment stage" in nothing.stderr
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/resolved.yaml").write_text((one / "resolved.yaml").read_text())
+    shutil.copytree(one / "classify", tmp_path / "run/classify")
     early = esol("export", tmp_path / "run", "--out", tmp_path / "out")
     assert early.returncode == 2
-    assert "segment/model.safetensors is missing" in early.stderr
+    assert "run has no finished segment: run it to its end" in early.stderr
     assert not (tmp_path / "out").exists()
