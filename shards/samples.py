@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from esol.data.photos import photo_format, upright_rgb, upright_size
 from esol.errors import DataError
 from esol.palette import voc_palette
 
 VOID = 255
-_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112  # EXIF tag; 5..8 lie on their side
+PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def pack(
     size, unknown value, unknown label.
     """
     image = open_image(photo, name)
-    ext = _FORMATS.get(image.format or "")
+    ext = PHOTO_FORMATS.get(image.format or "")
     if ext is None:
         raise DataError(f"{name}: {image.format} is not supported; convert it to JPEG, PNG or WebP")
     width, height = upright_size(image)
@@ -94,16 +94,12 @@ def open_image(data: bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             image.load()
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: unreadable image (of no known format); {len(data)} bytes") from error
+        known = photo_format(data)
+        what = f"{known}: convert it to JPEG, PNG or WebP" if known else "of no known format"
+        raise DataError(f"{name}: unreadable image ({what}); {len(data)} bytes") from error
     except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
         raise DataError(f"{name}: unreadable image ({error}); {len(data)} bytes") from error
     return image
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF orientation, as viewers and torchvision's apply_exif_orientation show it."""
-    width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
 
 
 def open_mask(data: bytes, name: str, size: tuple[int, int] | None, classes: int, photo: str) -> np.ndarray:
@@ -145,8 +141,7 @@ def encode_jpeg(image: Image.Image) -> bytes:
 
 
 def _smaller(image: Image.Image, size: tuple[int, int]) -> bytes:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    return encode_jpeg(upright.resize(size, Image.Resampling.LANCZOS))
+    return encode_jpeg(upright_rgb(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
+from esol.data.photos import upright_size
 from esol.errors import DataError
 from esol.progress import progress
 from shards.inputs import list_files, read_bytes, read_lines
-from shards.samples import check_labels, listing, open_image, open_mask, upright_size
-
-_PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: JPEG with further pictures behind the first
+from shards.samples import PHOTO_FORMATS, check_labels, listing, open_image, open_mask
 
 
 def verify(root: str) -> list[str]:
@@ -124,7 +123,7 @@ def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: st
         try:
             image = open_image(members[ext], f"{where}, member {ext}")
             size = upright_size(image)
-            if image.format not in _PHOTO_FORMATS:
+            if image.format not in PHOTO_FORMATS:
                 problems.append(f"{where}, member {ext}: {image.format} is not supported; convert it to JPEG")
         except DataError as error:
             problems.append(str(error))

@@ -1,0 +1,89 @@
+"""What a photo's bytes are and which way up it is: decided here for create, verify, training, predict and serving."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image
+
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # such a block counts for nothing, and every reader meets it
+
+ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_HEAD = 64  # bytes that tell a format
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "RAW"}
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
+_STARTS = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF", b"II*\0": "TIFF or RAW", b"MM\0*": "TIFF or RAW", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+    b"\0\0\0\x0cJXL ": "JPEG XL", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"8BPS": "Photoshop", b"FUJIFILMCCD-RAW": "RAW", b"IIRO": "RAW", b"IIRS": "RAW", b"IIU\0": "RAW", b"FOVb": "RAW",
+    b"II\x1a\0\0\0HEAPCCDR": "RAW", b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance HDR",
+}  # fmt: skip
+
+
+def photo_format(data: bytes) -> str:
+    """The picture format that a file begins with, one that is read or not; empty where none is known."""
+    if data[4:8] == b"ftyp":
+        end = min(len(data), _HEAD, int.from_bytes(data[:4], "big"))
+        brands = {data[start : start + 4] for start in range(8, end, 4)}
+        return next((name for brand, name in _BRANDS.items() if brand in brands), "")
+    if data[:4] == b"RIFF":
+        return "WebP" if data[8:12] == b"WEBP" else ""
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
+        return "BMP"
+    return next((name for start, name in _STARTS.items() if data.startswith(start)), "")
+
+
+def orientation(image: Image.Image) -> int:
+    """1..8, how a photo has to be turned: the Orientation of its EXIF block, 1 where that has none or another value.
+
+    The block may stand behind others (XMP, a thermal camera's own), the value may have any whole-number type. XMP alone
+    does not count, as in browsers: what a viewer shows is what a mask was drawn over.
+    """
+    value = None
+    if image.format == "PNG":
+        image.load()  # eXIf may stand behind the pixels
+    with suppress(Exception):  # whatever a damaged block leads Pillow's parser to
+        if block := image.info.get("exif"):
+            exif = Image.Exif()
+            exif.load(block)
+            value = exif.get(ORIENTATION)
+    if isinstance(value, (tuple, bytes)) and value:  # several values, or of type BYTE
+        value = value[0]
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as viewers show it."""
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The photo as viewers show it: upright, 8-bit RGB, what is transparent over white.
+
+    16-bit channels keep their upper eight bits. The colours under full transparency are nobody's business: cameras and
+    editors leave anything there.
+    """
+    turn = _TURNS.get(orientation(image))
+    if image.mode.startswith("I"):  # 16-bit gray
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        image = image.convert("L")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
