@@ -63,6 +63,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=_natural, default=0, metavar="N", help="of the order of the samples (default: 0)")
     add("--overwrite", action="store_true", help="first remove the shard set that DIR holds")
+    add(
+        "--drop-damaged",
+        action="store_true",
+        help="leave out images that cannot be read, and say which (default: an error)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -228,10 +233,24 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 
 def _create(source: Source, options: argparse.Namespace) -> int:
+    from shards.samples import listing
     from shards.writer import create
 
-    create(source, options.out, options.samples_per_shard, options.seed, options.overwrite)
-    return _describe(options.out)
+    for note in source.notes:
+        print(note)
+    census, dropped = create(
+        source,
+        options.out,
+        options.samples_per_shard,
+        options.seed,
+        options.overwrite,
+        drop_damaged=options.drop_damaged,
+    )
+    _describe(options.out)
+    print("\n".join(census.lines()))
+    if dropped:
+        print(listing(f"warning: {len(dropped)} images were left out", dropped))
+    return 0
 
 
 def _add_index(commands: argparse._SubParsersAction) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from esol.data.index import filesystem
+from esol.data.index import filesystem, is_local
 from esol.errors import DataError
 
 
@@ -20,11 +22,12 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_text(path: str) -> str:
-    """A whole UTF-8 file; DataError where it is none."""
+    """A whole text file, UTF-8 or UTF-16 with its mark; DataError where it is neither."""
+    data = read_bytes(path)
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text file: {error}") from error
+        raise DataError(f"{path} is not a UTF-8 text file ({error}): save it as one") from error
 
 
 def read_lines(path: str) -> list[str]:
@@ -32,10 +35,46 @@ def read_lines(path: str) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def list_files(folder: str) -> set[str]:
-    """Paths, relative to it, of all files in and below a folder; empty where there is none."""
-    fs, inner = filesystem(folder)
+def read_head(path: str, size: int = 64) -> bytes:
+    """The first bytes of a file; empty where it cannot be read."""
+    fs, inner = filesystem(path)
     try:
-        return {str(PurePosixPath(name).relative_to(inner)) for name in fs.find(inner)}
+        return bytes(fs.cat_file(inner, end=size))
+    except Exception:  # every storage back end has its own
+        return b""
+
+
+def list_files(folder: str, below: bool = True) -> set[str]:
+    """Paths, relative to it, of all files in (and below) a folder, through links too; empty where there is none."""
+    fs, inner = filesystem(folder)
+    if is_local(fs):
+        return set(_walk(inner, "", set()) if below else (e.name for e in _entries(inner) if e.is_file()))
+    try:
+        names = fs.find(inner, maxdepth=None if below else 1)
+        return {str(PurePosixPath(name).relative_to(inner)) for name in names}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Files below a local folder; a folder that links lead to in a circle is entered once."""
+    try:
+        about = os.stat(folder)
+    except OSError:
+        return
+    if (about.st_dev, about.st_ino) in seen:
+        return
+    seen.add((about.st_dev, about.st_ino))
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))  # what is really there first
+    except (FileNotFoundError, NotADirectoryError):
+        return []

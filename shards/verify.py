@@ -14,7 +14,9 @@ from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
 from esol.data.photos import upright_size
 from esol.errors import DataError
 from esol.progress import progress
+from shards.census import Census
 from shards.inputs import list_files, read_bytes, read_lines
+from shards.names import foreground
 from shards.samples import PHOTO_FORMATS, check_labels, listing, open_image, open_mask
 
 
@@ -33,6 +35,7 @@ def verify(root: str) -> list[str]:
     problems = [f"{name} is not in index.json" for name in sorted(tars - names)]
     if json.loads(read_bytes(f"{root.rstrip('/')}/index.json")).get("hash", index.hash) != index.hash:
         problems.append("index.json: classes, splits or shards are not those that were written (hash)")
+    census = Census(index.classes)
     with progress("verify", len(index), "samples", visible=True) as advance:
         for number, shard in enumerate(index.shards):
             try:
@@ -40,12 +43,18 @@ def verify(root: str) -> list[str]:
             except DataError as error:
                 problems.append(f"{shard.name}: {error}")
             else:
-                problems += _check_shard(data, index, number)
+                problems += _check_shard(data, index, number, census)
             advance(int(index.first[number]) + shard.samples, shard.name)
+    try:
+        census.refuse(root)
+        if census.masks and census.only_void == census.masks:
+            problems.append(f"{root}: no mask shows a class, all {census.masks} hold only 0 and 255, which is void")
+    except DataError as error:
+        problems.append(str(error))
     return problems
 
 
-def _check_shard(data: bytes, index: Index, number: int) -> list[str]:
+def _check_shard(data: bytes, index: Index, number: int, census: Census) -> list[str]:
     shard = index.shards[number]
     if not data:
         return [f"{shard.name} is empty, the index says {shard.bytes} bytes"]
@@ -77,7 +86,10 @@ def _check_shard(data: bytes, index: Index, number: int) -> list[str]:
                 problems.append(f"{where}, member {ext}: its bytes are not those that the index knows (crc32)")
             else:
                 members[ext] = piece
-        problems += check_sample(members, index.classes, where)
+        found = check_sample(members, index.classes, where)
+        if not found:
+            census.add(str(index.keys[ordinal]), members)
+        problems += found
     if not problems and hashlib.sha256(data).hexdigest() != shard.sha256:
         problems.append(f"{shard.name}: bytes between its members are not those that the index knows (sha256)")
     return problems
@@ -166,9 +178,7 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
     tars = sorted(name for name in names if "/" not in name and name.endswith(".tar"))
     if not tars:
         raise DataError(f"{root} holds no *.tar file")
-    classes = read_lines(classes_file)
-    if not classes or len(set(classes)) != len(classes):
-        raise DataError(f"{classes_file} must name each class once, one a line")
+    classes, _ = foreground(read_lines(classes_file), classes_file)
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     with progress("index", len(tars), "shards", visible=True) as advance:

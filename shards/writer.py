@@ -15,6 +15,7 @@ from esol.data.index import UNFINISHED, filesystem, is_local, scan_shard, write_
 from esol.errors import DataError
 from esol.files import sync_folder
 from esol.progress import progress
+from shards.census import Census
 from shards.samples import Source, listing
 
 SAMPLES_PER_SHARD = 128
@@ -27,11 +28,13 @@ def create(
     seed: int = 0,
     overwrite: bool = False,
     threads: int = 0,
-) -> None:
+    drop_damaged: bool = False,
+) -> tuple[Census, list[str]]:
     """Writes all keys of the source's splits, shuffled by seed, into shards whose sizes differ by at most one.
 
     The same source and seed give the same bytes. Every sample is read before any problem is reported; DataError lists
-    them all, and no index is written then. threads: that read and check samples, 0 = one per core.
+    them all, and no index is written then; drop_damaged leaves such samples out and returns the reasons. threads: that
+    read and check samples, 0 = one per core. DataError as well where labels and masks cannot mean the same classes.
     """
     splits = {name: set(keys) for name, keys in source.splits.items()}
     keys = sorted(set().union(*splits.values()))
@@ -42,10 +45,15 @@ def create(
     parts = np.array_split(np.arange(len(order)), -(-len(order) // samples_per_shard))
     try:
         _begin(out, overwrite)
-        records = _write_all(source, out, [[order[i] for i in part] for part in parts], threads)
+        census = Census(source.classes)
+        shards = [[order[i] for i in part] for part in parts]
+        records, dropped = _write_all(source, out, shards, threads, drop_damaged, census)
+        census.refuse(out)
+        order = [key for record in records for key in record["keys"]]
         ordinals = {name: [i for i, key in enumerate(order) if key in members] for name, members in splits.items()}
         write_index(out, source.classes, ordinals, records)
         _end(out)
+        return census, dropped
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(
@@ -53,7 +61,10 @@ def create(
         ) from error
 
 
-def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -> list[dict[str, Any]]:
+def _write_all(
+    source: Source, out: str, parts: list[list[str]], threads: int, drop: bool, census: Census
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The shards' records, and the problems of what was left out."""
     problems: list[str] = []
     records = []
     with (
@@ -76,11 +87,14 @@ def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -
                 advance(done, "")
                 if sample is not None:
                     samples.append(sample)
-            if not problems:
+                    census.add(str(sample["__key__"]), sample)
+            if samples and (drop or not problems):
                 records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
-    if problems:
-        raise DataError(listing(f"{len(problems)} images cannot be used; nothing was finished", sorted(problems)))
-    return records
+    if problems and not (drop and records):
+        headline = f"{len(problems)} images cannot be used; nothing was finished"
+        more = "" if drop else "; --drop-damaged leaves them out"
+        raise DataError(listing(headline + more, sorted(problems)))
+    return records, sorted(problems)
 
 
 def write_mirror_shard(

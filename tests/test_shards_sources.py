@@ -314,7 +314,7 @@ def test_own_folder_takes_class_order_from_its_file_and_a_bom_from_a_spreadsheet
         ("one.jpg,kiwi\nsub/three.v2.jpg,apple", r"images/two words\.jpg has no row"),
         (
             "one.jpg,kiwi\none.png,kiwi\ntwo words.jpg,kiwi\nsub/three.v2.jpg,apple",
-            "line 3: image one.png has the same key",
+            r"line 3: there is no image images/one\.png",
         ),
         (
             "no.jpg,kiwi\none.jpg,kiwi\ntwo words.jpg,kiwi\nsub/three.v2.jpg,apple",
@@ -334,8 +334,8 @@ def test_bad_rows_are_named_by_line(own: Path, rows: str, words: str) -> None:
 
 
 def test_bad_header_is_quoted(own: Path) -> None:
-    (own / "labels.csv").write_text("image;labels\none.jpg;kiwi\n")
-    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not image;labels"):
+    (own / "labels.csv").write_text("photo;tags\none.jpg;kiwi\n")
+    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not photo;tags"):
         folder_source(str(own))
 
 
