@@ -1,25 +1,33 @@
-"""Damaged shard sets and odd label maps: is all that matters reported, without a crash or a hang?
+"""Damaged shard sets, sources, photos and odd label maps: is all that matters reported, without a crash or a hang?
 
 python -m benchmarks.fuzz [--count 200] [--seed 0] [--first 0]   prints a Markdown table; exit status 1 after a miss.
+
+Outcomes are kept in runs/fuzz/ as they come, so that a run that was stopped goes on when it is called again; those of
+other code are thrown away.
 
 Each case damages a copy of a small set in one way and lets every reader have it: verify, every member through the
 reader and its decoder, and an epoch of training. A miss is damage that changes what is read and that none of them
 reports, or reports without saying where. Cases run in child processes under a time limit, so that a crash of a decoder
 is a line of the table. Harmless: what is read stayed the same, e.g. a field of index.json that nobody needs. Valid:
-another sound photo or json whose crc32 the index was given anew, which nobody can tell from the first.
+another sound photo or json whose crc32 the index was given anew, which nobody can tell from the first. Sources for
+`create` and folders for `predict` are in fuzz_sources.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
 import resource
 import shutil
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +41,7 @@ from PIL import Image
 
 from benchmarks.common import machine, table
 from benchmarks.fuzz_kinds import CONTENT, FILES, NAME, make_set
+from benchmarks.fuzz_sources import SOURCES
 from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
@@ -41,6 +50,7 @@ from esol.data.transforms import Crop, decode, decode_mask
 from esol.errors import DataError, EsolError
 from esol.localize.pairs import pair_labels, pair_offsets
 from esol.metrics import confusion_matrix
+from esol.progress import progress
 from shards.samples import encode_mask, encode_png
 from shards.verify import verify
 
@@ -133,7 +143,7 @@ class Outcome:
     detail: str = ""
 
 
-KINDS: dict[str, Kind] = {**FILES, **CONTENT, **LABEL_MAPS}
+KINDS: dict[str, Kind] = {**FILES, **CONTENT, **SOURCES, **LABEL_MAPS}
 
 
 def cases(count: int, seed: int, first: int = 0) -> list[Case]:
@@ -153,6 +163,13 @@ def judge(case: Case, base: Path) -> Outcome:
             return Outcome(case, "reported", by_reading=True, detail=str(error))
         except Exception as error:
             return Outcome(case, "crash", detail=f"{type(error).__name__}: {error}")
+    if case.name in SOURCES:
+        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
+            try:
+                verdict, detail = case.kind(Path(scratch), rng)
+            except Exception as error:  # the command's own, which it must not let through
+                verdict, detail = "crash", f"{type(error).__name__}: {error}"
+        return Outcome(case, verdict, by_reading=verdict == "reported", detail=detail)
     with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
         root = Path(shutil.copytree(base, Path(scratch, NAME)))
         case.kind(root, rng)
@@ -270,8 +287,16 @@ def _serve(pipe: Any, base: Path) -> None:
         pipe.send(judge(case, base))
 
 
-def run(chosen: Sequence[Case], jobs: int = 1, seconds: float = SECONDS) -> list[Outcome]:
-    """Every case in a child under a time limit; a child that hangs is killed, one that died is replaced."""
+def run(
+    chosen: Sequence[Case],
+    jobs: int = 1,
+    seconds: float = SECONDS,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Every case in a child under a time limit; a child that hangs is killed, one that died is replaced.
+
+    done is told of each outcome as it comes, by several threads.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         base = make_set(Path(scratch, "whole"))
         reports = verify(str(base)) + read_all(base, whole=True)[0]
@@ -283,6 +308,7 @@ def run(chosen: Sequence[Case], jobs: int = 1, seconds: float = SECONDS) -> list
             for case in some:
                 child = child or _Child(base)
                 outcomes.append(child.judge(case, seconds))
+                done(outcomes[-1])
                 if outcomes[-1].verdict == "hang" or not child.process.is_alive():
                     child.end()
                     child = None
@@ -293,6 +319,40 @@ def run(chosen: Sequence[Case], jobs: int = 1, seconds: float = SECONDS) -> list
         with ThreadPoolExecutor(jobs) as pool:
             parts = list(pool.map(work, (chosen[i::jobs] for i in range(jobs))))
     return sorted((outcome for part in parts for outcome in part), key=lambda outcome: outcome.case.number)
+
+
+class Log:
+    """Outcomes on disk, a JSON object a line; those that other code came to do not count."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(_code()))).hexdigest()
+        self.known: dict[int, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines[:1] != [code]:
+            path.write_text(f"{code}\n")
+            return
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError):  # half a line of a run that was killed
+                record = json.loads(line)
+                self.known[record.pop("number")] = record
+
+    def outcome(self, case: Case) -> Outcome | None:
+        """What is known of a case."""
+        return Outcome(case, **self.known[case.number]) if case.number in self.known else None
+
+    def add(self, outcome: Outcome) -> None:
+        record = {"number": outcome.case.number, "verdict": outcome.verdict, "detail": outcome.detail}
+        record |= {"by_verify": outcome.by_verify, "by_reading": outcome.by_reading}
+        with self._lock, open(self._path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _code() -> list[Path]:
+    """Everything whose change may change an outcome."""
+    root = Path(__file__).parents[1]
+    return [*(root / "esol").rglob("*.py"), *(root / "shards").rglob("*.py"), *(root / "benchmarks").glob("fuzz*.py")]
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -324,8 +384,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first case; with --count 1 it alone")
     options = parser.parse_args()
-    outcomes = run(cases(options.count, options.seed, options.first), jobs=len(os.sched_getaffinity(0)))
-    print(f"{machine()}\n\n{summary(outcomes)}")
+    chosen, log = cases(options.count, options.seed, options.first), Log(Path(f"runs/fuzz/seed-{options.seed}.jsonl"))
+    known = [outcome for case in chosen if (outcome := log.outcome(case))]
+    left = [case for case in chosen if case.number not in log.known]
+    begun, count = time.monotonic(), itertools.count(len(known) + 1)
+    with progress("fuzz", len(chosen), "cases", visible=True) as advance:
+
+        def done(outcome: Outcome) -> None:
+            log.add(outcome)
+            advance(next(count), outcome.case.name)
+
+        outcomes = known + (run(left, len(os.sched_getaffinity(0)), done=done) if left else [])
+    took = f"{len(left)} cases in {time.monotonic() - begun:.0f} s" + (f", {len(known)} known before" if known else "")
+    print(f"{machine()}\n{took}\n\n{summary(outcomes)}")
     bad = [o for o in outcomes if o.verdict in BAD]
     for outcome in bad[:20]:
         print(f"\n{outcome.verdict}, case {outcome.case.number}, {outcome.case.name}: {outcome.detail:.300}")

@@ -39,7 +39,7 @@ def make_set(root: Path) -> Path:
         image, mask, _ = draw_scene(np.random.default_rng([7, number]), 64)
         image, mask = image[12:52, 4:60], mask[12:52, 4:60]
         labels = [CLASSES[c - 1] for c in np.unique(mask) if c] or [CLASSES[0]]
-        photo = _encode(Image.fromarray(image), formats[number % 3])
+        photo = encode(Image.fromarray(image), formats[number % 3])
         return pack(key, key, photo, labels, CLASSES, encode_mask(mask), key)
 
     keys = [f"k{i:02d}" for i in range(12)]
@@ -47,7 +47,7 @@ def make_set(root: Path) -> Path:
     return root
 
 
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
@@ -264,20 +264,20 @@ def _empty(data: bytes, rng: Rng) -> bytes:
 
 def _resized(image: Image.Image, rng: Rng) -> bytes:
     size = (image.width + int(rng.integers(1, 9)), image.height)
-    return _encode(image.resize(size, Image.Resampling.NEAREST), image.format or "PNG")
+    return encode(image.resize(size, Image.Resampling.NEAREST), image.format or "PNG")
 
 
 def _turned(image: Image.Image, rng: Rng) -> bytes:
     """Lies on its side by its EXIF tag; the json has the size of before."""
     exif = Image.Exif()
     exif[0x0112] = int(rng.integers(5, 9))
-    return _encode(image, image.format or "PNG", exif=exif)
+    return encode(image, image.format or "PNG", exif=exif)
 
 
 def _other_format(image: Image.Image, rng: Rng) -> bytes:
     kind = ("GIF", "BMP", "TIFF", "PPM")[int(rng.integers(4))]
     more = {"save_all": True, "append_images": [image.convert("RGB").rotate(180)]} if kind in ("GIF", "TIFF") else {}
-    return _encode(image.convert("RGB"), kind, **more)
+    return encode(image.convert("RGB"), kind, **more)
 
 
 def _other_mode(image: Image.Image, rng: Rng) -> bytes:

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from esol.data.index import MOST_CLASSES
 from esol.errors import DataError
 
-MOST = 254  # classes that an 8-bit mask can number: 0 is background, 255 void
 _QUOTES = "\"'`\u00b4\u2018\u2019\u201c\u201d\u00ab\u00bb"
 _KEY_BYTES = 80  # tar headers hold 100, extension included
 
@@ -83,8 +83,8 @@ def foreground(names: Iterable[str], where: str) -> tuple[tuple[str, ...], list[
         raise DataError(f"{where} names a class twice: {twice[0]!r}")
     if not classes or not all(classes):
         raise DataError(f"{where} names no class" + (" in a line" if classes else ""))
-    if len(classes) > MOST:
-        raise DataError(f"{where}: {len(classes)} classes; masks can number {MOST}")
+    if len(classes) > MOST_CLASSES:
+        raise DataError(f"{where}: {len(classes)} classes; masks can number {MOST_CLASSES}")
     return tuple(classes), notes
 
 

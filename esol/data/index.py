@@ -27,6 +27,7 @@ from esol.files import atomic_write
 FORMAT = "esol-shards 1"
 UNFINISHED = "creation-unfinished"  # stands in a folder while shards are written that no index vouches for yet
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_CLASSES = 254  # that an 8-bit mask can number: 0 is background, 255 void
 # memory: within one process only; what is not named here (pipes, shells, chained URLs) is refused
 SCHEMES = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "sftp", "memory")
 
@@ -218,6 +219,8 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
     classes = tuple(tree["classes"])
     if not classes or not all(isinstance(c, str) and c for c in classes) or len(set(classes)) != len(classes):
         raise ValueError(f"classes must be different names, got {tree['classes']!r:.200}")
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"{len(classes)} classes; masks can number {MOST_CLASSES}")
     shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
     if not shards:
         raise ValueError("it lists no shard")
