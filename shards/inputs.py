@@ -39,3 +39,5 @@ def list_files(folder: str) -> set[str]:
         return {str(PurePosixPath(name).relative_to(inner)) for name in fs.find(inner)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except Exception as error:  # every storage back end has its own
+        raise DataError(f"cannot list {folder}: {error}") from error

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
+from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
 from esol.errors import DataError
 from esol.progress import progress
 from shards.inputs import list_files, read_bytes, read_lines
@@ -43,6 +43,8 @@ def verify(root: str) -> list[str]:
             else:
                 problems += _check_shard(data, index, number)
             advance(int(index.first[number]) + shard.samples, shard.name)
+    if problems and (writer := writer_of(root)):
+        problems.insert(0, f"{root} is being written by {writer}: verify it again when that is done")
     return problems
 
 
@@ -159,6 +161,8 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
     line; without any, all samples are the split train. DataError lists what does not fit; nothing is written then.
     """
     root = root.rstrip("/")
+    if writer := writer_of(root):
+        raise DataError(f"{root} is being written by {writer}: index it when that is done")
     names = list_files(root)
     if "index.json" in names and not overwrite:
         raise DataError(
