@@ -17,7 +17,8 @@ from esol.errors import EsolError
 
 OUTPUTS = ("masks", "overlays", "cams")  # the folders that predict writes into
 REPORT = "predictions.json"
-UNFINISHED = "predictions-unfinished"  # stands in a folder while predict writes into it
+UNFINISHED = "predictions-unfinished"  # stands in a folder while predict writes into it, and says MARK
+MARK = f"esol predict writes {REPORT} last\n"
 READ = ("JPEG", "PNG", "WebP")
 SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".avif",
@@ -98,9 +99,9 @@ def _refuse_outputs(photos: Path, out: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether an earlier predict wrote into it, finished or not."""
-    if (folder / UNFINISHED).exists():
-        return True
     try:
+        if (folder / UNFINISHED).is_file() and (folder / UNFINISHED).read_bytes() == MARK.encode():
+            return True
         if not (folder / REPORT).is_file():  # a pipe of that name would be waited for
             return False
         report = json.loads((folder / REPORT).read_bytes())
@@ -131,15 +132,13 @@ def _walk(found: Gathered, written: set[tuple[int, int]]) -> None:
         except OSError as error:
             found.skipped[relative or "."] = f"the folder cannot be read ({error.strerror})"
             continue
-        ours = (REPORT in names and _is_ours(place)) or UNFINISHED in names
+        ours = bool({REPORT, UNFINISHED} & set(names)) and _is_ours(place)
         for name in names:
             path = os.path.join(relative, name)
             if name.startswith("."):
                 found.hidden.append(path)
-            elif ours and name in OUTPUTS:
+            elif ours and name in OUTPUTS and os.path.isdir(place / name):
                 found.written.append(path)
-            elif ours and name in (REPORT, UNFINISHED):
-                continue
             elif os.path.isdir(place / name):
                 (links if os.path.islink(place / name) else waiting).append(path)
             else:

@@ -21,7 +21,7 @@ from esol import config as configuration
 from esol.data.transforms import decode, resize
 from esol.errors import DataError, EsolError
 from esol.files import atomic_write
-from esol.gather import REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
+from esol.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
 from esol.localize.class_maps import class_maps
 from esol.localize.dense_crf import mean_field, unary_from_probabilities
 from esol.localize.segmentation import enlarged_labels, probabilities
@@ -105,7 +105,7 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
     images: dict[str, Any] = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / UNFINISHED, f"esol predict writes {REPORT} last\n")
+        atomic_write(out / UNFINISHED, MARK)
         (out / REPORT).unlink(missing_ok=True)  # it may speak of other masks than those that follow
         with progress("predict", len(found.photos), "photos", visible=True) as advance:
             done = 0

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from esol.errors import EsolError
-from esol.gather import UNFINISHED, Gathered, gather, output_names, texts
+from esol.gather import MARK, UNFINISHED, Gathered, gather, output_names, texts
 
 
 def picture(kind: str = "JPEG") -> bytes:
@@ -103,9 +103,14 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path, monkeypatch: pytest
 def test_predictions_are_not_read_again_wherever_they_lie(tmp_path: Path) -> None:
     report = json.dumps({"model": "m", "classes": [], "images": {}, "skipped": {}}).encode()
     made = {f"{name}/a.png": picture("PNG") for name in ("masks", "overlays", "cams")}
+    marks = (
+        ("old", "predictions.json", report),
+        ("stopped", UNFINISHED, MARK.encode()),
+        ("", UNFINISHED, MARK.encode()),
+    )
     photos = folder(tmp_path / "photos", {"a.jpg": picture(), "own/masks/b.png": picture("PNG")})
-    for place, mark in (("old", "predictions.json"), ("stopped", UNFINISHED), ("", UNFINISHED)):
-        folder(photos / place, {**made, mark: report})
+    for place, name, content in marks:
+        folder(photos / place, {**made, name: content})
     (tmp_path / "elsewhere").symlink_to(photos)
     for out in ("elsewhere", "photos", "photos/new", "out"):
         found = look(tmp_path, out=out)
