@@ -8,6 +8,7 @@ import hashlib
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -68,6 +69,22 @@ def hold(path: Path, patience: float) -> IO[str]:
             raise TimeoutError(file.read().strip() or "a process that has not said its name")
         time.sleep(0.2)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"{signature()}\n")
     file.flush()
     return file
+
+
+def holder(path: Path) -> str:
+    """Who holds path at the moment, in another process, in hold's words; empty where nobody does or can be seen."""
+    with suppress(OSError), open(path) as file:
+        try:
+            os.lockf(file.fileno(), os.F_TEST, 0)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return file.read().strip() or "a process that has not said its name"
+    return ""
+
+
+def signature() -> str:
+    """This process, for people who want to know who it is that they wait for."""
+    return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from esol.data.transforms import decode, resize
 from esol.errors import DataError, EsolError
 from esol.files import atomic_write
+from esol.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
 from esol.localize.class_maps import class_maps
 from esol.localize.dense_crf import mean_field, unary_from_probabilities
 from esol.localize.segmentation import enlarged_labels, probabilities
@@ -30,10 +31,10 @@ from esol.report import heat, paint
 from esol.segmenter import load_model
 from shards.samples import encode_mask
 
-READ = (".jpg", ".jpeg", ".png", ".webp")
-OTHER = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".mpo", ".tif", ".tiff")
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most
 _T = TypeVar("_T")
+_LINES = 20  # of skipped files that are printed; the report has all
+_REFUSED_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # by a file system that knows other rules
 WINDOW = 4  # batches of photos that are decoded at a time and grouped by size
 
 
@@ -79,7 +80,7 @@ class Predictor:
 
 @dataclass
 class _Photo:
-    """One photo under way: its path below the folder, names of its outputs, size, and its pixels in two small sizes."""
+    """One photo under way: its path below the folder, name of its outputs, size, and its pixels in two small sizes."""
 
     path: str
     name: str
@@ -97,72 +98,54 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
         raise EsolError(f"--batch {batch}: give 1 or more")
     if out.exists() and not out.is_dir():
         raise EsolError(f"--out {out} is a file: give a folder")
-    root, paths, skipped = _find(photos)
+    found = gather(photos, out)
     predictor = Predictor(model, fast)
     maps = _Cams(model, predictor) if cam else None
-    names = _names(paths)
+    names, skipped = output_names(found.photos), dict(found.skipped)
     images: dict[str, Any] = {}
     try:
-        with progress("predict", len(paths), "photos", visible=True) as advance:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(out / UNFINISHED, MARK)
+        (out / REPORT).unlink(missing_ok=True)  # it may speak of other masks than those that follow
+        with progress("predict", len(found.photos), "photos", visible=True) as advance:
             done = 0
-            for window in _chunks(paths, WINDOW * batch):
+            for window in _chunks(found.photos, WINDOW * batch):
                 groups: dict[torch.Size, list[_Photo]] = defaultdict(list)
                 for path in window:
                     try:
-                        photo = _read(root, path, names[path], predictor)
+                        photo = _read(found.root, path, names[path], predictor)
                         groups[photo.reduced.shape].append(photo)
                     except DataError as error:
                         skipped[path] = str(error).removeprefix(f"{path}: ")
                 for group in groups.values():
                     for some in _chunks(group, batch):
-                        found = predictor.probabilities([photo.reduced for photo in some])
-                        for photo, one in zip(some, found, strict=True):
-                            images[photo.path] = _write(out, predictor, photo, one)
-                            if maps is not None:
-                                images[photo.path]["found"] = maps.write(out, photo)
+                        answers = predictor.probabilities([photo.reduced for photo in some])
+                        for photo, one in zip(some, answers, strict=True):
+                            try:
+                                images[photo.path] = _write(out, predictor, photo, one, maps)
+                            except OSError as error:
+                                if error.errno not in _REFUSED_NAME:
+                                    raise
+                                skipped[photo.path] = f"its outputs cannot be written ({error.strerror})"
                 done += len(window)
                 advance(done, "")
-        report = {"model": str(model), "classes": predictor.info.classes, "fast": fast}
-        report |= {"images": dict(sorted(images.items())), "skipped": dict(sorted(skipped.items()))}
-        out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "predictions.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        said = texts((*images, *skipped))
+        report = {"model": texts([str(model)])[str(model)], "classes": predictor.info.classes, "fast": fast}
+        report["images"] = {said[path]: images[path] for path in sorted(images)}
+        report["skipped"] = {said[path]: skipped[path] for path in sorted(skipped)}
+        report["not_pictures"] = found.others.total()
+        atomic_write(out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        (out / UNFINISHED).unlink()
     except OSError as error:
         raise EsolError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
-    print(f"{len(images)} photos predicted into {out}, {len(skipped)} skipped")
-    for path, reason in sorted(skipped.items()):
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+    print(f"{len(images)} photos predicted into {printable(str(out))}, {len(skipped)} skipped")
+    for note in found.notes():
+        print(note)
+    for path in sorted(skipped)[:_LINES]:
+        print(f"skipped {printable(said[path])}: {skipped[path]}", file=sys.stderr)
+    if len(skipped) > _LINES:
+        print(f"and {len(skipped) - _LINES} more, all in {printable(str(out / REPORT))}", file=sys.stderr)
     return 1 if skipped else 0
-
-
-def _find(photos: Path) -> tuple[Path, list[str], dict[str, str]]:
-    """The folder, paths of photos below it, and those that are not read, with the reason."""
-    if photos.is_file():
-        return photos.parent, [photos.name], {}
-    if not photos.is_dir():
-        raise EsolError(f"{photos}: no such photo or folder")
-    found, other = [], {}
-    for folder, folders, files in os.walk(photos):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(folder, name)
-            suffix, relative = path.suffix.lower(), str(path.relative_to(photos))
-            if name.startswith("."):
-                continue
-            if suffix in READ and path.is_symlink() and not path.resolve().is_relative_to(photos.resolve()):
-                other[relative] = "a link that leads out of the folder"
-            elif suffix in READ:
-                found.append(relative)
-            elif suffix in OTHER:
-                other[relative] = f"{suffix} is not read: convert it to JPEG, PNG or WebP"
-    if not found and not other:
-        raise EsolError(f"{photos} holds no photo ({', '.join(READ)})")
-    return photos, sorted(found), other
-
-
-def _names(paths: list[str]) -> dict[str, str]:
-    """Path -> name of its outputs: without the suffix, unless two photos would meet in one name."""
-    stems = Counter(str(Path(path).with_suffix("")).casefold() for path in paths)
-    return {p: p if stems[str(Path(p).with_suffix("")).casefold()] > 1 else str(Path(p).with_suffix("")) for p in paths}
 
 
 def _read(root: Path, path: str, name: str, predictor: Predictor) -> _Photo:
@@ -175,7 +158,7 @@ def _read(root: Path, path: str, name: str, predictor: Predictor) -> _Photo:
     return _Photo(path, name, size, predictor.reduced(image), _within(image, OVERLAY))
 
 
-def _write(out: Path, predictor: Predictor, photo: _Photo, found: Tensor) -> dict[str, Any]:
+def _write(out: Path, predictor: Predictor, photo: _Photo, found: Tensor, maps: _Cams | None) -> dict[str, Any]:
     labels = enlarged_labels(found, photo.size).cpu().numpy()
     mask = out / "masks" / f"{photo.name}.png"
     mask.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +166,9 @@ def _write(out: Path, predictor: Predictor, photo: _Photo, found: Tensor) -> dic
     pixels = photo.overview.permute(1, 2, 0).numpy()
     rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
     _save(paint(pixels, labels[rows][:, columns]), out / "overlays" / f"{photo.name}.jpg")
-    return {"width": photo.size[1], "height": photo.size[0], "shares": predictor.shares(labels)}
+    about = {"mask": str(mask.relative_to(out)), "width": photo.size[1], "height": photo.size[0]}
+    about["shares"] = predictor.shares(labels)
+    return about if maps is None else about | {"found": maps.write(out, photo)}
 
 
 class _Cams:
@@ -194,6 +179,8 @@ class _Cams:
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
         self.config = store.ran_with(run_dir, "localize", "shrink", "expand", "decide", "classify")
         self.classes, self.device = predictor.info.classes, predictor.device
+        plain = {name: "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:15] for name in self.classes}
+        self.places = distinct({name: (text, f"{text}-{i}") for i, (name, text) in enumerate(plain.items(), 1)})
         self.nets = trained_cam(self.config, len(self.classes), self.device)
 
     @torch.no_grad()
@@ -207,9 +194,9 @@ class _Cams:
         pixels = photo.reduced.permute(1, 2, 0).numpy()
         found = {}
         for number, full in zip(maps.classes.tolist(), maps.full.cpu().numpy(), strict=True):
-            found[self.classes[number]] = round(float(chance[number]), 4)
-            place = "".join(c if c.isalnum() or c in "-_ " else "_" for c in self.classes[number])
-            _save(heat(pixels, full), out / "cams" / f"{photo.name}.{place}.png")
+            name = self.classes[number]
+            found[name] = round(float(chance[number]), 4)
+            _save(heat(pixels, full), out / "cams" / f"{photo.name}.{self.places[name]}.png")
         return found
 
 

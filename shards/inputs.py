@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from esol.data.index import filesystem, is_local
+from esol.data.photos import HEAD
 from esol.errors import DataError
 
 
@@ -35,7 +36,7 @@ def read_lines(path: str) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def read_head(path: str, size: int = 64) -> bytes:
+def read_head(path: str, size: int = HEAD) -> bytes:
     """The first bytes of a file; empty where it cannot be read."""
     fs, inner = filesystem(path)
     try:
@@ -54,6 +55,8 @@ def list_files(folder: str, below: bool = True) -> set[str]:
         return {str(PurePosixPath(name).relative_to(inner)) for name in names}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except Exception as error:  # every storage back end has its own
+        raise DataError(f"cannot list {folder}: {error}") from error
 
 
 def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:

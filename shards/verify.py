@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
+from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
 from esol.data.photos import upright_size
 from esol.errors import DataError
 from esol.progress import progress
@@ -51,6 +51,8 @@ def verify(root: str) -> list[str]:
             problems.append(f"{root}: no mask shows a class, all {census.masks} hold only 0 and 255, which is void")
     except DataError as error:
         problems.append(str(error))
+    if problems and (writer := writer_of(root)):
+        problems.insert(0, f"{root} is being written by {writer}: verify it again when that is done")
     return problems
 
 
@@ -170,6 +172,8 @@ def index_set(root: str, classes_file: str, splits: Sequence[str] = (), overwrit
     line; without any, all samples are the split train. DataError lists what does not fit; nothing is written then.
     """
     root = root.rstrip("/")
+    if writer := writer_of(root):
+        raise DataError(f"{root} is being written by {writer}: index it when that is done")
     names = list_files(root)
     if "index.json" in names and not overwrite:
         raise DataError(

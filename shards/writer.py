@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from esol.data.index import UNFINISHED, filesystem, is_local, scan_shard, write_index
+from esol.data.index import filesystem, is_local, scan_shard, write_index
 from esol.errors import DataError
 from esol.files import sync_folder
 from esol.progress import progress
 from shards.census import Census
 from shards.samples import Source, listing
+from shards.turn import cannot_write, storage, turn
 
 SAMPLES_PER_SHARD = 128
 
@@ -44,25 +45,28 @@ def create(
     order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
     parts = np.array_split(np.arange(len(order)), -(-len(order) // samples_per_shard))
     try:
-        _begin(out, overwrite)
-        census = Census(source.classes)
-        shards = [[order[i] for i in part] for part in parts]
-        records, dropped = _write_all(source, out, shards, threads, drop_damaged, census)
-        census.refuse(out)
-        order = [key for record in records for key in record["keys"]]
-        ordinals = {name: [i for i, key in enumerate(order) if key in members] for name, members in splits.items()}
-        write_index(out, source.classes, ordinals, records)
-        _end(out)
+        with turn(out, overwrite) as check:
+            census, shards = Census(source.classes), [[order[i] for i in part] for part in parts]
+            records, dropped = _write_all(source, out, shards, threads, check, drop_damaged, census)
+            census.refuse(out)
+            order = [key for record in records for key in record["keys"]]
+            ordinals = {name: [i for i, key in enumerate(order) if key in own] for name, own in splits.items()}
+            check()
+            with storage(out):
+                write_index(out, source.classes, ordinals, records)
         return census, dropped
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise DataError(
-            f"cannot write to {out}: {error.strerror or error}{where}; run the command again when mended"
-        ) from error
+        raise DataError(cannot_write(out, error)) from error
 
 
 def _write_all(
-    source: Source, out: str, parts: list[list[str]], threads: int, drop: bool, census: Census
+    source: Source,
+    out: str,
+    parts: list[list[str]],
+    threads: int,
+    check: Callable[[], None],
+    drop: bool,
+    census: Census,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The shards' records, and the problems of what was left out."""
     problems: list[str] = []
@@ -89,6 +93,7 @@ def _write_all(
                     samples.append(sample)
                     census.add(str(sample["__key__"]), sample)
             if samples and (drop or not problems):
+                check()
                 records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
     if problems and not (drop and records):
         headline = f"{len(problems)} images cannot be used; nothing was finished"
@@ -122,7 +127,8 @@ def write_mirror_shard(
     with tempfile.TemporaryDirectory() as scratch:
         _write_tar(Path(scratch, shard_name), samples)
         record = scan_shard(scratch, shard_name)
-        fs.put_file(str(Path(scratch, shard_name)), f"{path}/{shard_name}")  # whole objects or none
+        with storage(os.fspath(out_dir)):
+            fs.put_file(str(Path(scratch, shard_name)), f"{path}/{shard_name}")  # whole objects or none
     return record
 
 
@@ -145,30 +151,3 @@ def _check_keys(keys: list[str]) -> None:
             raise DataError(f"key {key!r}: a key must not be empty or hold dots, slashes or spaces; rename the image")
         if len(key.encode()) > 80:  # tar headers hold 100 bytes, extension included
             raise DataError(f"key {key!r} is longer than 80 bytes; rename the image")
-
-
-def _begin(out: str, overwrite: bool) -> None:
-    fs, path = filesystem(out)
-    fs.makedirs(path, exist_ok=True)
-    names = {Path(name).name for name in fs.ls(path, detail=False)}
-    shards = {name for name in names if name.startswith("shard-") and name.endswith((".tar", ".tar.tmp"))}
-    if "index.json" in names and not overwrite:
-        raise DataError(f"{out} already holds a shard set; choose another folder, or replace it with --overwrite")
-    if shards and not names & {"index.json", UNFINISHED}:
-        raise DataError(
-            f"{out} holds shards without index.json that this command did not write; choose another folder,"
-            f" or index them: esol-shards index {out} --classes FILE"
-        )
-    fs.pipe_file(
-        f"{path}/{UNFINISHED}",
-        b"esol-shards create writes index.json last; without it these shards count for nothing\n",
-    )
-    if "index.json" in names:
-        fs.rm_file(f"{path}/index.json")
-    for name in shards:
-        fs.rm_file(f"{path}/{name}")
-
-
-def _end(out: str) -> None:
-    fs, path = filesystem(out)
-    fs.rm_file(f"{path}/{UNFINISHED}")

@@ -1,7 +1,9 @@
 """`esol predict` on photos as people have them: sizes, formats, damage; the model file and its errors."""
 
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from esol import cli
 from esol.config import BackboneConfig, CrfConfig, EvaluateConfig
 from esol.errors import CheckpointError, EsolError
+from esol.files import atomic_write
 from esol.localize.segmentation import enlarged_labels
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
@@ -137,18 +140,76 @@ def test_what_cannot_be_read_is_skipped_and_named(
     (photos / "text.webp").write_text("no photo")
     scene(20, 20).save(photos / "scan.tif")
     (photos / "notes.txt").write_text("of no concern")
-    (tmp_path / "secret.jpg").write_bytes((photos / "good.jpg").read_bytes())
-    (photos / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     assert cli_run("predict", model, photos, "--out", out) == 1
     said = capsys.readouterr()
     assert "1 photos predicted" in said.out
-    assert "5 skipped" in said.out
+    assert "4 skipped" in said.out
+    assert "1 files are no pictures (1 .txt)" in said.out
     assert "skipped text.webp: the image cannot be decoded (it is neither JPEG, PNG nor WebP)" in said.err
     assert "skipped empty.png: the image is empty" in said.err
-    assert "skipped scan.tif: .tif is not read: convert it to JPEG, PNG or WebP" in said.err
+    assert "skipped scan.tif: TIFF or RAW is not read: convert it to JPEG, PNG or WebP" in said.err
     report = json.loads((out / "predictions.json").read_text())
     assert list(report["images"]) == ["good.jpg"]
-    assert set(report["skipped"]) == {"cut.jpg", "empty.png", "text.webp", "scan.tif", "link.jpg"}
+    assert set(report["skipped"]) == {"cut.jpg", "empty.png", "text.webp", "scan.tif"}
+    for number in range(30):
+        (photos / f"{number}.gif").write_bytes(b"GIF89a")
+    assert cli_run("predict", model, photos, "--out", out) == 1
+    assert "and 14 more, all in " in capsys.readouterr().err
+
+
+def test_odd_names_and_a_file_system_that_refuses_one_end_no_job(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "photos" / "out"
+    photos.mkdir()
+    png = io.BytesIO()
+    scene(24, 20).save(png, "PNG")
+    names = [
+        b"caf\xe9.png",
+        b"x" * 250,
+        b"new\nline\x1b[31m.jpg",
+        b"good",
+        b"refused.png",
+        b"A.jpg",
+        b"a.jpg",
+        b"a.png",
+    ]
+    for name in names:
+        Path(os.fsdecode(bytes(photos) + b"/" + name)).write_bytes(png.getvalue())
+
+    def write(path: Path, data: bytes | str) -> None:
+        if path.name == "refused.png":
+            raise OSError(errno.EILSEQ, "Illegal byte sequence")
+        atomic_write(path, data)
+
+    monkeypatch.setattr("esol.predict.atomic_write", write)
+    for _ in range(2):  # the second time out is inside of what is looked at
+        assert predict(model, photos, out, fast=True) == 1
+        report = json.loads((out / "predictions.json").read_bytes())
+        assert report["skipped"] == {"refused.png": "its outputs cannot be written (Illegal byte sequence)"}
+        assert len(report["images"]) == len(names) - 1
+        assert {"caf\\xe9.png", "new\nline\x1b[31m.jpg", "good"} < report["images"].keys()
+        masks = {about["mask"] for about in report["images"].values()}
+        assert masks == {f"masks/{path.name}" for path in (out / "masks").iterdir()}
+        assert report["images"]["good"]["mask"] == "masks/good.png"
+        assert len(masks) == len(names) - 1
+        assert not (out / "predictions-unfinished").exists()
+    said = capsys.readouterr()
+    assert "2 written by esol predict, not read: out/masks, out/overlays" in said.out
+    assert "\x1b" not in said.out + said.err
+
+
+def test_a_full_disk_ends_the_job_in_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene(24, 20).save(tmp_path / "a.png")
+    assert predict(model, tmp_path / "a.png", tmp_path / "out", fast=True) == 0
+
+    def full(path: Path, data: bytes | str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("esol.predict.encode_mask", lambda labels: full(Path("masks/a.png"), b""))
+    with pytest.raises(EsolError, match=r"^cannot write masks/a\.png: No space left on device$"):
+        predict(model, tmp_path / "a.png", tmp_path / "out", fast=True)
+    assert not (tmp_path / "out/predictions.json").exists()  # the earlier one no longer says what is there
 
 
 def test_two_photos_of_one_name_do_not_overwrite_each_other(model: Path, tmp_path: Path) -> None:
@@ -222,7 +283,7 @@ def test_errors_name_the_place_and_what_to_give(model: Path, tmp_path: Path) -> 
     with pytest.raises(EsolError, match="no such photo or folder"):
         predict(model, tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EsolError, match=r"empty holds no photo \(\.jpg"):
+    with pytest.raises(EsolError, match=r"empty holds no photo \(JPEG, PNG, WebP\)$"):
         predict(model, tmp_path / "empty", out)
     with pytest.raises(EsolError, match=r"--cam: .*model\.safetensors is no run directory"):
         predict(model, photo, out, cam=True)

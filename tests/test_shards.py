@@ -3,6 +3,9 @@
 import errno
 import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -61,13 +64,27 @@ def test_a_url_gets_the_same_files_as_a_folder(shard_set: Path) -> None:
     memory.rm("/written", recursive=True)
 
 
-def test_killed_creation_leaves_nothing_to_read_and_a_rerun_just_works(tmp_path: Path, shard_set: Path) -> None:
-    out = tmp_path / "set"
+def test_one_process_creates_at_a_time_and_once_it_is_killed_a_rerun_just_works(
+    tmp_path: Path, shard_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, source = tmp_path / "set", synthetic_source(48, 8, 64, seed=0)
     command = [sys.executable, "-m", "shards", "create", "synthetic", "--size", "64", "--samples-per-shard", "7"]
-    command += ["--out", str(out), "--train"]
-    with subprocess.Popen([*command, "1000"], stderr=subprocess.PIPE, text=True) as process:
+    command += ["--out", str(out), "--train", "1000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "images" in process.stderr.readline()  # a tenth is done
+        process.send_signal(signal.SIGSTOP)
+        before = contents(out)
+        busy = rf"being (written|created) by process {process.pid} on {os.uname().nodename} since 20..-..-.. ..:"
+        for overwrite in (False, True):
+            with pytest.raises(DataError, match=busy):
+                create(source, str(out), 7, overwrite=overwrite)
+        assert cli.main(["verify", str(out)]) == 1
+        assert re.search(busy, capsys.readouterr().out)
+        (tmp_path / "classes.txt").write_text("a\n")
+        assert cli.main(["index", str(out), "--classes", str(tmp_path / "classes.txt")]) == 2
+        assert re.search(busy, capsys.readouterr().err)
+        assert contents(out) == before
         process.kill()
     assert not (out / "index.json").exists()
     with pytest.raises(DataError, match="creation was interrupted"):
@@ -76,8 +93,36 @@ def test_killed_creation_leaves_nothing_to_read_and_a_rerun_just_works(tmp_path:
     for tar in out.glob("*.tar"):
         with tarfile.open(tar) as whole:
             assert len(whole.getnames()) == 28
-    subprocess.run([*command, "48", "--val", "8"], check=True, capture_output=True)
+    create(source, str(out), 7)
     assert contents(out) == contents(shard_set)
+
+
+def test_a_store_without_locks_says_who_writes_and_only_overwrite_takes_over(shard_set: Path) -> None:
+    whole, memory = synthetic_source(48, 8, 64, seed=0), fsspec.filesystem("memory")
+    second = []
+
+    def read(key: str) -> dict[str, bytes]:
+        if not second:  # while the first is at work
+            second.append(key)
+            with pytest.raises(DataError, match=rf"being written by process {os.getpid()} on .*, give --overwrite$"):
+                create(whole, "memory://busy", 7)
+            create(whole, "memory://busy", 7, overwrite=True)
+        return whole.read(key)
+
+    with pytest.raises(DataError, match=r"busy was taken over by another process that is done by now"):
+        create(Source(whole.classes, whole.splits, read), "memory://busy", 7, threads=1)
+    names = {Path(n).name for n in memory.ls("/busy", detail=False)}
+    assert {n: memory.cat_file(f"/busy/{n}") for n in names} == contents(shard_set)
+
+    def fail(key: str) -> dict[str, bytes]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        create(Source(whole.classes, whole.splits, fail), "memory://busy", 7, overwrite=True, threads=1)
+    with pytest.raises(DataError, match="creation was interrupted"):
+        Index.load("memory://busy")
+    create(whole, "memory://busy", 7)  # nobody is at work there any more
+    memory.rm("/busy", recursive=True)
 
 
 def test_a_shard_set_is_not_overwritten_unasked(own_shard_set: Path, shard_set: Path) -> None:

@@ -1,6 +1,9 @@
 """The training stream through real worker processes: order, resume, damage."""
 
+import errno
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +116,69 @@ def test_shards_behind_a_url_are_fetched_once_and_read_alike(shard_set: Path, tm
     assert all(reader.image(o) == plain.image(o) for o in ordinals.values())
     cached = sorted((tmp_path / "cache").rglob("*.tar"))
     assert len(cached) == len({int(index.shard_of[o]) for o in ordinals.values()})
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_once_more(
+    own_shard_set: Path, shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, cache = f"file://{own_shard_set}", tmp_path / "cache"
+    index, plain = Index.load(url), ShardReader(Index.load(str(shard_set)))
+
+    def cached() -> Path:
+        return next(cache.rglob("*-shard-000000.tar"))
+
+    assert ShardReader(index, str(cache)).image(0) == plain.image(0)
+    whole = cached().read_bytes()
+    for damage in (bytes(len(whole)), whole[:700], b""):
+        cached().write_bytes(damage)
+        leftover = cached().with_suffix(".tmp")
+        leftover.write_bytes(b"of a process that was killed" * 10_000)
+        old, older = cached().with_name("other.tmp"), time.time() - 3600
+        old.touch()
+        os.utime(old, (older, older))
+        fresh = ShardReader(index, str(cache))
+        assert [fresh.image(o) for o in range(7)] == [plain.image(o) for o in range(7)]
+        assert cached().read_bytes() == whole
+        assert not list(cache.rglob("*.tmp"))
+    assert capsys.readouterr().err.count("shard-000000.tar") == 1  # of two the size tells before they are opened
+    two = [ShardReader(index, str(cache)) for _ in range(2)]  # as if in two processes, both with the file open
+    assert two[0].image(0) == two[1].image(0)
+    cached().write_bytes(bytes(len(whole)))
+    assert two[0].image(1) == plain.image(1)
+    replaced = cached().stat()
+    assert two[1].image(1) == plain.image(1)
+    assert os.path.samestat(replaced, cached().stat())  # the second takes what the first has fetched
+    cached().write_bytes(bytes(len(whole)))
+    with pytest.raises(
+        DataError, match=r"sample .* run esol-shards verify file://.*; if that finds nothing, the disk of"
+    ):
+        two[0].image(2)
+    shard = own_shard_set / "shard-000000.tar"
+    shard.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(
+        DataError, match=r"shard-000000\.tar: a fresh copy holds other bytes .*; run esol-shards verify"
+    ):
+        ShardReader(index, str(cache)).image(2)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-000000\.tar cannot be fetched"):
+        ShardReader(index, str(cache)).image(2)
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    index = Index.load(f"file://{shard_set}")
+    with pytest.raises(DataError, match=r"^data\.cache: cannot write .*/file/.*: Not a directory; give a folder"):
+        ShardReader(index, str(tmp_path / "file")).image(0)
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(DataError, match=r"^data\.cache: cannot write .*/cache/.*: No space left on device; give"):
+        ShardReader(index, str(tmp_path / "cache")).image(0)
 
 
 def test_crop_fills_with_the_mean_and_keeps_the_shape() -> None:

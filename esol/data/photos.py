@@ -20,7 +20,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_HEAD = 64  # bytes that tell a format
+HEAD = 64  # bytes that tell a format
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "RAW"}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 _STARTS = {
@@ -36,7 +36,7 @@ _STARTS = {
 def photo_format(data: bytes) -> str:
     """The picture format that a file begins with, one that is read or not; empty where none is known."""
     if data[4:8] == b"ftyp":
-        end = min(len(data), _HEAD, int.from_bytes(data[:4], "big"))
+        end = min(len(data), HEAD, int.from_bytes(data[:4], "big"))
         brands = {data[start : start + 4] for start in range(8, end, 4)}
         return next((name for brand, name in _BRANDS.items() if brand in brands), "")
     if data[:4] == b"RIFF":

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esol.data.index import Index
+from esol.data.index import Index, Shard, filesystem
 from esol.errors import DataError
+from esol.files import hold
 
 OPEN_FILES = 128  # per process, least recently used closed first
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
@@ -25,6 +28,7 @@ DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to
 class ShardReader:
     """Reads members of an index's shards; shards behind a URL are fetched whole, once per node, into `cache`.
 
+    What is fetched is checked against the index; a cached shard that turns out damaged later is fetched once more.
     Safe to hand to forked or spawned workers: files are opened by the process that reads them.
     """
 
@@ -33,6 +37,8 @@ class ShardReader:
         self.cache = Path(cache or "~/.cache/esol").expanduser()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
+        self._remote = "://" in index.root
+        self._again: set[int] = set()  # shards that were fetched a second time
 
     def read(self, ordinal: int, ext: str) -> bytes:
         """The member's bytes; DataError naming shard and key where it is missing or damaged."""
@@ -45,23 +51,33 @@ class ShardReader:
             if ext not in self.index.members or self.index.members[ext][ordinal, 0] < 0:
                 raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
             members.append(self.index.members[ext][ordinal].tolist())
+        shard = int(self.index.shard_of[ordinal])
+        found, damage = self._members(shard, extensions, members)
+        if damage and self._fetch_again(shard):
+            found, damage = self._members(shard, extensions, members)
+        if damage and shard in self._again:
+            damage += f"; if that finds nothing, the disk of data.cache, {self.cache}, damages files"
+        if damage:
+            raise DataError(f"{self.name(ordinal)}: the shard {damage}")
+        return found
+
+    def _members(self, shard: int, extensions: tuple[str, ...], members: list[list[int]]) -> tuple[list[bytes], str]:
+        """The bytes, and what is wrong with them; nothing where all is well."""
+        descriptor = self._open(shard)
         begin = min(offset for offset, _, _ in members)
         end = max(offset + size for offset, size, _ in members)
-        descriptor = self._open(int(self.index.shard_of[ordinal]))
         try:
             data = os.pread(descriptor, end - begin, begin)
         except OSError as error:
-            raise DataError(f"{self.name(ordinal)}: the shard cannot be read: {error.strerror}") from error
+            return [], f"cannot be read: {error.strerror}"
         found = []
         for ext, (offset, size, crc) in zip(extensions, members, strict=True):
             member = data[offset - begin : offset - begin + size]
             if len(member) != size or zlib.crc32(member) != crc:
                 how = "ends before it" if len(member) != size else "holds other bytes than were indexed"
-                raise DataError(
-                    f"{self.name(ordinal)}: the shard {how} (.{ext}); run esol-shards verify {self.index.root}"
-                )
+                return [], f"{how} (.{ext}); run esol-shards verify {self.index.root}"
             found.append(member)
-        return found
+        return found, ""
 
     def image(self, ordinal: int) -> bytes:
         """The photo's bytes as they were when the shard was made."""
@@ -114,45 +130,91 @@ class ShardReader:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
-    def _local(self, shard: int) -> Path:
+    def _local(self, shard: int, damaged: os.stat_result | None = None) -> Path:
+        """The shard's file; one from a URL is fetched where the cache lacks it or has no other than the damaged one."""
         spec = self.index.shards[shard]
-        if "://" not in self.index.root:
+        if not self._remote:
             return Path(self.index.root) / spec.name
         folder = self.cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{spec.sha256[:16]}-{spec.name}"
-        if not target.exists():
-            with open(folder / f"{spec.name}.lock", "w") as lock:
-                _wait_for_lock(lock.fileno(), f"another process to fetch {self.index.root}/{spec.name}")
-                if not target.exists():
-                    _fetch(f"{self.index.root.rstrip('/')}/{spec.name}", target, spec.bytes)
+
+        def usable() -> bool:
+            try:
+                status = target.stat()
+            except FileNotFoundError:
+                return False
+            return status.st_size == spec.bytes and not (damaged and os.path.samestat(status, damaged))
+
+        try:
+            if not usable():
+                folder.mkdir(parents=True, exist_ok=True)
+                with hold(folder / f"{spec.name}.lock", DOWNLOAD_MINUTES * 60):
+                    if not usable():
+                        _fetch(self.index.root, spec, target)
+        except TimeoutError as error:
+            what = f"for {error} to fetch {self.index.root.rstrip('/')}/{spec.name}"
+            raise DataError(f"waited {DOWNLOAD_MINUTES} minutes {what}") from None
+        except OSError as error:
+            raise DataError(
+                f"data.cache: cannot write {error.filename or folder}: {error.strerror or error};"
+                " give a folder that can be written and has room for the shards"
+            ) from error
         return target
 
-
-def _wait_for_lock(descriptor: int, what: str) -> None:
-    deadline = time.monotonic() + DOWNLOAD_MINUTES * 60
-    while True:
+    def _fetch_again(self, shard: int) -> bool:
+        """Replaces a cached shard that turned out to be damaged, once; whether there is another one to read now."""
+        if not self._remote or shard in self._again:
+            return False
+        self._again.add(shard)
+        descriptor = self._files.pop(shard)
+        damaged = os.fstat(descriptor)
+        print(
+            f"{self.index.shards[shard].name} in {self.cache} is damaged: fetching it again",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise DataError(f"waited {DOWNLOAD_MINUTES} minutes for {what}") from None
-            time.sleep(0.2)
+            self._local(shard, damaged)
+        finally:
+            os.close(descriptor)
+        return True
 
 
-def _fetch(url: str, target: Path, size: int) -> None:
-    import fsspec
-
+def _fetch(root: str, spec: Shard, target: Path) -> None:
+    """Puts a shard into the cache, whole; OSError where the cache is at fault, DataError where the source is."""
+    _sweep(target.parent)
     temporary = target.with_suffix(".tmp")
+    url, digest = f"{root.rstrip('/')}/{spec.name}", hashlib.sha256()
     try:
-        with fsspec.open(url, "rb") as remote, open(temporary, "wb") as local:
-            while block := remote.read(1 << 20):
+        # Not emptied first: where locks do nothing, several processes write the same bytes to the same places.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as local:
+            for block in _blocks(root, spec.name, url):
                 local.write(block)
-        if temporary.stat().st_size != size:
-            raise DataError(f"{url}: fetched {temporary.stat().st_size} bytes, the index says {size}")
+                digest.update(block)
+            size = local.tell()
+            local.truncate()
+        if (size, digest.hexdigest()) != (spec.bytes, spec.sha256):
+            what = f"{size} bytes instead of {spec.bytes}" if size != spec.bytes else "other bytes than were indexed"
+            raise DataError(f"{url}: a fresh copy holds {what}; run esol-shards verify {root}")
         os.replace(temporary, target)
-    except OSError as error:
-        raise DataError(f"{url} cannot be fetched: {error}") from error
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def _blocks(root: str, name: str, url: str) -> Iterator[bytes]:
+    try:
+        fs, path = filesystem(root)
+        with fs.open(f"{path}/{name}", "rb") as remote:
+            while block := remote.read(1 << 20):
+                yield block
+    except Exception as error:  # every storage back end has its own
+        raise DataError(f"{url} cannot be fetched: {error}") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed have left; the next fetch of the same shard takes up its own."""
+    for path in folder.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > DOWNLOAD_MINUTES * 60:
+                path.unlink()
