@@ -386,6 +386,8 @@ class PredictKind:
         masks = list((out / "masks").rglob("*.png"))
         if len(masks) != len(report["images"]):
             return "miss", f"{len(report['images'])} photos, but {len(masks)} masks: two had one name"
+        hidden = [path.name for path in files if path.name.startswith(".") and path.name in said]
+        files = [path for path in files if path.name not in hidden]
         if len(report["images"]) + len(report["skipped"]) < len(files):
             return "miss", f"{len(files)} files, {len(report['images'])} photos, {len(report['skipped'])} skipped"
         if len(report["images"]) == len(files) and not code:
