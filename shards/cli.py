@@ -230,8 +230,12 @@ def _synthetic(options: argparse.Namespace) -> int:
 def _create(source: Source, options: argparse.Namespace) -> int:
     from shards.writer import create
 
-    create(source, options.out, options.samples_per_shard, options.seed, options.overwrite)
-    return _describe(options.out)
+    labelled = create(source, options.out, options.samples_per_shard, options.seed, options.overwrite)
+    _describe(options.out)
+    print("  images of each class: " + ", ".join(f"{name} {labelled[name]}" for name in source.classes))
+    for note in source.notes:
+        print(note)
+    return 0
 
 
 def _add_index(commands: argparse._SubParsersAction) -> None:

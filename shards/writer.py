@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +29,12 @@ def create(
     seed: int = 0,
     overwrite: bool = False,
     threads: int = 0,
-) -> None:
+) -> Counter[str]:
     """Writes all keys of the source's splits, shuffled by seed, into shards whose sizes differ by at most one.
 
     The same source and seed give the same bytes. Every sample is read before any problem is reported; DataError lists
-    them all, and no index is written then. threads: that read and check samples, 0 = one per core.
+    them all, and no index is written then. threads: that read and check samples, 0 = one per core. Returns how many
+    images each label has.
     """
     splits = {name: set(keys) for name, keys in source.splits.items()}
     keys = sorted(set().union(*splits.values()))
@@ -42,10 +45,11 @@ def create(
     parts = np.array_split(np.arange(len(order)), -(-len(order) // samples_per_shard))
     try:
         _begin(out, overwrite)
-        records = _write_all(source, out, [[order[i] for i in part] for part in parts], threads)
+        records, labelled = _write_all(source, out, [[order[i] for i in part] for part in parts], threads)
         ordinals = {name: [i for i, key in enumerate(order) if key in members] for name, members in splits.items()}
         write_index(out, source.classes, ordinals, records)
         _end(out)
+        return labelled
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(
@@ -53,8 +57,11 @@ def create(
         ) from error
 
 
-def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -> list[dict[str, Any]]:
+def _write_all(
+    source: Source, out: str, parts: list[list[str]], threads: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     problems: list[str] = []
+    labelled: Counter[str] = Counter()
     records = []
     with (
         ThreadPoolExecutor(threads or os.cpu_count()) as pool,
@@ -76,11 +83,12 @@ def _write_all(source: Source, out: str, parts: list[list[str]], threads: int) -
                 advance(done, "")
                 if sample is not None:
                     samples.append(sample)
+                    labelled.update(json.loads(sample["json"])["labels"])
             if not problems:
                 records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
     if problems:
         raise DataError(listing(f"{len(problems)} images cannot be used; nothing was finished", sorted(problems)))
-    return records
+    return records, labelled
 
 
 def write_mirror_shard(

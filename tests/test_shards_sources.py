@@ -334,8 +334,8 @@ def test_bad_rows_are_named_by_line(own: Path, rows: str, words: str) -> None:
 
 
 def test_bad_header_is_quoted(own: Path) -> None:
-    (own / "labels.csv").write_text("image;labels\none.jpg;kiwi\n")
-    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not image;labels"):
+    (own / "labels.csv").write_text("file;labels\none.jpg;kiwi\n")
+    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not file;labels"):
         folder_source(str(own))
 
 
