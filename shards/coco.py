@@ -1,30 +1,41 @@
-"""MS COCO as a source: photos, and labels and masks from instances json files, through pycocotools."""
+"""MS COCO as a source: photos, and labels and masks from instances json files of COCO and of annotation tools."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import io
-import json
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from esol.errors import DataError
-from shards.inputs import read_bytes
-from shards.samples import Source, encode_mask, pack
+from shards.coco_file import CocoFile, CocoImage, classes_of, read_coco
+from shards.coco_shapes import has_shape, inside, within_one
+from shards.inputs import list_files, read_bytes
+from shards.names import FileNames, check_count, safe_key
+from shards.samples import Source, encode_mask, listing, open_image, pack, upright_size
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where one image comes from: its photo, its json file (for messages) and what that says of it."""
+    """One sample: its image, the photo that it names, and how its file means the annotations."""
 
-    photo: str
     place: str
-    info: dict[str, Any]
-    annotations: list[dict[str, Any]]  # without crowd regions, in the file's order
+    split: str
+    image: CocoImage
+    folder: str
+    photo: str  # relative to folder
+    masked: bool
+    normalised: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/{self.photo}"
 
 
 def coco_source(
@@ -33,8 +44,9 @@ def coco_source(
     """One split per instances file; images: a folder for each, or one for all.
 
     Classes are the categories by ascending id, numbered 1..C. Masks leave crowd regions out, and later annotations
-    overwrite earlier ones; labels are the categories of the annotations that are no crowd. Images without any are left
-    out (82,081 and 40,137 of 2014's 82,783 and 40,504 stay) unless keep_unannotated.
+    overwrite earlier ones; labels are the categories of the annotations that are no crowd. A photo has a mask if all
+    its annotations have a shape. Images without any annotation are left out (82,081 and 40,137 of 2014's 82,783 and
+    40,504 stay) unless keep_unannotated. Keys are the names of the photos, with their folders where names meet.
     """
     if len(annotations) != len(splits):
         raise DataError(f"{len(annotations)} --annotations need as many --split names, got {len(splits)}")
@@ -42,84 +54,123 @@ def coco_source(
         raise DataError(f"{len(annotations)} --annotations need one --images each, or one for all, got {len(images)}")
     if len(set(splits)) != len(splits):
         raise DataError(f"--split names must differ: {', '.join(splits)}")
-    folders = list(images) * len(annotations) if len(images) == 1 else images
-    entries: dict[str, _Entry] = {}
-    lists: dict[str, list[str]] = {}
-    categories: dict[int, str] = {}
-    for folder, file, split in zip(folders, annotations, splits, strict=True):
-        coco = _load(file)
-        try:
-            named = {int(c["id"]): str(c["name"]) for c in coco.dataset["categories"]}
-            found = _entries(coco, folder, file, keep_unannotated)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{file} is not a COCO instances file: {type(error).__name__} {error}") from error
-        if categories and named != categories:
-            raise DataError(f"{file} has other categories than {annotations[0]}")
-        categories = named
-        for key in entries.keys() & found.keys():
-            raise DataError(f"image {key} is in {found[key].place} and in {entries[key].place}")
-        entries |= found
-        lists[split] = list(found)
-    classes = tuple(categories[i] for i in sorted(categories))
-    number = {category: n for n, category in enumerate(sorted(categories), start=1)}
+    folders = [folder.rstrip("/") for folder in images] * (len(annotations) if len(images) == 1 else 1)
+    photos = {folder: _photos(folder) for folder in dict.fromkeys(folders)}
+    files = [read_coco(file) for file in annotations]
+    classes, number, notes = classes_of(files)
+    check_count(classes, annotations[0])
+    entries: list[_Entry] = []
+    for folder, file, split in zip(folders, files, splits, strict=True):
+        found, said = _entries(file, split, folder, photos[folder], keep_unannotated)
+        entries += found
+        notes += said
+    by_path: dict[str, _Entry] = {}
+    for entry in entries:
+        other = by_path.setdefault(entry.path, entry)
+        if other is not entry:
+            raise DataError(
+                f"photo {entry.path} is image {other.image.id} of {other.place}"
+                f" and image {entry.image.id} of {entry.place}"
+            )
+    by_key = dict(zip(_keys(entries), entries, strict=True))
 
     def read(key: str) -> dict[str, bytes]:
-        entry = entries[key]
-        mask = encode_mask(_paint(entry, number))
-        labels = {categories[a["category_id"]] for a in entry.annotations}
-        name = f"{entry.place}: image {entry.info['id']}"
-        return pack(key, entry.photo, read_bytes(entry.photo), labels, classes, mask, name)
+        entry = by_key[key]
+        photo = read_bytes(entry.path)
+        mask = encode_mask(_paint(entry, photo, number)) if entry.masked else None
+        labels = {classes[number[a["category_id"]] - 1] for a in entry.image.annotations}
+        return pack(key, entry.path, photo, labels, classes, mask, f"{entry.place}: image {entry.image.id}")
 
-    return Source(classes, lists, read)
-
-
-def _load(file: str) -> Any:
-    from pycocotools.coco import COCO  # imports matplotlib: not at the top, so that --help is quick
-
-    coco = COCO()
-    try:
-        coco.dataset = json.loads(read_bytes(file))
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            coco.createIndex()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} is not a COCO instances file: {type(error).__name__} {error}") from error
-    return coco
+    lists: dict[str, list[str]] = {split: [] for split in splits}
+    for key, entry in by_key.items():
+        lists[entry.split].append(key)
+    return Source(classes, lists, read, notes)
 
 
-def _entries(coco: Any, folder: str, file: str, keep_unannotated: bool) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    for image in coco.dataset["images"]:
-        annotations = [a for a in coco.imgToAnns.get(image["id"], []) if not a.get("iscrowd", 0)]
-        for annotation in annotations:
-            if annotation["category_id"] not in coco.cats:
-                raise DataError(
-                    f"{file}: annotation {annotation['id']} has unknown category {annotation['category_id']}"
-                )
-        if annotations or keep_unannotated:
-            key = PurePosixPath(image["file_name"]).stem
-            if key in entries:
-                raise DataError(f"{file} lists image {key} twice")
-            entries[key] = _Entry(f"{folder.rstrip('/')}/{image['file_name']}", file, image, annotations)
-    return entries
+def _photos(folder: str) -> FileNames | None:
+    """None where a folder cannot be listed: then names are taken as they are."""
+    return None if folder.startswith(("http://", "https://")) else FileNames(list_files(folder))
 
 
-def _paint(entry: _Entry, number: dict[int, int]) -> np.ndarray:
-    """uint8 (H, W) mask; the same conversions as COCO.annToMask, which wants the whole data set at hand."""
-    from pycocotools import mask as rle
+def _entries(
+    file: CocoFile, split: str, folder: str, photos: FileNames | None, keep_unannotated: bool
+) -> tuple[list[_Entry], list[str]]:
+    everything = [annotation for image in file.images for annotation in image.annotations]
+    shapes = any(map(has_shape, everything))
+    fractions = Counter(map(within_one, everything))
+    normalised = fractions[True] > 0 and not fractions[False]
+    kept = [image for image in file.images if image.annotations or keep_unannotated]
+    entries, missing, renamed = [], [], []
+    for image in kept:
+        photo = _plain(image.file_name) if photos is None else photos.find(image.file_name)
+        if photo is None:
+            missing.append(f"{folder}/{image.file_name} is missing")
+            continue
+        if photo != image.file_name:
+            renamed.append(f"{image.file_name!r} is {photo!r}")
+        masked = shapes and all(map(has_shape, image.annotations))
+        entries.append(_Entry(file.place, split, image, folder, photo, masked, normalised))
+    if missing:
+        lost = f"{file.place}: {len(missing)} photos are not there; --images is the folder that file names start from"
+        raise DataError(listing(lost, missing))
+    unmasked = sum(not entry.masked for entry in entries)
+    counts = [
+        (len(file.images) - len(kept), "images without annotation are left out (--keep-unannotated takes them)"),
+        (file.strays, "annotations belong to no image of the file and are left out"),
+        (file.crowds, "crowd regions are left out"),
+        (unmasked, "photos have no mask, since not all of their annotations have a shape"),
+        (len(renamed), f"photos were found under another name: {', '.join(renamed[:2])}"),
+        (
+            fractions[True] if normalised else 0,
+            "polygons, all of them, lie within 0..1: fractions of the photos' sides",
+        ),
+        (
+            0 if normalised else fractions[True],
+            "annotations lie within one pixel; are they fractions of a photo's sides?",
+        ),
+    ]
+    return entries, [f"{file.place}: {count} {what}" for count, what in counts if count]
 
-    height, width = int(entry.info["height"]), int(entry.info["width"])
+
+def _plain(name: str) -> str | None:
+    parts = name.replace("\\", "/").split("/")
+    return None if ".." in parts or not parts[0] or "://" in name else "/".join(parts)
+
+
+def _keys(entries: Sequence[_Entry]) -> list[str]:
+    """The photo's name without folders; where several share it the path, then split and path, then a hash of these."""
+    paths = [
+        str(PurePosixPath(e.photo if e.photo == e.image.file_name else unicodedata.normalize("NFC", e.photo)))
+        for e in entries
+    ]
+    stems = [str(PurePosixPath(path).with_suffix("")) for path in paths]
+    full = [f"{entry.split}/{stem}" for entry, stem in zip(entries, stems, strict=True)]
+    hashed = [
+        f"{name}_{hashlib.sha256(f'{e.split}/{e.photo}'.encode()).hexdigest()[:12]}"
+        for e, name in zip(entries, full, strict=True)
+    ]
+    keys = [safe_key(PurePosixPath(path).stem) for path in paths]
+    for names in (stems, full, hashed):
+        times = Counter(keys)
+        keys = [key if times[key] == 1 else safe_key(name) for key, name in zip(keys, names, strict=True)]
+    return keys
+
+
+def _paint(entry: _Entry, photo: bytes, number: dict[int | str, int]) -> np.ndarray:
+    """uint8 (H, W) mask of the photo's size; DataError where the file says another."""
+    width, height = _photo_size(photo, entry.path)
+    where = f"{entry.place}: image {entry.image.id}"
+    if entry.image.size not in (None, (height, width)):
+        told = "x".join(str(side)[:12] for side in reversed(entry.image.size or ()))
+        raise DataError(f"{where} is {told} pixels, but its photo {entry.path} is {width}x{height}")
     levels = np.zeros((height, width), dtype=np.uint8)
-    for annotation in entry.annotations:
-        shape: Any = annotation.get("segmentation")
-        try:
-            if isinstance(shape, list):
-                coded = rle.merge(rle.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                coded = rle.frPyObjects(shape, height, width)
-            else:
-                coded = shape
-            inside = rle.decode(coded)
-            levels[inside > 0] = number[annotation["category_id"]]
-        except Exception as error:  # pycocotools raises bare Exceptions
-            raise DataError(f"{entry.place}: annotation {annotation.get('id')}: bad segmentation ({error})") from error
+    for annotation in entry.image.annotations:
+        levels[inside(annotation, height, width, entry.normalised, entry.place)] = number[annotation["category_id"]]
     return levels
+
+
+def _photo_size(photo: bytes, name: str) -> tuple[int, int]:
+    try:
+        return upright_size(Image.open(io.BytesIO(photo)))  # reads the header alone
+    except Exception:
+        return upright_size(open_image(photo, name))  # says what is wrong with it

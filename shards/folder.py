@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -13,10 +13,11 @@ from PIL import Image
 from esol.data.photos import photo_format
 from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_head, read_lines
-from shards.labels import Row, read_rows
-from shards.names import foreground, is_background, keys_of
+from shards.labels import Row, name_labels, read_rows
+from shards.names import FileNames, is_background, safe_key
 from shards.samples import VOID, Source, check_labels, encode_mask, listing, pack
 
+_SPLITS = ("train", "val", "test")  # names of splits, whatever the classes are called
 _PICTURES = frozenset(
     "jpg jpeg jpe jfif pjpeg pjp mpo png webp avif bmp gif heic heif jp2 jxl tif tiff dng nef cr2 arw".split()  # noqa: SIM905
 )
@@ -25,35 +26,38 @@ _PICTURES = frozenset(
 def folder_source(root: str, long_side: int = 0) -> Source:
     """Reads ROOT/images, ROOT/labels.csv, ROOT/masks/<same name>.png and ROOT/classes.txt (a folder or URL).
 
-    labels.csv has the header image,labels or image,labels,split; labels are separated by semicolons; split is train
-    where none is given. Classes are the lines of classes.txt, else the labels of the csv, sorted. A photo is what its
-    bytes say, whatever its suffix. Masks of 0 and 255 alone count as drawn objects where the photo's label, or the
-    mask's folder, says of which class. DataError lists every row and file that does not fit.
+    labels.csv as shards.labels reads it; split is train where none is given. Classes are the lines of classes.txt, else
+    the labels of the csv, sorted. A photo is what its bytes say, whatever its suffix. Masks of 0 and 255 alone count as
+    drawn objects where the photo's label, or the mask's folder, says of which class. DataError lists every row and file
+    that does not fit.
     """
     root = root.rstrip("/")
     table = f"{root}/labels.csv"
-    notes: list[str] = []
-    classes: tuple[str, ...] = ()
-    if "classes.txt" in list_files(root, below=False):
-        classes, notes = foreground(read_lines(f"{root}/classes.txt"), f"{root}/classes.txt")
-    rows, more = read_rows(table, classes)
-    notes += more
-    if not classes:
-        labels = sorted({label for row in rows for label in row.labels})
-        classes, _ = foreground([label for label in labels if not is_background(label)], table)
-    there = list_files(f"{root}/images")
-    photos = _Finder(there)
+    rows = read_rows(table)
+    listed = read_lines(f"{root}/classes.txt") if "classes.txt" in list_files(root, below=False) else None
+    classes, notes = name_labels(rows, table, listed)
+    photos = FileNames(list_files(f"{root}/images"))
     problems: list[str] = []
-    by_image: dict[str, Row] = {}
+    by_photo: dict[str, Row] = {}
+    keys: dict[str, str] = {}
     for row in rows:
         where = f"{table}, line {row.line}"
-        if not (image := photos.find(row.image)):
+        photo = photos.find(row.image) or photos.find_stem(row.image)
+        if photo is None:
             problems.append(f"{where}: there is no image images/{row.image}")
             continue
-        if image in by_image:
-            problems.append(f"{where}: image {row.image} stands in line {by_image[image].line} as well")
+        key = safe_key(_stem(photo if photo == row.image else unicodedata.normalize("NFC", photo)))
+        if photo in by_photo:
+            line = by_photo[photo].line
+            problems.append(
+                f"{where}: image {row.image} stands in line {line} too; one row an image, labels joined by ;"
+            )
             continue
-        by_image[image] = row
+        if key in keys:
+            line = by_photo[keys[key]].line
+            problems.append(f"{where}: image {row.image} has the same key {key} as line {line}")
+            continue
+        by_photo[photo], keys[key] = row, photo
         if none := [label for label in row.labels if is_background(label)]:
             problems.append(f"{where}: {none[0]!r} is no class, every mask's 0: leave photos without any object out")
         elif not row.labels:
@@ -63,88 +67,66 @@ def folder_source(root: str, long_side: int = 0) -> Source:
                 check_labels(row.labels, classes, where)
             except DataError as error:
                 problems.append(str(error))
-    problems += [
-        f"images/{name} has no row in {table}" for name in sorted(there - by_image.keys()) if _is_picture(root, name)
-    ]
-    masks, odd = _masks(list_files(f"{root}/masks"), by_image)
-    problems += [f"masks/{name}{why} {table}" if why.endswith("of") else f"masks/{name}{why}" for name, why in odd]
+        if row.split in classes and row.split not in _SPLITS:
+            problems.append(f"{where}: split {row.split!r} is the name of a class; labels are joined by ; in one cell")
+    unlisted = sorted(photos.names - by_photo.keys())
+    problems += [f"images/{name} has no row in {table}" for name in unlisted if _is_picture(root, name)]
+    masks, odd = _masks(root, by_photo, table)
+    problems += odd
     if problems:
         raise DataError(listing(f"{root}: {len(problems)} problems", problems))
-    keys = keys_of(sorted(by_image))
-    image_of = {key: image for image, key in keys.items()}
-    binary = _binary(root, masks, by_image, classes)
+    binary = _binary(root, masks, by_photo, classes)
     if binary:
         notes.append(f"{root}/masks: in {len(binary)} masks of 0 and 255 alone 255 is taken as the class of the photo")
 
     def read(key: str) -> dict[str, bytes]:
-        image = image_of[key]
-        mask_name = masks.get(image, "")
+        photo = keys[key]
+        mask_name = masks.get(photo, "")
         mask = read_bytes(f"{root}/masks/{mask_name}") if mask_name else None
-        if mask is not None and image in binary:
+        if mask is not None and photo in binary:
             levels = np.array(Image.open(io.BytesIO(mask)))
-            mask = encode_mask(np.where(levels == VOID, np.uint8(binary[image]), levels))
-        photo = read_bytes(f"{root}/images/{image}")
-        labels = by_image[image].labels
-        return pack(key, f"images/{image}", photo, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
+            mask = encode_mask(np.where(levels == VOID, np.uint8(binary[photo]), levels))
+        data, labels = read_bytes(f"{root}/images/{photo}"), by_photo[photo].labels
+        return pack(key, f"images/{photo}", data, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
 
     splits: dict[str, list[str]] = {}
-    for image, row in by_image.items():
-        splits.setdefault(row.split, []).append(keys[image])
+    for key, photo in keys.items():
+        splits.setdefault(by_photo[photo].split, []).append(key)
     return Source(classes, splits, read, tuple(notes))
-
-
-class _Finder:
-    """The file that a row means: of that name, in whatever Unicode form, or of that name with a suffix."""
-
-    def __init__(self, files: Iterable[str]) -> None:
-        self._exact = set(files)
-        self._composed = {unicodedata.normalize("NFC", name): name for name in sorted(self._exact, reverse=True)}
-        self._stems: dict[str, list[str]] = {}
-        for name in sorted(self._exact):
-            stem = unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
-            self._stems.setdefault(stem, []).append(name)
-
-    def find(self, image: str) -> str:
-        """Its path, or nothing."""
-        if image in self._exact:
-            return image
-        stems = self._stems.get(image, [])
-        return self._composed.get(image) or (stems[0] if len(stems) == 1 else "")
 
 
 def _is_picture(root: str, name: str) -> bool:
     """Whether a file that no row names is a photo that somebody may miss, by its name or its first bytes."""
-    if PurePosixPath(name).name.startswith(".") or PurePosixPath(name).suffix.lower().lstrip(".") in _PICTURES:
-        return not PurePosixPath(name).name.startswith(".")
-    return not PurePosixPath(name).suffix and bool(photo_format(read_head(f"{root}/images/{name}")))
+    base = PurePosixPath(name)
+    if base.name.startswith("."):
+        return False
+    suffix = base.suffix.lower().lstrip(".")
+    return suffix in _PICTURES or (not suffix and bool(photo_format(read_head(f"{root}/images/{name}"))))
 
 
-def _masks(files: Iterable[str], rows: Mapping[str, Row]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Image -> its mask, and masks that cannot be used, with the reason."""
-    images: dict[str, list[str]] = {}
-    for image in rows:
-        images.setdefault(_stem(image), []).append(image)
-    found: dict[str, str] = {}
+def _masks(root: str, photos: Mapping[str, Row], table: str) -> tuple[dict[str, str], list[str]]:
+    """Photo -> its mask, and a line for each file of masks/ that cannot be used."""
+    there = FileNames(list_files(f"{root}/masks"))
+    found = {photo: mask for photo in photos if (mask := there.find(f"{_stem(photo)}.png"))}
     odd = []
-    for name in sorted(files):
+    for name in sorted(there.names - set(found.values())):
         suffix = PurePosixPath(name).suffix.lower().lstrip(".")
         if PurePosixPath(name).name.startswith(".") or suffix not in _PICTURES:
             continue
-        if suffix != "png":
-            odd.append((name, f": {suffix.upper()} masks are not read; save class numbers as PNG"))
-        elif _stem(name) not in images:
-            odd.append((name, " belongs to no image of"))
+        if suffix == "png":
+            odd.append(f"masks/{name} belongs to no image of {table}")
         else:
-            found |= dict.fromkeys(images[_stem(name)], name)
+            odd.append(f"masks/{name}: {suffix.upper()} masks are not read; save class numbers as PNG")
     return found, odd
 
 
-def _stem(path: str) -> str:
-    return unicodedata.normalize("NFC", str(PurePosixPath(path).with_suffix("")))
+def _stem(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.name else name
 
 
 def _binary(root: str, masks: Mapping[str, str], rows: Mapping[str, Row], classes: tuple[str, ...]) -> dict[str, int]:
-    """Image -> what 255 in its mask stands for, where no mask of the set holds a class number; empty elsewhere.
+    """Photo -> what 255 in its mask stands for, where no mask of the set holds a class number; empty elsewhere.
 
     One class, one label of the photo, or a part of the mask's path that is the name of one: else DataError.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -23,12 +24,17 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_text(path: str) -> str:
-    """A whole text file, UTF-8 or UTF-16 with its mark; DataError where it is neither."""
+    """A whole text file in UTF-8, or in UTF-16 with a byte order mark (Excel's Unicode text); DataError else."""
     data = read_bytes(path)
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text file ({error}): save it as one") from error
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} is not a UTF-8 text file (line {line}): save it as UTF-8") from error
+    if "\0" in text:
+        raise DataError(f"{path} is not a UTF-8 text file (it holds zero bytes): save it as UTF-8")
+    return text
 
 
 def read_lines(path: str) -> list[str]:

@@ -1,64 +1,94 @@
-"""Class names and keys as people write them: what is the same is folded, what only looks the same is a question."""
+"""Names as people and their tools write them: when two of a class are one, which file is meant, what is a safe key."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
+from urllib.parse import unquote
 
 from esol.data.index import MOST_CLASSES
 from esol.errors import DataError
 
-_QUOTES = "\"'`\u00b4\u2018\u2019\u201c\u201d\u00ab\u00bb"
 _KEY_BYTES = 80  # tar headers hold 100, extension included
+_QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "„": "“", "‘": "’", "«": "»"}
+_JOINERS = "\u200c\u200d"  # mean something between the letters of some scripts
+_LETTER = r"[^\W_]"
+_UPLOAD = re.compile(r"[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file
 
 
-def clean(name: str) -> str:
-    """NFC, without invisible characters and quotation marks around it, every run of spaces one space."""
-    visible = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
-    return " ".join(visible.split()).strip(_QUOTES).strip()
+def tidy(text: str) -> str:
+    """The same name in Unicode's composed form without invisible characters, quotes around it and surplus spaces."""
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(c for c in text if c.isspace() or c in _JOINERS or unicodedata.category(c) not in ("Cf", "Cc"))
+    text = re.sub(rf"(?<!\w)[{_JOINERS}]+|[{_JOINERS}]+(?!\w)", "", " ".join(text.split()))
+    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1]:
+        text = text[1:-1].strip()
+    return text
 
 
-def fold(names: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
-    """Labels as written, with their counts -> the class of each, and a note for each class that took others in.
+def fold(name: str) -> str:
+    """What tidy names of one class have in common: all but upper and lower case; single letters stay apart."""
+    bare = re.sub(f"[{_JOINERS}]", "", name)
+    return bare if len(bare) == 1 else unicodedata.normalize("NFC", bare.lower())
 
-    The same is what differs in case, composition or spaces; the commonest spelling stands. DataError for names that
-    differ in punctuation, accents or a plural alone: only a list of classes can say whether they are one.
+
+def similar(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ by a hyphen, space, underscore, final punctuation or a plural's ending alone.
+
+    Neither other letters (car, cat) nor other digits (1.5, 15) nor signs with a meaning (C, C++) make names similar.
     """
-    spellings: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, count in names.items():
-        spellings[clean(name).casefold()][clean(name)] += count
-    chosen = {key: min(own, key=lambda n: (-own[n], n)) for key, own in spellings.items()}
-    bare: dict[str, str] = {}
-    for key in sorted(chosen, key=lambda k: (len(_bare(k)), k)):
-        own = _bare(key)
-        other = next((bare[form] for form in (own, own.removesuffix("s"), own.removesuffix("es")) if form in bare), "")
-        if other:
-            raise DataError(
-                f"the labels {chosen[other]!r} and {chosen[key]!r} look like one class: write them alike, or put both "
-                "into classes.txt if they are two"
-            )
-        bare[own or key] = key
-    notes = [
-        f"{chosen[key]}: also written {', '.join(repr(n) for n in sorted(own_spellings) if n != chosen[key])}"
-        for key, own_spellings in sorted(spellings.items())
-        if len(own_spellings) > 1
-    ]
-    return {name: chosen[clean(name).casefold()] for name in names}, notes
+    found: list[tuple[str, str]] = []
+    first: dict[str, str] = {}
+    for name in names:
+        bare = _bare(name)
+        if bare in first:
+            found.append((first[bare], name))
+        first.setdefault(bare, name)
+    for bare, name in first.items():
+        if len(bare) > 2 and bare[-1].isalpha():
+            plurals = [bare + "s", *([bare + "es"] if re.search(r"(s|x|z|ch|sh|o)$", bare) else [])]
+            plurals += [bare[:-1] + "ies"] if bare.endswith("y") else []
+            found += [(name, first[plural]) for plural in plurals if plural in first]
+    return found
 
 
 def _bare(name: str) -> str:
-    """Letters and digits alone, without accents."""
-    apart = unicodedata.normalize("NFKD", name)
-    return "".join(c for c in apart if c.isalnum())
+    if len(name) == 1:
+        return name
+    text = unicodedata.normalize("NFKC", fold(name)).lower()
+    text = text.strip(" .,:;!?…") or text
+    between = rf"({_LETTER})(?:[\s_]+|[-‐‑–]|[.'’])(?={_LETTER})"
+    return re.sub(rf"(?!\d\W?_?\d){between}", r"\1", text)
+
+
+def matcher(classes: Sequence[str]) -> Callable[[str], str]:
+    """From a label to the class that it names: its exact spelling, else the only one that folds alike, else itself."""
+    exact = set(classes)
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(fold(name), []).append(name)
+
+    def match(label: str) -> str:
+        label = label if label in exact else tidy(label)
+        found = alike.get(fold(label), [])
+        return found[0] if label not in exact and len(found) == 1 else label
+
+    return match
+
+
+def check_count(classes: Sequence[str], where: str) -> None:
+    """DataError where masks cannot number the classes."""
+    if len(classes) > MOST_CLASSES:
+        raise DataError(f"{where}: {len(classes)} classes; masks can number {MOST_CLASSES}: merge or leave out some")
 
 
 def is_background(name: str) -> bool:
     """Whether a name says what no class is: background, _background_, BG."""
-    return _bare(clean(name).casefold()) in ("background", "bg")
+    return tidy(name).strip("_ ").lower() in ("background", "bg")
 
 
 def foreground(names: Iterable[str], where: str) -> tuple[tuple[str, ...], list[str]]:
@@ -66,11 +96,11 @@ def foreground(names: Iterable[str], where: str) -> tuple[tuple[str, ...], list[
 
     DataError, naming `where`, for a background further down, a name that is given twice, none, or more than 254.
     """
-    given = [clean(name) for name in names]
+    given = [tidy(name) for name in names]
     start = next((i for i, name in enumerate(given[:2], 1) if is_background(name)), 0)
-    if start == 2 and _bare(given[0].casefold()) not in ("ignore", "void", "unlabeled", "unlabelled"):
+    if start == 2 and given[0].strip("_ ").lower() not in ("ignore", "void", "unlabeled", "unlabelled"):
         start = 0
-    classes = given[start:]
+    classes = tuple(given[start:])
     notes = [f"{where}: {', '.join(given[:start])} is no class, masks number it 0"] if start else []
     for number, name in enumerate(classes, 1 + start):
         if is_background(name):
@@ -78,44 +108,76 @@ def foreground(names: Iterable[str], where: str) -> tuple[tuple[str, ...], list[
                 f"{where}, entry {number}: {name!r} cannot be a class, since 0 is background in every mask; take it "
                 "out and number the masks without it"
             )
-    twice = [name for name, times in Counter(name.casefold() for name in classes).items() if times > 1]
-    if twice:
-        raise DataError(f"{where} names a class twice: {twice[0]!r}")
+    if twice := [name for name, times in Counter(classes).items() if times > 1]:
+        raise DataError(f"{where} names a class twice: {twice[0]}")
     if not classes or not all(classes):
-        raise DataError(f"{where} names no class" + (" in a line" if classes else ""))
-    if len(classes) > MOST_CLASSES:
-        raise DataError(f"{where}: {len(classes)} classes; masks can number {MOST_CLASSES}")
-    return tuple(classes), notes
+        raise DataError(f"{where} must name each class once, one a line")
+    check_count(classes, where)
+    return classes, notes
 
 
-def keys_of(paths: Sequence[str], stems: bool = False) -> dict[str, str]:
-    """Path of each photo -> its key, without dots, slashes, spaces and control characters, 80 bytes at most.
+def safe_key(name: str) -> str:
+    """A sample's key from a path without extension: dots, slashes, spaces and what does not print are underscores.
 
-    The path without its suffix (stems: the last part of it); where two would meet, or one is too long, a longer name or
-    a hash tells them apart, whatever the order of the paths.
+    Longer ones than 80 bytes are cut and end in a hash of the whole; names that differ may meet in one key.
     """
-    candidates: dict[str, tuple[str, ...]] = {}
-    for path in paths:
-        whole = str(PurePosixPath(path).with_suffix("")) if PurePosixPath(path).name else path
-        tail = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:10]
-        short = _safe(PurePosixPath(whole).name) if stems else _safe(whole)
-        hashed = f"{_cut(_safe(path), _KEY_BYTES - 11)}-{tail}"
-        own = (short, _safe(whole), hashed)
-        candidates[path] = tuple(name for name in own if name and len(name.encode()) <= _KEY_BYTES)
-    level = dict.fromkeys(candidates, 0)
-    while True:
-        chosen = {path: names[level[path]] for path, names in candidates.items()}
-        times = Counter(chosen.values())
-        meet = [p for p, key in chosen.items() if times[key] > 1 and level[p] + 1 < len(candidates[p])]
-        if not meet:
-            return chosen
-        for path in meet:
-            level[path] += 1
+    key = "".join("_" if c in "./\\" or c.isspace() or not c.isprintable() else c for c in name)
+    if len(key.encode()) <= _KEY_BYTES:
+        return key
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
+    return key.encode()[: _KEY_BYTES - 13].decode(errors="ignore") + "_" + digest
 
 
-def _safe(path: str) -> str:
-    return "".join(c if c.isprintable() else "_" for c in re.sub(r"[./\\\s]", "_", path))
+class FileNames:
+    """The files of a folder, found under the names that tables and annotation files give them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+        self._by_form: dict[str, list[str]] = {}
+        self._by_base: dict[str, list[str]] = {}
+        for name in sorted(self.names):
+            form = unicodedata.normalize("NFC", name)
+            self._by_form.setdefault(form, []).append(name)
+            self._by_base.setdefault(PurePosixPath(form).name, []).append(name)
+        self._tops = {name.split("/", 1)[0] for name in self.names if "/" in name}
+
+    def find(self, wanted: str) -> str | None:
+        """The name itself, or the one file meant by it; None where there is none or more than one.
+
+        In turn: another Unicode form (macOS), backslashes, percent signs and addresses, folders before it that are not
+        here, Label Studio's eight digits before a name, a folder here that the name lacks.
+        """
+        if wanted in self.names:
+            return wanted
+        for name in self._spellings(wanted.strip()):
+            if len(found := self._by_form.get(unicodedata.normalize("NFC", name), [])) == 1:
+                return found[0]
+        base = unicodedata.normalize("NFC", wanted.strip())
+        found = [] if "/" in base or "\\" in base else self._by_base.get(base, [])
+        return found[0] if len(found) == 1 else None
+
+    def find_stem(self, wanted: str) -> str | None:
+        """The one file that has this name before its suffix."""
+        form = unicodedata.normalize("NFC", wanted)
+        found = [name for name in self.names if _without_suffix(name) == form] if form else []
+        return found[0] if len(found) == 1 else None
+
+    def _spellings(self, wanted: str) -> Iterable[str]:
+        yield wanted
+        for path in dict.fromkeys((wanted, unquote(wanted.rpartition("?d=")[2].split("?")[0]))):
+            path = re.sub(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/*", "", path.replace("\\", "/"))
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            if ".." in parts:
+                continue
+            while parts:
+                yield "/".join(parts)
+                if _UPLOAD.match(parts[-1]):
+                    yield "/".join([*parts[:-1], parts[-1][9:]])
+                if len(parts) > 1 and parts[0] in self._tops:
+                    break  # it is about a folder that is here: not another file of that name
+                parts = parts[1:]
 
 
-def _cut(text: str, length: int) -> str:
-    return text.encode()[:length].decode(errors="ignore")
+def _without_suffix(name: str) -> str:
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
+    return str(path.with_suffix("")) if path.suffix else ""

@@ -25,14 +25,13 @@ class Source:
     """What `create` turns into shards.
 
     classes: names without background; splits: name -> keys; read: key -> sample as pack returns it, called in any order
-    and from several threads, DataError where the sample cannot be used; notes: what was taken, dropped or merged, a
-    line each.
+    and from several threads, DataError where the sample cannot be used; notes: lines on what was merged or left out.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, list[str]]
     read: Callable[[str], dict[str, bytes]]
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 def pack(

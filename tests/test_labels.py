@@ -1,253 +1,177 @@
-"""labels.csv, classes and masks as people write them: the same is folded, what is doubtful stops with one line."""
+"""What labels.csv names: what is one class, what are two, and what nobody can tell; and names of files."""
 
-import io
+import json
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from esol.data.index import Index
-from esol.data.reader import ShardReader
-from esol.data.transforms import decode_mask
 from esol.errors import DataError
 from shards import cli
 from shards.folder import folder_source
-from shards.names import keys_of
-from shards.samples import encode_png
-from shards.writer import create
-
-NFD = unicodedata.normalize("NFD", "café")
+from shards.names import FileNames, safe_key, similar
+from shards.samples import Source
+from tests.test_shards_sources import save_photo
 
 
-def picture(kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
-    out = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (12, 16, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, kind, **options)
-    return out.getvalue()
+def source_of(root: Path, *cells: str, classes: tuple[str, ...] = (), table: bytes = b"") -> Source:
+    """A folder of one photo for each cell of the column labels, or with the table as it is."""
+    for number in range(len(cells) or 2):
+        save_photo(root / f"images/{number}.jpg")
+    rows = "".join(f"{number}.jpg,{cell}\n" for number, cell in enumerate(cells))
+    (root / "labels.csv").write_bytes(table or f"image,labels\n{rows}".encode())
+    (root / "classes.txt").unlink(missing_ok=True)
+    if classes:
+        (root / "classes.txt").write_text("\n".join(classes), encoding="utf-8")
+    return folder_source(str(root))
 
 
-def lay(root: Path, table: str | bytes, names: tuple[str, ...] = ("a.jpg", "b.jpg", "c.jpg"), **more: str) -> str:
-    """A folder of photos with this labels.csv; more: classes="a line each"."""
-    (root / "images").mkdir(parents=True)
-    for number, name in enumerate(names):
-        (root / "images" / name).parent.mkdir(exist_ok=True)
-        (root / "images" / name).write_bytes(picture(seed=number))
-    (root / "labels.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
-    if "classes" in more:
-        (root / "classes.txt").write_text(more["classes"])
-    return str(root)
+def labels_of(source: Source) -> list[list[str]]:
+    keys = sorted(key for keys in source.splits.values() for key in keys)
+    return [json.loads(source.read(key)["json"])["labels"] for key in keys]
 
 
-def draw(root: Path, name: str, *numbers: int) -> None:
-    levels = np.zeros((12, 16), np.uint8)
-    for number in numbers:
-        levels[3 * numbers.index(number) :, 4:9] = number
-    path = root / "masks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(Image.fromarray(levels)))
+CAT, DOG, BOTH = ["cat"], ["dog"], ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
-    ("cells", "classes"),
+    ("cells", "labels"),
     [
-        (('"cat, dog"', "cat"), ("cat", "dog")),
-        (("cat|dog", "cat"), ("cat", "dog")),
-        (("cat;dog", "cat ; "), ("cat", "dog")),
-        (("Cat", "cat"), ("Cat",)),  # as often: the first of the alphabet
-        (("CAT", "cat;dog", "cat"), ("cat", "dog")),
-        (("caf\u00e9", NFD), ("caf\u00e9",)),
-        (("polar\u00a0bear", "polar  bear"), ("polar bear",)),
-        (("\u200bcat", "cat\ufeff"), ("cat",)),
-        (('"\u201ccat\u201d"', "'cat'"), ("cat",)),
-        (("bus", "glass", "grass"), ("bus", "glass", "grass")),
-        (("car", "cat"), ("car", "cat")),
-        (("bear, polar;cat", "cat"), None),
+        (('"cat, dog"', "cat"), [BOTH, CAT]),
+        (("cat|dog", "cat"), [BOTH, CAT]),
+        (("cat；dog", "cat"), [BOTH, CAT]),
+        (('"cat\ndog"', "cat"), [BOTH, CAT]),
+        (("cat;", ";dog|", '"cat,"'), [CAT, DOG, CAT]),
+        (("Cat", "cat", "CAT;cat;dog"), [CAT, CAT, BOTH]),
+        (("\u200bcat", "cat\u00a0", '"""cat"""', "“cat”", "'cat'"), [CAT] * 5),
+        (("polar\u00a0bear", "polar  bear", "polar bear"), [["polar bear"]] * 3),
+        ((unicodedata.normalize("NFD", "café"), "café"), [["café"]] * 2),
+        (
+            ("A", "a", "C", "C++", "1.5", "15", "car;cat"),
+            [["A"], ["a"], ["C"], ["C++"], ["1.5"], ["15"], ["car", "cat"]],
+        ),
     ],
 )
-def test_what_is_the_same_class_is_one(tmp_path: Path, cells: tuple[str, ...], classes: tuple[str, ...] | None) -> None:
-    rows = "".join(f"{name},{cell}\n" for name, cell in zip(("a.jpg", "b.jpg", "c.jpg"), cells, strict=False))
-    if classes is None:
-        rows = rows.replace("bear, polar;cat", '"bear, polar;cat"')
-        classes = ("bear, polar", "cat")
-    root = lay(tmp_path / "set", f"image,labels\n{rows}", ("a.jpg", "b.jpg", "c.jpg")[: len(cells)])
-    assert folder_source(root).classes == classes
+def test_labels_that_are_the_same_are_one_class(tmp_path: Path, cells: tuple[str, ...], labels: list) -> None:
+    assert labels_of(source_of(tmp_path, *cells)) == labels
 
 
-@pytest.mark.parametrize("pair", ["cat cats", "fire-truck fire_truck", "hot-dog hotdog", "caf\u00e9 cafe", "box boxes"])
-def test_what_only_looks_the_same_is_a_question_that_classes_txt_answers(tmp_path: Path, pair: str) -> None:
-    one, two = pair.split()
-    table = f"image,labels\na.jpg,{one}\nb.jpg,{two}\n"
-    root = lay(tmp_path / "set", table, ("a.jpg", "b.jpg"))
-    with pytest.raises(DataError, match=f"the labels '{one}' and '{two}' look like one class|'{two}' and '{one}'"):
-        folder_source(root)
-    (tmp_path / "set/classes.txt").write_text(f"{one}\n{two}\n")
-    assert folder_source(root).classes == (one, two)
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (("polar-bear", "polar bear"), r"'polar bear' \(line 3\) and 'polar-bear' \(line 2\) look like one class;"),
+        (("polar_bear", "polarbear"), "look like one class"),
+        (("cats", "cat"), "list both in classes.txt if they are two"),
+        (("cat.", "cat"), "look like one class"),
+        (("cat;dog", '"cat, dog"'), "line 3: 'cat, dog' holds what is a class elsewhere"),
+        (("cat|dog", "cat/dog"), "line 3: 'cat/dog' holds what is a class elsewhere"),
+        (('"bear, polar"', '"seal, harbor"'), "line 2: is 'bear, polar' one class or several"),
+        (("\"['cat', 'dog']\"", "cat"), r"line 2: \['cat', 'dog'\] is a program's list; write labels as cat;dog"),
+        (tuple(f"name {n}x" for n in range(255)), "255 classes; masks can number 254"),
+    ],
+)
+def test_what_could_be_one_class_or_two_is_named_and_classes_txt_settles_it(
+    tmp_path: Path, cells: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        source_of(tmp_path, *cells)
+    if len(cells) == 2 and ";" not in cells[0]:
+        classes = tuple(cell.strip('"') for cell in cells)
+        assert labels_of(source_of(tmp_path, *cells, classes=classes)) == [[name] for name in classes]
+
+
+def test_lines_of_classes_txt_are_found_by_what_folds_alike_but_spelling_comes_first(tmp_path: Path) -> None:
+    classes = ("Polar Bear", "seal, harbor", "dog", "Dog")
+    cells = ("polar  bear|dog", '"seal, harbor"', '"Dog, polar bear"', "Dog;dog")
+    source = source_of(tmp_path, *cells, classes=classes)
+    assert source.classes == classes
+    assert labels_of(source) == [["Polar Bear", "dog"], ["seal, harbor"], ["Polar Bear", "Dog"], ["dog", "Dog"]]
+    with pytest.raises(DataError, match="line 2: label 'DOG' is not in the class list"):
+        source_of(tmp_path, "DOG", classes=classes)
+    with pytest.raises(DataError, match=r"classes\.txt names a class twice: cat"):
+        source_of(tmp_path, "cat", classes=("cat", "cat\u200b"))
 
 
 @pytest.mark.parametrize(
     "table",
     [
-        "\ufeffimage,labels\r\na.jpg,cat\r\nb.jpg,dog\r\n,\r\n , \r\n",
-        "Image;Labels\na.jpg;cat\nb.jpg;dog\n;\n",
-        "image\tlabels\na\tcat\nb\tdog\n",
-        "image,labels,,\nimages/a.jpg,cat,,\n.\\b.jpg,dog,,\n",
-        "image,labels\na.jpg,cat\nb.jpg,dog\n".encode("utf-16"),
+        '\ufeffsep=;\r\nImage;Labels;Split\r\n0.jpg;cat;train\r\n1.jpg;"cat;dog";train\r\n;;\r\n'.encode(),
+        "image\tlabels\n0.jpg\tcat\n1.jpg\tcat;dog\n".encode("utf-16"),
+        b"image,labels,,\r0.jpg,cat,,\r,,,\r1.jpg,cat;dog,,\r",
+        b'image,labels\nimages\\0.jpg, "cat"\n./1.jpg, "cat;dog"\n',
     ],
 )
-def test_dialects_of_spreadsheets(tmp_path: Path, table: str | bytes) -> None:
-    source = folder_source(lay(tmp_path / "set", table, ("a.jpg", "b.jpg")))
-    assert source.classes == ("cat", "dog")
-    assert source.splits == {"train": ["a", "b"]}
+def test_tables_of_spreadsheets_are_read(tmp_path: Path, table: bytes) -> None:
+    assert labels_of(source_of(tmp_path, table=table)) == [CAT, BOTH]
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
+    ("table", "words"),
     [
-        ("image,labels\na.jpg,cat;dog\nb.jpg,cat|dog\n", r"the label 'cat\|dog' holds '\|', and 'cat' is a label as"),
-        ("image,labels\n,cat\n", "line 2: the cell of the image is empty"),
-        ("image,labels\na.jpg,cat\na.jpg,dog\nb.jpg,cat\n", r"line 3: image a\.jpg stands in line 2 as well"),
-        ("image,labels\na.jpg,background\nb.jpg,cat\n", "line 2: 'background' is no class, every mask's 0"),
+        ("image,labels\n0.jpg,café\n".encode("cp1252"), r"labels\.csv is not a UTF-8 text file \(line 2\): save it as"),
+        ("image,labels\n0.jpg,cat\n".encode("utf-16-le"), r"not a UTF-8 text file \(it holds zero bytes\)"),
+        (b"image;labels\n0.jpg;cat;dog\n", r"line 2: 3 columns instead of 2; .* in quotes \(\"cat;dog\"\)"),
+        (b"image,labels,split\n0.jpg,cat,dog\n1.jpg,dog,\n", "line 2: split 'dog' is the name of a class"),
         (
-            "image,labels\na.jpg,caf\u00e9\nb.jpg,cat\n".encode("cp1252"),
-            r"is not a UTF-8 text file .* save it as one",
+            b"image,labels\n0.jpg,cat\n0.jpg,dog\n1.jpg,cat\n",
+            "line 3: image 0.jpg stands in line 2 too; one row an image",
         ),
-        ("image,labels\na.jpg,c\0at\nb.jpg,cat\n", "line 2: it holds a NUL"),
+        (b"image,labels\n,cat\n..,cat\n/,cat\n0.jpg,cat\n1.jpg,cat\n", r"line 3: there is no image images/\.\.\n"),
     ],
 )
-def test_what_is_doubtful_stops_with_a_line(tmp_path: Path, table: str | bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        folder_source(lay(tmp_path / "set", table, ("a.jpg", "b.jpg")))
+def test_bad_tables_are_named(tmp_path: Path, table: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        source_of(tmp_path, table=table)
 
 
-def test_classes_txt_is_matched_by_the_same_folding_and_its_background_is_none(
+def test_files_are_found_in_the_other_unicode_form(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
+    save_photo(tmp_path / "images" / apart)
+    (tmp_path / "labels.csv").write_text(f"image,labels\n{composed},cat\n", encoding="utf-8")
+    assert folder_source(str(tmp_path)).splits == {"train": ["é"]}
+
+
+def test_create_prints_each_class_with_its_count_and_what_was_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lists = "__ignore__\n_background_\nCat\nbear, polar\n"
-    table = 'image,labels\na.jpg,"cat ;BEAR,  polar"\nb.jpg,"bear, polar"\n'
-    root = lay(tmp_path / "set", table, ("a.jpg", "b.jpg"), classes=lists)
-    assert cli.main(["create", "folder", root, "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "classes.txt: __ignore__, _background_ is no class, masks number it 0" in said
-    for line in ("  class        labelled", "  Cat                 1", "  bear, polar         2"):
-        assert line in said.splitlines()
-    (tmp_path / "set/classes.txt").write_text("cat\nbackground\n")
-    with pytest.raises(
-        DataError, match=r"classes\.txt, entry 2: 'background' cannot be a class, since 0 is background"
+    source_of(tmp_path / "own", "cat|dog", "Cat", "cat", "train")
+    assert cli.main(["create", "folder", f"{tmp_path}/own", "--out", f"{tmp_path}/out"]) == 0
+    printed = capsys.readouterr().out
+    counts = [line.split() for line in printed.splitlines()]
+    assert all([name, count] in counts for name, count in (("cat", "3"), ("dog", "1"), ("train", "1")))
+    assert "labels.csv: 'Cat' (1) is counted as 'cat' (2)\n" in printed
+    assert "labels.csv: labels joined by | were taken apart in 1 cell\n" in printed
+
+
+def test_near_names_are_not_near_enough() -> None:
+    for names in (
+        ("car", "cat"),
+        ("dog", "dgo"),
+        ("1-5", "15"),
+        ("glass", "class"),
+        ("A-", "A"),
+        ("C#", "C"),
+        ("s", "ss"),
     ):
-        folder_source(root)
-    (tmp_path / "set/classes.txt").write_text("\n".join(f"c{i}" for i in range(255)))
-    with pytest.raises(DataError, match="255 classes; masks can number 254"):
-        folder_source(root)
+        assert similar(names) == []
+    for names in (("bus", "buses"), ("berry", "berries"), ("T-shirt", "t shirt"), ("type 1", "type1")):
+        assert similar(names) == [names]
 
 
-def test_photos_are_what_their_bytes_say_and_links_are_followed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = tmp_path / "elsewhere"
-    store.mkdir()
-    (store / "9f86d0").write_bytes(picture(seed=9))
-    rows = [
-        "a.jfif,cat",
-        "b,cat",
-        "c.JPE,cat",
-        "caf\u00e9.jpg,cat",
-        "link,cat",
-        "more/d.png,cat",
-        "tif.jpg,cat",
-        "e.jpg,cat",
-    ]
-    root = Path(lay(tmp_path / "set", "image,labels\n" + "\n".join(rows), ("a.jfif", "b", "c.JPE", f"{NFD}.jpg")))
-    (root / "images/link").symlink_to(store / "9f86d0")
-    (root / "images/more").symlink_to(tmp_path / "folder", target_is_directory=True)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/d.png").write_bytes(picture("PNG"))
-    (tmp_path / "folder/back").symlink_to(root / "images", target_is_directory=True)  # a circle
-    (root / "images/Thumbs.db").write_bytes(b"no photo")
-    (root / "images/tif.jpg").write_bytes(picture("TIFF"))
-    (root / "images/e.jpg").write_bytes(picture()[:-300])
-    out = str(tmp_path / "out")
-    assert cli.main(["create", "folder", str(root), "--out", out]) == 2
-    said = capsys.readouterr().err
-    assert "error: 2 images cannot be used; nothing was finished; --drop-damaged leaves them out" in said
-    assert "images/tif.jpg: TIFF is not supported; convert it to JPEG, PNG or WebP" in said
-    assert "images/e.jpg: unreadable image" in said
-    assert cli.main(["create", "folder", str(root), "--out", out, "--drop-damaged"]) == 0
-    assert "warning: 2 images were left out\n  images/e.jpg: unreadable" in capsys.readouterr().out
-    index = Index.load(out)
-    assert sorted(index.keys.tolist()) == ["a", "b", "c", f"{NFD}", "link", "more_d"]
-    assert len(index.split("train")) == 6
-    (root / "images/extra").write_bytes(picture())
-    with pytest.raises(DataError, match="images/extra has no row in"):
-        folder_source(str(root))
-
-
-def read_masks(out: Path) -> dict[str, list[int]]:
-    reader = ShardReader(Index.load(out))
-    keys = reader.index.keys.tolist()
-    return {k: np.unique(decode_mask(reader.read(i, "mask.png"), k)).tolist() for i, k in enumerate(keys)}
-
-
-@pytest.mark.parametrize("labels", ["cat cat cat", "cat dog dog"])
-def test_masks_of_0_and_255_are_the_class_of_their_photo(tmp_path: Path, labels: str) -> None:
-    own = labels.split()
-    table = "image,labels\n" + "".join(f"{n}.jpg,{label}\n" for n, label in zip("abc", own, strict=True))
-    root = Path(lay(tmp_path / "set", table))
-    for name in "abc":
-        draw(root, f"{name}.png", 255)
-    source = folder_source(str(root))
-    assert "in 3 masks of 0 and 255 alone 255 is taken as the class" in source.notes[-1]
-    create(source, str(tmp_path / "out"))
-    numbers = {name: source.classes.index(label) + 1 for name, label in zip("abc", own, strict=True)}
-    assert read_masks(tmp_path / "out") == {name: [0, number] for name, number in numbers.items()}
-
-
-def test_masks_of_0_and_255_in_folders_named_by_class_and_of_none(tmp_path: Path) -> None:
-    names = ("cat/a.jpg", "dog/b.jpg")
-    root = Path(lay(tmp_path / "set", "image,labels\ncat/a.jpg,cat;dog\ndog/b.jpg,cat;dog\n", names))
-    for name in names:
-        draw(root, name.replace(".jpg", ".png"), 255)
-    create(folder_source(str(root)), str(tmp_path / "out"))
-    assert read_masks(tmp_path / "out") == {"cat_a": [0, 1], "dog_b": [0, 2]}
-    flat = Path(lay(tmp_path / "flat", "image,labels\na.jpg,cat;dog\n", ("a.jpg",)))
-    draw(flat, "a.png", 255)
-    with pytest.raises(DataError, match=r"a\.png holds 0 and 255 alone, and its photo is labelled cat, dog: number"):
-        folder_source(str(flat))
-    draw(flat, "a.png", 255, 1)  # 255 beside a number is void, as in VOC
-    create(folder_source(str(flat)), str(tmp_path / "void"))
-    assert read_masks(tmp_path / "void") == {"a": [0, 1, 255]}
-
-
-def test_masks_that_are_numbered_otherwise_are_refused_and_slips_are_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = "image,labels\n" + "".join(f"{n}.jpg,{'cat' if n < 'd' else 'dog'}\n" for n in "abcdef")
-    root = Path(lay(tmp_path / "set", table, tuple(f"{n}.jpg" for n in "abcdef")))
-    for name in "abcdef":
-        draw(root, f"{name}.png", 2 if name < "d" else 1)
-    command = ["create", "folder", str(root), "--out", str(tmp_path / "out")]
-    assert cli.main(command) == 2
-    said = capsys.readouterr().err
-    assert "cat is drawn in 3 masks, and 3 of their photos are not labelled with it (such as: a shows dog" in said
-    assert "masks must be numbered 0 = background, 1 = cat, 2 = dog, 255 = void" in said
-    for name in "abcdef":
-        draw(root, f"{name}.png", 1 if name < "d" else 2)
-    draw(root, "f.png", 1)
-    assert cli.main(command) == 0
-    said = capsys.readouterr().out
-    assert ["cat", "3", "4", "3"] in [line.split() for line in said.splitlines()]  # labelled, drawn, both
-    assert "warning: 1 of 6 masks show a class that their photo is not labelled with: f shows cat, its labels" in said
-    (root / "masks/a.jpg").write_bytes(picture())
-    with pytest.raises(DataError, match=r"masks/a\.jpg: JPG masks are not read; save class numbers as PNG"):
-        folder_source(str(root))
-
-
-def test_keys_never_meet_and_do_not_depend_on_the_order() -> None:
-    names = ["a b.jpg", "a_b.jpg", "x/1.jpg", "y/1.jpg", "p.rf.0a1.jpg", "n" * 120 + ".jpg", "n" * 120 + ".png"]
-    keys = keys_of(names, stems=True)
-    assert len(set(keys.values())) == len(names)
-    assert (keys["x/1.jpg"], keys["y/1.jpg"], keys["p.rf.0a1.jpg"]) == ("x_1", "y_1", "p_rf_0a1")
-    assert max(len(key.encode()) for key in keys.values()) <= 80
-    assert keys_of(names[::-1], stems=True) == keys
-    assert keys_of(["sub/one.v2.jpg"]) == {"sub/one.v2.jpg": "sub_one_v2"}
+def test_names_of_files_and_keys() -> None:
+    files = FileNames(["a.jpg", "x/b.jpg", "y/b.jpg", "sub/only.jpg", "my photo.jpg"])
+    for name, found in {
+        "images\\a.jpg": "a.jpg",
+        "/data/upload/1/0a1b2c3d-a.jpg": "a.jpg",
+        "/data/local-files/?d=x/b.jpg": "x/b.jpg",
+        "https://host/photos/my%20photo.jpg": "my photo.jpg",
+        "only.jpg": "sub/only.jpg",
+        "b.jpg": None,  # there are two
+        "x/a.jpg": None,  # x is here, and a.jpg is not in it
+        "../a.jpg": None,
+    }.items():
+        assert files.find(name) == found
+    long = "x" * 90
+    assert safe_key("a.b c/d\\e") == "a_b_c_d_e"
+    assert safe_key(long + "1") != safe_key(long + "2")
+    assert max(len(safe_key(name).encode()) for name in (long, "é" * 90)) <= 80

@@ -1,4 +1,4 @@
-"""VOC, COCO and own folders as sources of shards, on tiny trees made here."""
+"""VOC and own folders as sources of shards, on tiny trees made here."""
 
 import io
 import json
@@ -13,12 +13,9 @@ from PIL import Image
 from esol.data.index import Index
 from esol.errors import DataError
 from shards import cli
-from shards.coco import coco_source
 from shards.folder import folder_source
-from shards.samples import Source, encode_mask
+from shards.samples import encode_mask
 from shards.voc import CLASSES, read_cls_labels, voc_source
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside pycocotools
 
 
 def save_photo(path: Path, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -191,85 +188,6 @@ def test_what_is_no_cls_labels_is_named(tmp_path: Path, held: object) -> None:
         read_cls_labels(str(file))
 
 
-def polygon(x0: int, y0: int, x1: int, y1: int) -> list[list[int]]:
-    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
-
-
-@pytest.fixture
-def coco(tmp_path: Path) -> Path:
-    """a: cat under a later dog and a dog crowd; b: only a crowd; c: nothing. Category ids 3 and 7."""
-    for name in ("a", "b", "c"):
-        save_photo(tmp_path / f"photos/{name}.jpg")
-    crowd = {"size": [10, 20], "counts": [100, 100]}
-    annotations = [
-        {"id": 1, "image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": polygon(0, 0, 10, 10)},
-        {"id": 2, "image_id": 1, "category_id": 7, "iscrowd": 1, "segmentation": crowd},
-        {"id": 3, "image_id": 1, "category_id": 7, "iscrowd": 0, "segmentation": polygon(5, 0, 12, 10)},
-        {"id": 4, "image_id": 2, "category_id": 3, "iscrowd": 1, "segmentation": crowd},
-    ]
-    tree = {
-        "images": [{"id": i, "file_name": f"{n}.jpg", "height": 10, "width": 20} for i, n in enumerate("abc", 1)],
-        "annotations": annotations,
-        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-    }
-    (tmp_path / "i.json").write_text(json.dumps(tree))
-    return tmp_path
-
-
-def coco_of(root: Path, **more: bool) -> Source:
-    return coco_source([f"{root}/photos"], [f"{root}/i.json"], ["train"], **more)
-
-
-def test_coco_masks_leave_crowds_out_and_later_annotations_win(coco: Path) -> None:
-    source = coco_of(coco)
-    assert source.classes == ("cat", "dog")
-    sample = source.read("a")
-    assert labels_of(sample) == ["cat", "dog"]
-    assert mask_of(sample)[4].tolist() == [1] * 5 + [2] * 7 + [0] * 8
-
-
-def test_both_coco_lists(coco: Path) -> None:
-    assert coco_of(coco).splits == {"train": ["a"]}
-    everything = coco_of(coco, keep_unannotated=True)
-    assert everything.splits == {"train": ["a", "b", "c"]}
-    assert labels_of(everything.read("b")) == []
-    assert not mask_of(everything.read("b")).any()
-
-
-def test_coco_command_makes_a_split_of_each_file(coco: Path) -> None:
-    tree = json.loads((coco / "i.json").read_text())
-    tree["images"] = [{**i, "file_name": f"val_{i['file_name']}"} for i in tree["images"]]
-    (coco / "v.json").write_text(json.dumps(tree))
-    save_photo(coco / "others/val_a.jpg")
-    words = ["--images", f"{coco}/photos", "--annotations", f"{coco}/i.json", "--split", "train"]
-    words += ["--images", f"{coco}/others", "--annotations", f"{coco}/v.json", "--split", "val"]
-    assert cli.main(["create", "coco", *words, "--out", f"{coco}/out"]) == 0
-    index = Index.load(f"{coco}/out")
-    assert {n: index.keys[o].tolist() for n, o in index.splits.items()} == {"train": ["a"], "val": ["val_a"]}
-
-
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda t: t.pop("categories"), r"i\.json"),
-        (
-            lambda t: t["images"][0].update(height=12),
-            r"i\.json: image 1 is 20x12 pixels, but its photo .*a\.jpg is 20x10",
-        ),
-        (lambda t: t["annotations"][0].update(category_id=99), r"annotation 1 has unknown category 99"),
-        (lambda t: t["annotations"][0].update(segmentation=[[1, 2]]), "annotation 1: bad segmentation"),
-        (lambda t: t["images"][0].update(file_name="z.jpg"), r"z\.jpg is missing"),
-        (lambda t: t["images"].append(t["images"][0]), "lists image a twice"),
-    ],
-)
-def test_bad_coco_entries_are_named(coco: Path, edit: Callable, words: str) -> None:
-    tree = json.loads((coco / "i.json").read_text())
-    edit(tree)
-    (coco / "i.json").write_text(json.dumps(tree))
-    with pytest.raises(DataError, match=words):
-        (lambda source: source.read(source.splits["train"][0]))(coco_of(coco))
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     root = tmp_path / "own"
@@ -334,8 +252,8 @@ def test_bad_rows_are_named_by_line(own: Path, rows: str, words: str) -> None:
 
 
 def test_bad_header_is_quoted(own: Path) -> None:
-    (own / "labels.csv").write_text("photo;tags\none.jpg;kiwi\n")
-    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not photo;tags"):
+    (own / "labels.csv").write_text("file;labels\none.jpg;kiwi\n")
+    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not file;labels"):
         folder_source(str(own))
 
 
