@@ -9,7 +9,7 @@ from typing import Any
 
 from esol.errors import DataError
 from shards.inputs import read_bytes
-from shards.names import fold, tidy
+from shards.names import fold, similar, tidy
 
 Id = int | str
 _BACKGROUND = {"background", "_background_", "__background__", "__ignore__"}
@@ -80,7 +80,8 @@ def read_coco(file: str) -> CocoFile:
         if crowd:
             held.crowds += 1
         else:
-            images[image].annotations.append(entry | {"category_id": category})
+            entry["category_id"] = category
+            images[image].annotations.append(entry)
     if held.strays and held.strays == len(parts["annotations"]):
         raise DataError(f"{file}: no annotation belongs to an image of the file: no image_id is the id of one")
     return held
@@ -111,7 +112,11 @@ def classes_of(files: list[CocoFile]) -> tuple[tuple[str, ...], dict[Id, int], l
         if fold(name) in named:
             notes.append(f"{first}: category {name!r} ({key}) is merged with {named[fold(name)][0]!r} of the same name")
         number[key] = named.setdefault(fold(name), (name, len(named) + 1))[1]
-    return tuple(name for name, _ in named.values()), number, notes
+    classes = tuple(name for name, _ in named.values())
+    notes += [
+        f"{first}: categories {one!r} and {other!r} are two classes; are they one?" for one, other in similar(classes)
+    ]
+    return classes, number, notes
 
 
 def _entries(tree: Any, name: str, file: str) -> list[dict[str, Any]]:

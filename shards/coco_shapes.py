@@ -20,14 +20,13 @@ def has_shape(annotation: dict[str, Any]) -> bool:
 def within_one(annotation: dict[str, Any]) -> bool | None:
     """Whether all its polygons lie within 0..1, as fractions of the photo's sides do; None where it has no polygon."""
     shape = annotation.get("segmentation")
-    values = [
-        value
-        for polygon in (shape if isinstance(shape, list) else ())
-        for value in (polygon if isinstance(polygon, list) else ())
-    ]
-    if not values:
-        return None
-    return all(isinstance(value, int | float) and 0 <= value <= 1 for value in values)
+    found = False
+    for polygon in shape if isinstance(shape, list) else ():
+        for value in polygon if isinstance(polygon, list) else ():
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                return False
+            found = True
+    return found or None
 
 
 def inside(annotation: dict[str, Any], height: int, width: int, normalised: bool, where: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from esol.files import atomic_write
 from esol.progress import progress
 from shards.samples import encode_mask, listing, open_mask
 
-UNSAFE = r"[./\\\s]"  # what becomes an underscore, as in folder.py
+UNSAFE = r"[./\\\s]"  # what becomes an underscore, as in shards.names.safe_key
 PARTS = ("labels.csv", "classes.txt", "images", "masks")  # all that export writes, and that --overwrite removes
 
 

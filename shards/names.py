@@ -164,7 +164,7 @@ class FileNames:
 
     def _spellings(self, wanted: str) -> Iterable[str]:
         yield wanted
-        for path in dict.fromkeys((wanted, unquote(wanted.rpartition("?d=")[2].split("?")[0]))):
+        for path in dict.fromkeys((wanted, unquote(wanted.rpartition("?d=")[2].split("?")[0]), tidy(wanted))):
             path = re.sub(r"^[a-zA-Z][a-zA-Z0-9+.-]*:/*", "", path.replace("\\", "/"))
             parts = [part for part in path.split("/") if part not in ("", ".")]
             if ".." in parts:

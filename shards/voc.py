@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
+from esol.data.index import PHOTO_EXTENSIONS
 from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_lines
+from shards.names import FileNames, safe_key
 from shards.samples import VOID, Source, check_labels, encode_mask, open_mask, pack
+from shards.voc_xml import CLASSES, labels_of
 
-CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
 SPLITS = ("train", "train_aug", "val")
 
 
@@ -44,48 +43,73 @@ def voc_source(
     if len(check_labels(classes, CLASSES, "--classes")) != len(classes) or not classes:
         raise DataError(f"--classes: name every class once, got {', '.join(classes) or 'none'}")
     root = root.rstrip("/")
-    lists = {name: _read_list(file) for name, file in _lists(root, splits, ids_dir).items()}
+    photos = _by_stem(list_files(f"{root}/JPEGImages"))
+    stems = FileNames(photos)
+    mask_names = FileNames(list_files(f"{root}/{masks}") if masks else ())
+    lists = {name: _read_list(file, stems) for name, file in _lists(root, splits, ids_dir).items()}
     if unknown := sorted(set(no_labels) - set(lists)):
         raise DataError(f"--no-labels {unknown[0]}: the splits are {', '.join(lists)}")
-    labelled = {key for name, keys in lists.items() if name not in no_labels for key in keys}
-    photos, mask_names = list_files(f"{root}/JPEGImages"), list_files(f"{root}/{masks}") if masks else set()
+    labelled = {id for name, ids in lists.items() if name not in no_labels for id in ids}
     vectors = read_cls_labels(labels) if labels else None
+    annotations = FileNames(list_files(f"{root}/Annotations") if vectors is None else ())
     known: dict[str, list[str]] = {}
     problems = []
-    for key in dict.fromkeys(k for keys in lists.values() for k in keys):
-        if f"{key}.jpg" not in photos:
+    for id in dict.fromkeys(i for ids in lists.values() for i in ids):
+        if id not in photos:
             raise DataError(
-                f"{root}/JPEGImages/{key}.jpg is missing, a split lists it; lists may be given: --split NAME=FILE"
+                f"{root}/JPEGImages/{id}.jpg is missing, a split lists it; lists may be given: --split NAME=FILE"
             )
-        if key not in labelled:
-            known[key] = []
+        if id not in labelled:
+            known[id] = []
             continue
-        found = _labels_of(root, key) if vectors is None else _labels_in(vectors, key, labels)
-        known[key] = [c for c in classes if c in found]
-        if not known[key]:
-            problems.append(key)
+        if vectors is None:
+            found = labels_of(f"{root}/Annotations/{annotations.find(f'{id}.xml') or f'{id}.xml'}")
+        else:
+            found = _labels_in(vectors, id, labels)
+        known[id] = [c for c in classes if c in found]
+        if not known[id]:
+            problems.append(id)
     if problems and not drop_unlabelled:
         raise DataError(
             f"{len(problems)} images have no label of the classes {', '.join(classes)}: {', '.join(problems[:5])}"
             f"{' ...' if len(problems) > 5 else ''}; leave them out with --drop-unlabelled"
         )
-    lists = {name: [k for k in keys if known[k] or k not in labelled] for name, keys in lists.items()}
+    lists = {name: [i for i in ids if known[i] or i not in labelled] for name, ids in lists.items()}
+    notes = [f"{root}: {len(problems)} images without a label of the classes are left out"] if problems else []
+    id_of: dict[str, str] = {}
+    for id in known:
+        if id_of.setdefault(safe_key(id), id) != id:
+            raise DataError(
+                f"{root}: images {id_of[safe_key(id)]} and {id} have the same key {safe_key(id)}; rename one"
+            )
     table = np.zeros(256, dtype=np.uint8)
     table[VOID] = VOID
     for number, name in enumerate(classes, start=1):
         table[CLASSES.index(name) + 1] = number
 
     def read(key: str) -> dict[str, bytes]:
-        photo = read_bytes(f"{root}/JPEGImages/{key}.jpg")
-        mask = None
-        mask_name = f"{masks}/{key}.png"
-        if f"{key}.png" in mask_names:
+        id = id_of[key]
+        photo = f"JPEGImages/{photos[id]}"
+        data, mask = read_bytes(f"{root}/{photo}"), None
+        found = mask_names.find(f"{id}.png")
+        mask_name = f"{masks}/{found}"
+        if found is not None:
             mask = read_bytes(f"{root}/{mask_name}")
             if classes != CLASSES:
                 mask = _renumber(mask, mask_name, table)
-        return pack(key, f"JPEGImages/{key}.jpg", photo, known[key], classes, mask, mask_name, long_side)
+        return pack(key, photo, data, known[id], classes, mask, mask_name, long_side)
 
-    return Source(classes, lists, read)
+    return Source(classes, {name: [safe_key(id) for id in ids] for name, ids in lists.items()}, read, notes)
+
+
+def _by_stem(files: set[str]) -> dict[str, str]:
+    """Photos by their name without extension; of two a .jpg."""
+    found: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: (not name.endswith(".jpg"), name)):
+        stem, _, extension = name.rpartition(".")
+        if extension.lower() in PHOTO_EXTENSIONS:
+            found.setdefault(stem, name)
+    return found
 
 
 def _lists(root: str, splits: Sequence[str], ids_dir: str) -> dict[str, str]:
@@ -102,24 +126,25 @@ def _lists(root: str, splits: Sequence[str], ids_dir: str) -> dict[str, str]:
     return {name: file or f"{home}/{name}.txt" for name, _, file in (split.partition("=") for split in splits)}
 
 
-def _read_list(file: str) -> list[str]:
-    """Keys of a list; its lines are ids or, as in some train_aug.txt, paths of photo and mask."""
-    keys = [Path(line.split()[0]).stem for line in read_lines(file)]
-    if not keys:
+def _read_list(file: str, photos: FileNames) -> list[str]:
+    """Ids of a list; its lines are ids, ids with a flag (1, 0, -1), or, as in some train_aug.txt, photo and mask."""
+    ids = [_id(line, photos) for line in read_lines(file)]
+    if not ids:
         raise DataError(f"{file} lists no image")
-    for key, times in Counter(keys).items():
+    for id, times in Counter(ids).items():
         if times > 1:
-            raise DataError(f"{file} lists {key} {times} times")
-    return keys
+            raise DataError(f"{file} lists {id} {times} times")
+    return ids
 
 
-def _labels_of(root: str, key: str) -> set[str]:
-    name = f"{root}/Annotations/{key}.xml"
-    try:
-        tree = ElementTree.fromstring(read_bytes(name))
-    except ElementTree.ParseError as error:
-        raise DataError(f"{name} is not valid XML: {error}") from error
-    return set(check_labels((o.findtext("name", "").strip() for o in tree.iter("object")), CLASSES, name))
+def _id(line: str, photos: FileNames) -> str:
+    two = re.match(rf"(.+?\.({'|'.join(PHOTO_EXTENSIONS)}))\s+\S", line, re.IGNORECASE)
+    readings = [two[1]] if two else [line, re.sub(r"\s+(-1|0|1)$", "", line), line.split()[0]]
+    for reading in readings:
+        for name in (reading, re.sub(rf"\.({'|'.join(PHOTO_EXTENSIONS)})$", "", reading, flags=re.IGNORECASE)):
+            if (found := photos.find(name)) is not None:
+                return found
+    return Path(line.split()[0]).stem
 
 
 def _labels_in(vectors: dict[Any, np.ndarray], key: str, file: str) -> set[str]:

@@ -250,6 +250,8 @@ def test_categories_of_one_name_and_headings(tmp_path: Path) -> None:
         "category 'Cat' (3) is merged with 'cat' of the same name",
     ]
     assert source_of(tmp_path, AB, [drawn(1, 0)], categories).classes == ("animals", "cat", "dog")
+    source = source_of(tmp_path, AB, [drawn(1, 1)], [{"id": 1, "name": "t-shirt"}, {"id": 2, "name": "T shirt"}])
+    assert "categories 't-shirt' and 'T shirt' are two classes; are they one?" in source.notes[0]
     unused = [
         {"id": 1, "name": "person", "supercategory": "person"},
         {"id": 2, "name": "dog", "supercategory": "animal"},

@@ -126,6 +126,25 @@ def test_voc_mask_of_another_size_names_mask_and_photo(voc: Path) -> None:
             lambda r: (r / "Annotations/2007_000001.xml").write_text("<a><object><name>cta</name></object></a>"),
             r"2007_000001\.xml: label 'cta' .* did you mean 'cat'",
         ),
+        (lambda r: (r / "Annotations/2007_000001.xml").write_text(" "), r"2007_000001\.xml is empty"),
+        (
+            lambda r: (r / "Annotations/2007_000001.xml").write_text("<a><object><name> </name></object></a>"),
+            r"2007_000001\.xml: object 1 has no name",
+        ),
+        (
+            lambda r: (r / "Annotations/2007_000001.xml").write_bytes("<a>é</a>".encode("latin-1")),
+            r"2007_000001\.xml is not text of the encoding utf-8",
+        ),
+        (
+            lambda r: (r / "Annotations/2007_000001.xml").write_text("<?xml version='1.0' encoding='zlib'?><a/>"),
+            r"2007_000001\.xml is not text of the encoding zlib",
+        ),
+        (
+            lambda r: (r / "Annotations/2007_000001.xml").write_text(
+                '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a>&x;</a>'
+            ),
+            r"2007_000001\.xml has the entity x; annotations need none",
+        ),
         (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text(""), r"val\.txt lists no image"),
         (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("a\na\n"), r"val\.txt lists a 2 times"),
         (lambda r: (r / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xd8"), r"val\.txt is not a UTF-8 text"),
@@ -135,6 +154,37 @@ def test_bad_voc_files_are_named(voc: Path, damage: Callable[[Path], object], wo
     damage(voc)
     with pytest.raises(DataError, match=words):
         voc_source(str(voc))
+
+
+def test_voc_annotations_of_any_encoding(voc: Path) -> None:
+    annotation = "<annotation><folder>日本</folder><object><name> Cat\n</name></object></annotation>"
+    file = voc / "Annotations/2007_000001.xml"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "gb2312", "shift_jis"):
+        declared = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>\n{annotation}'
+        file.write_bytes(declared.encode(encoding))
+        assert labels_of(voc_source(str(voc)).read("2007_000001")) == ["cat"]
+    for text, own in ((declared.replace(encoding, "utf-16"), "utf-8"), (f"\n{declared}", "shift_jis")):
+        file.write_bytes(text.encode(own))  # one that was written as .NET holds it, one with a blank line first
+        assert labels_of(voc_source(str(voc)).read("2007_000001")) == ["cat"]
+
+
+def test_voc_ids_may_be_any_names_of_files(voc: Path) -> None:
+    ids = ("img.v2", "my photo", "x 1", "é", "two words")
+    lines = ("img.v2", "my photo", "x 1", "é -1", "/JPEGImages/two words.jpg /SegmentationClass/two words.png")
+    for name in ids:
+        save_photo(voc / f"JPEGImages/{name}.jpg")
+        save_mask(voc / f"SegmentationClass/{name}.png", np.ones((10, 20)))
+        (voc / f"Annotations/{name}.xml").write_text("<a><object><name>aeroplane</name></object></a>")
+    (voc / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines), encoding="utf-8")
+    source = voc_source(str(voc), splits=("train",))
+    assert source.splits == {"train": ["img_v2", "my_photo", "x_1", "é", "two_words"]}
+    for key in source.splits["train"]:
+        assert mask_of(source.read(key)).all()
+    save_photo(voc / "JPEGImages/my.photo.png")
+    (voc / "Annotations/my.photo.xml").write_text("<a><object><name>cat</name></object></a>")
+    (voc / "ImageSets/Segmentation/train.txt").write_text("my photo\nmy.photo\n")
+    with pytest.raises(DataError, match=r"my photo and my\.photo have the same key my_photo"):
+        voc_source(str(voc), splits=("train",))
 
 
 @pytest.mark.parametrize(
