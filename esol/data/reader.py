@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
 import os
-import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from esol.data.index import Index
 from esol.errors import DataError
+from esol.files import hold
 
 OPEN_FILES = 128  # per process, least recently used closed first
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
@@ -30,7 +29,7 @@ class ShardReader:
 
     def __init__(self, index: Index, cache: str = "") -> None:
         self.index = index
-        self.cache = Path(cache or "~/.cache/esol").expanduser()
+        self.cache = cache or "~/.cache/esol"
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
 
@@ -118,33 +117,34 @@ class ShardReader:
         spec = self.index.shards[shard]
         if "://" not in self.index.root:
             return Path(self.index.root) / spec.name
-        folder = self.cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"{spec.sha256[:16]}-{spec.name}"
-        if not target.exists():
-            with open(folder / f"{spec.name}.lock", "w") as lock:
-                _wait_for_lock(lock.fileno(), f"another process to fetch {self.index.root}/{spec.name}")
-                if not target.exists():
-                    _fetch(f"{self.index.root.rstrip('/')}/{spec.name}", target, spec.bytes)
-        return target
-
-
-def _wait_for_lock(descriptor: int, what: str) -> None:
-    deadline = time.monotonic() + DOWNLOAD_MINUTES * 60
-    while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise DataError(f"waited {DOWNLOAD_MINUTES} minutes for {what}") from None
-            time.sleep(0.2)
+            cache = Path(self.cache).expanduser()
+        except RuntimeError as error:
+            raise DataError(f"{self.cache}: this user has no home folder; set data.cache to another folder") from error
+        folder = cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
+        target = folder / f"{spec.sha256[:16]}-{spec.name}"
+        url = f"{self.index.root.rstrip('/')}/{spec.name}"
+        try:
+            if target.exists():
+                return target
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder / f"{spec.name}.lock", DOWNLOAD_MINUTES * 60):
+                if not target.exists():
+                    _fetch(url, target, spec.bytes)
+        except TimeoutError as other:
+            raise DataError(f"waited {DOWNLOAD_MINUTES} minutes for {other} to fetch {url} to {target}") from None
+        except OSError as error:
+            raise DataError(
+                f"{url} cannot be kept in {folder}: {error.strerror or error}; set data.cache to a folder that can be "
+                "written"
+            ) from error
+        return target
 
 
 def _fetch(url: str, target: Path, size: int) -> None:
     import fsspec
 
-    temporary = target.with_suffix(".tmp")
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")  # not every file system has the lock that keeps others out
     try:
         with fsspec.open(url, "rb") as remote, open(temporary, "wb") as local:
             while block := remote.read(1 << 20):
