@@ -49,29 +49,63 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hold(path: Path, patience: float) -> IO[str]:
-    """Locks path until the returned file is closed or the process ends, however it ends; works over NFS.
+class Lock:
+    """A lock of hold; gone when it is closed or its process ends, however it ends. Used as a context manager or kept.
 
-    TimeoutError, naming the holder, where another process has it for longer than `patience` seconds. File systems
-    without locks are taken as they are.
+    unlocked: "" where it keeps others out, else why the file system could not lock.
     """
-    file = open(path, "a+")  # noqa: SIM115  it stays open
+
+    def __init__(self, file: IO[str], unlocked: str) -> None:
+        self._file, self.unlocked = file, unlocked
+
+    def fileno(self) -> int:
+        """Of the file that is held."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Lets the next one in."""
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def hold(path: Path, patience: float) -> Lock:
+    """Keeps other processes that call this for path out; works over NFS. Not between threads of one process.
+
+    TimeoutError, naming the holder, where another process has it for longer than `patience` seconds. A file system that
+    cannot lock (Lustre without its flock option, NFS without lockd, some FUSE) is told apart from that and taken as it
+    is at once: see Lock.unlocked. OSError where path cannot be opened for writing.
+    """
+    file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  it stays open
+    try:
+        unlocked = _lock(file, patience)
+        if not unlocked:
+            file.truncate(0)
+            file.write(f"{signature()}\n")
+            file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return Lock(file, unlocked)
+
+
+def _lock(file: IO[str], patience: float) -> str:
     deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return ""
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return file
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # ENOLCK, EOPNOTSUPP, ENOSYS, EINVAL, EIO: no lock here
+                return error.strerror or str(error)
         if time.monotonic() > deadline:
             file.seek(0)
             raise TimeoutError(file.read().strip() or "a process that has not said its name")
         time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"{signature()}\n")
-    file.flush()
-    return file
 
 
 def holder(path: Path) -> str:

@@ -14,7 +14,6 @@ the checkpoint stand there twice; the later line counts.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -37,7 +36,7 @@ import yaml
 
 from esol.config import Config
 from esol.errors import EsolError
-from esol.files import atomic_write
+from esol.files import atomic_write, hold
 from esol.schema import fingerprint
 
 _LOG = logging.getLogger(__name__)
@@ -359,9 +358,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:
     """Sends until the training process says "end" or is gone, then once more; 1 where something stays unsent."""
     os.nice(5)
-    with open(run_dir / f".{_STATE}.lock", "wb") as lock:
-        with contextlib.suppress(OSError):  # not every network file system has locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the follower of a killed run may still be sending
+    with hold(run_dir / f".{_STATE}.lock", math.inf):  # the follower of a killed run may still be sending
         follower, warned, ended = _Follower(run_dir, uri, experiment), False, False
         while True:
             try:

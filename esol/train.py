@@ -88,7 +88,12 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock = hold(run_dir / ".lock", _PATIENCE)  # noqa: F841  as long as this function runs
+            lock = hold(run_dir / ".lock", _PATIENCE)  # as long as this function runs
+            if lock.unlocked:
+                print(
+                    f"warning: {run_dir} cannot be locked ({lock.unlocked}): see to it that no other job works in it",
+                    file=sys.stderr,
+                )
             atomic_write(run_dir / "resolved.yaml", configuration.to_yaml(config))
         except TimeoutError as other:
             busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"

@@ -7,13 +7,12 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import fsspec
 
 from esol.data.index import UNFINISHED, filesystem, is_local, writer_of
 from esol.errors import DataError, EsolError
-from esol.files import hold, signature
+from esol.files import Lock, hold, signature
 
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # stores without folders; making one could make a bucket
 _LEFT = b"interrupted: esol-shards create writes index.json last; without it these shards count for nothing\n"
@@ -50,7 +49,7 @@ def _folder(out: str, folder: Path, overwrite: bool) -> Iterator[Callable[[], No
         marker.unlink()
 
 
-def _lock(marker: Path) -> IO[str]:
+def _lock(marker: Path) -> Lock:
     while True:
         lock = hold(marker, 0)
         with suppress(FileNotFoundError):

@@ -1,7 +1,9 @@
-"""Locks between processes."""
+"""Locks between processes, and file systems that have none."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.errors import DataError
 from esol.files import hold, holder
 
 HOLDER = "import sys; from pathlib import Path; from esol.files import hold\nlock = hold(Path(sys.argv[1]), 0)\n"
@@ -25,7 +30,51 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=f"process {process.pid} on {os.uname().nodename}"):
         hold(path, 0.3)
     assert holder(path).startswith(f"process {process.pid} on {os.uname().nodename} since 20")
+    with hold(tmp_path / "another", 0) as lock:
+        assert not lock.unlocked
     process.kill()
     hold(path, 5).close()
     assert holder(path) == holder(tmp_path / "nowhere") == ""
     assert subprocess.run([sys.executable, "-c", HOLDER, str(path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_not_a_lock_of_somebody_else(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with hold(tmp_path / "lock", patience=0) as lock, hold(tmp_path / "lock", patience=0):
+        assert lock.unlocked == os.strerror(code)
+
+
+def test_the_cache_of_shards_without_locks_or_room(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes may fetch at once there: each keeps to its own temporary file."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    index = Index.load(f"file://{shard_set}")
+    here = ShardReader(Index.load(str(shard_set)))
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert ShardReader(index, str(tmp_path / "cache")).image(0) == here.image(0)
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.cache: cannot write .*/file/.*: Not a directory; give a folder"):
+        ShardReader(index, str(tmp_path / "file")).image(0)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(DataError, match=r"no home folder; set data\.cache"):
+        ShardReader(index).image(0)
+
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    monkeypatch.setattr("esol.data.reader.DOWNLOAD_MINUTES", 0)
+    with pytest.raises(DataError, match="waited 0 minutes for a process that has not said its name to fetch file://"):
+        ShardReader(index, str(tmp_path / "other")).image(0)

@@ -34,7 +34,7 @@ class ShardReader:
 
     def __init__(self, index: Index, cache: str = "") -> None:
         self.index = index
-        self.cache = Path(cache or "~/.cache/esol").expanduser()
+        self.cache = cache or "~/.cache/esol"
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
         self._remote = "://" in index.root
@@ -135,7 +135,11 @@ class ShardReader:
         spec = self.index.shards[shard]
         if not self._remote:
             return Path(self.index.root) / spec.name
-        folder = self.cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
+        try:
+            cache = Path(self.cache).expanduser()
+        except RuntimeError as error:
+            raise DataError(f"{self.cache}: this user has no home folder; set data.cache to another folder") from error
+        folder = cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
         target = folder / f"{spec.sha256[:16]}-{spec.name}"
 
         def usable() -> bool:
