@@ -56,7 +56,7 @@ def folder_source(root: str, long_side: int = 0) -> Source:
             problems.append(str(error))
         if row.split in classes and row.split not in _SPLITS:
             problems.append(f"{where}: split {row.split!r} is the name of a class; labels are joined by ; in one cell")
-    expected = {masks.find(f"{_stem(name)}.png") for name in line_of}
+    expected = {masks.same(f"{_stem(name)}.png") for name in line_of}
     problems += [f"images/{name} has no row in {table}" for name in sorted(photos.names - set(line_of))]
     problems += [f"masks/{name} belongs to no image of {table}" for name in sorted(masks.names - expected)]
     if problems:
@@ -64,7 +64,7 @@ def folder_source(root: str, long_side: int = 0) -> Source:
 
     def read(key: str) -> dict[str, bytes]:
         photo, labels = photo_of[key], by_key[key].labels
-        mask_name = masks.find(f"{_stem(photo)}.png")
+        mask_name = masks.same(f"{_stem(photo)}.png")
         mask = read_bytes(f"{root}/masks/{mask_name}") if mask_name else None
         data = read_bytes(f"{root}/images/{photo}")
         return pack(key, f"images/{photo}", data, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
