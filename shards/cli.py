@@ -297,7 +297,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from shards.verify import verify
 
-    problems = verify(options.root)
+    problems = verify(options.root, print)
     for problem in problems:
         print(problem)
     if problems:

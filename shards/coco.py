@@ -64,6 +64,10 @@ def coco_source(
         found, said = _entries(file, split, folder, photos[folder], keep_unannotated)
         entries += found
         notes += said
+    if not entries:
+        raise DataError(
+            f"{', '.join(annotations)}: no image has an annotation; --keep-unannotated takes them as they are"
+        )
     by_path: dict[str, _Entry] = {}
     for entry in entries:
         other = by_path.setdefault(entry.path, entry)
@@ -96,7 +100,7 @@ def _entries(
     file: CocoFile, split: str, folder: str, photos: FileNames | None, keep_unannotated: bool
 ) -> tuple[list[_Entry], list[str]]:
     everything = [annotation for image in file.images for annotation in image.annotations]
-    shapes = any(map(has_shape, everything))
+    shapes = not everything or any(map(has_shape, everything))  # boxes alone say nothing of unannotated photos' pixels
     fractions = Counter(map(within_one, everything))
     normalised = fractions[True] > 0 and not fractions[False]
     kept = [image for image in file.images if image.annotations or keep_unannotated]

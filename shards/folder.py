@@ -107,7 +107,7 @@ def _is_picture(root: str, name: str) -> bool:
 def _masks(root: str, photos: Mapping[str, Row], table: str) -> tuple[dict[str, str], list[str]]:
     """Photo -> its mask, and a line for each file of masks/ that cannot be used."""
     there = FileNames(list_files(f"{root}/masks"))
-    found = {photo: mask for photo in photos if (mask := there.find(f"{_stem(photo)}.png"))}
+    found = {photo: mask for photo in photos if (mask := there.same(f"{_stem(photo)}.png"))}
     odd = []
     for name in sorted(there.names - set(found.values())):
         suffix = PurePosixPath(name).suffix.lower().lstrip(".")

@@ -141,17 +141,24 @@ class FileNames:
             self._by_base.setdefault(PurePosixPath(form).name, []).append(name)
         self._tops = {name.split("/", 1)[0] for name in self.names if "/" in name}
 
+    def same(self, wanted: str) -> str | None:
+        """The name itself, or the one that differs by its Unicode form alone (macOS writes é as two characters)."""
+        if wanted in self.names:
+            return wanted
+        found = self._by_form.get(unicodedata.normalize("NFC", wanted), [])
+        return found[0] if len(found) == 1 else None
+
     def find(self, wanted: str) -> str | None:
         """The name itself, or the one file meant by it; None where there is none or more than one.
 
-        In turn: another Unicode form (macOS), backslashes, percent signs and addresses, folders before it that are not
+        In turn: another Unicode form, backslashes, percent signs and addresses, folders before it that are not
         here, Label Studio's eight digits before a name, a folder here that the name lacks.
         """
         if wanted in self.names:
             return wanted
         for name in self._spellings(wanted.strip()):
-            if len(found := self._by_form.get(unicodedata.normalize("NFC", name), [])) == 1:
-                return found[0]
+            if (same := self.same(name)) is not None:
+                return same
         base = unicodedata.normalize("NFC", wanted.strip())
         found = [] if "/" in base or "\\" in base else self._by_base.get(base, [])
         return found[0] if len(found) == 1 else None

@@ -7,7 +7,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
@@ -20,11 +20,12 @@ from shards.names import foreground
 from shards.samples import PHOTO_FORMATS, check_labels, listing, open_image, open_mask
 
 
-def verify(root: str) -> list[str]:
+def verify(root: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Reads everything and returns one line for each problem, naming shard and key; empty where all is well.
 
-    Finds missing, surplus, empty, truncated and all-zero shards, changed bytes, samples or members that the index lacks
-    or has too many, undecodable photos, sizes and labels that do not fit, masks of another size or with unknown values.
+    say: is told, where all bytes are sound, how many photos of each class are labelled and drawn. Found are missing,
+    surplus, empty, truncated and all-zero shards, changed bytes, samples or members that the index lacks or has too
+    many, undecodable photos, sizes and labels that do not fit, masks of another size or with unknown values.
     """
     try:
         index = Index.load(root)
@@ -45,12 +46,15 @@ def verify(root: str) -> list[str]:
             else:
                 problems += _check_shard(data, index, number, census)
             advance(int(index.first[number]) + shard.samples, shard.name)
-    try:
-        census.refuse(root)
-        if census.masks and census.only_void == census.masks:
-            problems.append(f"{root}: no mask shows a class, all {census.masks} hold only 0 and 255, which is void")
-    except DataError as error:
-        problems.append(str(error))
+    if not problems and any(census.labelled.values()):
+        for line in census.lines():
+            say(line)
+        try:
+            census.refuse(root)
+            if census.masks and census.only_void == census.masks:
+                problems.append(f"{root}: no mask shows a class, all {census.masks} hold only 0 and 255, which is void")
+        except DataError as error:
+            problems.append(str(error))
     if problems and (writer := writer_of(root)):
         problems.insert(0, f"{root} is being written by {writer}: verify it again when that is done")
     return problems

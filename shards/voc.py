@@ -63,7 +63,7 @@ def voc_source(
             known[id] = []
             continue
         if vectors is None:
-            found = labels_of(f"{root}/Annotations/{annotations.find(f'{id}.xml') or f'{id}.xml'}")
+            found = labels_of(f"{root}/Annotations/{annotations.same(f'{id}.xml') or f'{id}.xml'}")
         else:
             found = _labels_in(vectors, id, labels)
         known[id] = [c for c in classes if c in found]
@@ -91,7 +91,7 @@ def voc_source(
         id = id_of[key]
         photo = f"JPEGImages/{photos[id]}"
         data, mask = read_bytes(f"{root}/{photo}"), None
-        found = mask_names.find(f"{id}.png")
+        found = mask_names.same(f"{id}.png")
         mask_name = f"{masks}/{found}"
         if found is not None:
             mask = read_bytes(f"{root}/{mask_name}")

@@ -214,6 +214,7 @@ def test_ids_are_numbers_however_they_are_written(tmp_path: Path) -> None:
             "image id 1 is given twice, for a.jpg and for b.jpg",
         ),
         (AB, [], [{"id": 1, "name": "cat"}, {"id": "1", "name": "dog"}], "category id 1 is given twice, for 'cat' and"),
+        (AB, [], CATEGORIES, r"i\.json: no image has an annotation; --keep-unannotated takes them"),
         (AB, [drawn(7, 1)], CATEGORIES, "no annotation belongs to an image of the file"),
         (AB, [drawn(None, 1)], CATEGORIES, "annotation 1 has the image_id null; a number or text is expected"),
         (AB, [drawn(1, 1, iscrowd="yes")], CATEGORIES, 'annotation 1 has iscrowd "yes"; 0 or 1 is expected'),
@@ -301,7 +302,7 @@ def test_any_value_in_any_place_is_read_or_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     values = [None, True, -1, 0, 2, 1e9, float("nan"), 10**400, "", "1", "x", [], {}, [[]], [1, 2], 1.5]
     whole = {"images": AB, "annotations": [drawn(1, 1), drawn(2, 2, {"size": [10, 20], "counts": [50, 50, 100]})]}
-    source_of(tmp_path, AB, [])
+    source_of(tmp_path, AB, [drawn(1, 1)])
     read = 0
     for _ in range(300):
         tree: Any = copy.deepcopy({**whole, "categories": CATEGORIES})

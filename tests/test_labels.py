@@ -4,6 +4,7 @@ import json
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esol.errors import DataError
@@ -11,7 +12,7 @@ from shards import cli
 from shards.folder import folder_source
 from shards.names import FileNames, safe_key, similar
 from shards.samples import Source
-from tests.test_shards_sources import save_photo
+from tests.test_shards_sources import save_mask, save_photo
 
 
 def source_of(root: Path, *cells: str, classes: tuple[str, ...] = (), table: bytes = b"") -> Source:
@@ -124,11 +125,18 @@ def test_bad_tables_are_named(tmp_path: Path, table: bytes, words: str) -> None:
         source_of(tmp_path, table=table)
 
 
-def test_files_are_found_in_the_other_unicode_form(tmp_path: Path) -> None:
-    composed, apart = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
-    save_photo(tmp_path / "images" / apart)
-    (tmp_path / "labels.csv").write_text(f"image,labels\n{composed},cat\n", encoding="utf-8")
-    assert folder_source(str(tmp_path)).splits == {"train": ["é"]}
+def test_photos_and_masks_are_found_in_the_other_unicode_form_and_a_mask_is_of_no_other_photo(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    for name in (apart, "a", "sub/a"):
+        save_photo(tmp_path / f"images/{name}.jpg")
+    for name in (composed, "sub/a"):
+        save_mask(tmp_path / f"masks/{name}.png", np.ones((10, 20)))
+    (tmp_path / "labels.csv").write_text(
+        f"image,labels\n{composed}.jpg,cat\na.jpg,cat\nsub/a.jpg,cat\n", encoding="utf-8"
+    )
+    source = folder_source(str(tmp_path))
+    assert source.splits == {"train": [composed, "a", "sub_a"]}
+    assert ["mask.png" in source.read(key) for key in source.splits["train"]] == [True, False, True]
 
 
 def test_create_prints_each_class_with_its_count_and_what_was_merged(
