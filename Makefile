@@ -23,7 +23,7 @@ demo: env  ## the whole main line on a synthetic set, with its table
 	$(BIN)/esol report $(RUNS)/demo
 
 test: env  ## all tests that need neither a GPU nor root
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile  # a file's tests share what they build, and run on one core
 
 test-cluster: env  ## as root on Linux: two machines as network namespaces, a real SLURM (apt-get install slurm-wlm munge)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'
