@@ -32,10 +32,13 @@ def folder_source(root: str, long_side: int = 0) -> Source:
     by_key: dict[str, Row] = {}
     photo_of: dict[str, str] = {}
     line_of: dict[str, int] = {}
+    renamed: list[str] = []
     for row in rows:
         where = f"{table}, line {row.line}"
         photo = photos.find(row.image)
         name = row.image if photo is None else photo
+        if photo is not None and photo != photos.same(row.image):
+            renamed.append(f"{row.image!r} is {photo!r}")
         key = safe_key(_stem(name if name == row.image else unicodedata.normalize("NFC", name)))
         if name in line_of:
             problems.append(
@@ -61,6 +64,9 @@ def folder_source(root: str, long_side: int = 0) -> Source:
     problems += [f"masks/{name} belongs to no image of {table}" for name in sorted(masks.names - expected)]
     if problems:
         raise DataError(listing(f"{root}: {len(problems)} problems", problems))
+
+    if renamed:
+        notes.append(f"{table}: {len(renamed)} photos were found under another name: {', '.join(renamed[:2])}")
 
     def read(key: str) -> dict[str, bytes]:
         photo, labels = photo_of[key], by_key[key].labels
