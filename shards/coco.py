@@ -110,7 +110,7 @@ def _entries(
         if photo is None:
             missing.append(f"{folder}/{image.file_name} is missing")
             continue
-        if photo != image.file_name:
+        if photos is not None and photo != photos.same(image.file_name):
             renamed.append(f"{image.file_name!r} is {photo!r}")
         masked = shapes and all(map(has_shape, image.annotations))
         entries.append(_Entry(file.place, split, image, folder, photo, masked, normalised))

@@ -40,12 +40,15 @@ def folder_source(root: str, long_side: int = 0) -> Source:
     problems: list[str] = []
     by_photo: dict[str, Row] = {}
     keys: dict[str, str] = {}
+    renamed: list[str] = []
     for row in rows:
         where = f"{table}, line {row.line}"
         photo = photos.find(row.image) or photos.find_stem(row.image)
         if photo is None:
             problems.append(f"{where}: there is no image images/{row.image}")
             continue
+        if photo != photos.same(row.image):
+            renamed.append(f"{row.image!r} is {photo!r}")
         key = safe_key(_stem(photo if photo == row.image else unicodedata.normalize("NFC", photo)))
         if photo in by_photo:
             line = by_photo[photo].line
@@ -78,6 +81,9 @@ def folder_source(root: str, long_side: int = 0) -> Source:
     binary = _binary(root, masks, by_photo, classes)
     if binary:
         notes.append(f"{root}/masks: in {len(binary)} masks of 0 and 255 alone 255 is taken as the class of the photo")
+
+    if renamed:
+        notes.append(f"{table}: {len(renamed)} photos were found under another name: {', '.join(renamed[:2])}")
 
     def read(key: str) -> dict[str, bytes]:
         photo = keys[key]

@@ -141,8 +141,9 @@ def _id(line: str, photos: FileNames) -> str:
     two = re.match(rf"(.+?\.({'|'.join(PHOTO_EXTENSIONS)}))\s+\S", line, re.IGNORECASE)
     readings = [two[1]] if two else [line, re.sub(r"\s+(-1|0|1)$", "", line), line.split()[0]]
     for reading in readings:
-        for name in (reading, re.sub(rf"\.({'|'.join(PHOTO_EXTENSIONS)})$", "", reading, flags=re.IGNORECASE)):
-            if (found := photos.find(name)) is not None:
+        plain = re.sub(rf"\.({'|'.join(PHOTO_EXTENSIONS)})$", "", reading, flags=re.IGNORECASE)
+        for name in (reading, plain, plain.replace("\\", "/").rpartition("/")[2]):
+            if (found := photos.same(name)) is not None:
                 return found
     return Path(line.split()[0]).stem
 

@@ -103,7 +103,9 @@ def test_lines_of_classes_txt_are_found_by_what_folds_alike_but_spelling_comes_f
     ],
 )
 def test_tables_of_spreadsheets_are_read(tmp_path: Path, table: bytes) -> None:
-    assert labels_of(source_of(tmp_path, table=table)) == [CAT, BOTH]
+    source = source_of(tmp_path, table=table)
+    assert labels_of(source) == [CAT, BOTH]
+    assert bool(source.notes) == (b"images\\0.jpg" in table)  # photos under another name are said
 
 
 @pytest.mark.parametrize(
