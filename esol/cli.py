@@ -39,8 +39,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from esol.tracking import replay
 
-    replay(args.run_dir, args.uri)
-    return 0
+    return 1 if replay(args.run_dir, args.uri) else 0
 
 
 def main() -> int:

@@ -14,13 +14,16 @@ the checkpoint stand there twice; the later line counts.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
+import re
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,6 +45,9 @@ from esol.schema import fingerprint
 _LOG = logging.getLogger(__name__)
 _JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
 _PERIOD = 5.0  # seconds between two looks at the file
+_BESIDE = "beside the runs"  # the default store, wherever the runs are moved
+_NAME, _PARAM, _TAG = 250, 6000, 8000  # MLflow's limits, in characters
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "MALFORMED_REQUEST")
 
 
 class Tracker:
@@ -150,8 +156,11 @@ class Tracker:
             _LOG.warning("cannot write %s, this record is lost: %s", self._run_dir / _JSONL, error)
 
 
-def replay(run_dir: Path, uri: str = "") -> None:
-    """Sends what MLflow has not got yet of a run directory; uri "" is the run's own. EsolError where that fails."""
+def replay(run_dir: Path, uri: str = "") -> int:
+    """Sends what MLflow has not got yet of a run directory; uri "" is the run's own. Returns what it refused.
+
+    EsolError where MLflow cannot be reached; what has been sent by then is not sent again.
+    """
     if not (run_dir / _JSONL).is_file():
         raise EsolError(f"{run_dir} holds no {_JSONL}: give the run_dir of a run")
     experiment = "esol"
@@ -164,6 +173,9 @@ def replay(run_dir: Path, uri: str = "") -> None:
     except Exception as error:
         raise EsolError(f"MLflow at {follower.uri} failed, try again: {_first_line(error)}") from error
     print(f"sent {sent} records of {run_dir} to {follower.uri}")
+    if follower.refused:
+        print(f"MLflow refused {follower.refused} more for good; {run_dir / _JSONL} has them", file=sys.stderr)
+    return follower.refused
 
 
 def save_mlflow_model(folder: Path, weights: Path) -> None:
@@ -216,14 +228,20 @@ class _Follower:
 
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self._run_dir, self._experiment = run_dir.resolve(), experiment
-        runs = self._run_dir.parent
-        self._artifacts = None if uri else (runs / "mlartifacts").as_uri()
-        self.uri = uri or f"sqlite:///{runs / 'mlflow.db'}"
+        self._runs = self._run_dir.parent
+        self._artifacts = None if uri else (self._runs / "mlartifacts").as_uri()
+        self.uri = uri or f"sqlite:///{self._runs / 'mlflow.db'}"
+        self._store = uri or _BESIDE
+        self.refused = 0  # records that MLflow will never take
         self._client: Any = None
         self._state: dict[str, Any] = {}
+        self._renamed: set[tuple[str, str]] = set()  # (run, name) whose tag is set
 
     def send(self) -> int:
-        """Sends all whole lines that are new; returns how many. Raises what MLflow raises; can be called again then."""
+        """Sends all whole lines that are new; returns how many. Raises where MLflow may answer later: call again then.
+
+        What it will never take is counted in `refused` and passed over: it must not block what comes behind it.
+        """
         if self._client is None:
             self._connect()
         with open(self._run_dir / _JSONL, "rb") as file:
@@ -234,15 +252,31 @@ class _Follower:
         try:  # consecutive metrics of one stage become one call
             for (stage, metrics), group in groupby(records, key=lambda r: (r.get("stage"), "metrics" in r)):
                 for batch in [list(group)] if metrics else [[record] for record in group]:
-                    if metrics:
-                        self._log_metrics(self._run_of(stage), batch)
-                    else:
-                        self._send_event(batch[0])
+                    self._send_batch(stage, batch, metrics)
                     self._state["offset"] += sum(record["bytes"] for record in batch)
                     sent += len(batch)
         finally:
             self._save_state()
         return sent
+
+    def _send_batch(self, stage: str | None, batch: list[dict[str, Any]], metrics: bool) -> None:
+        try:
+            if metrics:
+                self._log_metrics(self._run_of(stage), batch)
+            else:
+                self._send_event(batch[0])
+        except Exception as error:
+            if not _for_good(error):
+                raise
+            if len(batch) > 1:  # one of them is to blame, the others are not
+                for record in batch:
+                    self._send_batch(stage, [record], metrics)
+                return
+            self.refused += 1
+            _LOG.warning("MLflow does not take a record of %s: %s", stage or "the run", _first_line(error))
+            if self.refused == 1:
+                text = f"MLflow does not take a record ({_first_line(error)}); it goes on with the next one"
+                print(text, flush=True)
 
     def _save_state(self) -> None:
         atomic_write(self._run_dir / _STATE, json.dumps(self._state))
@@ -259,15 +293,17 @@ class _Follower:
             state = json.loads((self._run_dir / _STATE).read_text())
         except (OSError, ValueError):
             state = {}
-        if state.get("uri") == self.uri and state["parent"]:
+        if self._store == _BESIDE:
+            _follow_the_move(self._runs / "mlflow.db", self._artifacts or "")
+        if state.get("uri") == self._store and state["parent"]:
             try:
                 client.get_run(state["parent"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 state = {}  # another store under the same address: everything again
-        if state.get("uri") != self.uri:
-            state = {"uri": self.uri, "offset": 0, "identity": "", "parent": "", "stages": {}}
+        if state.get("uri") != self._store:
+            state = {"uri": self._store, "offset": 0, "identity": "", "parent": "", "stages": {}}
         experiment = client.get_experiment_by_name(self._experiment)
         self._experiment_id = (
             experiment.experiment_id if experiment else client.create_experiment(self._experiment, self._artifacts)
@@ -278,7 +314,7 @@ class _Follower:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(prefix + name, value, int(record["time"] * 1000), record.get("step", 0))
+            Metric(self._name(run, prefix + name), value, int(record["time"] * 1000), record.get("step", 0))
             for record in records
             for name, value in record["metrics"].items()
             if value is not None
@@ -286,8 +322,23 @@ class _Follower:
         for first in range(0, len(metrics), 1000):  # MLflow's limit for one call
             self._client.log_batch(run, metrics=metrics[first : first + 1000])
 
+    def _name(self, run: str, name: str) -> str:
+        """A name that MLflow takes; where that is another one, a tag of the run has the name itself."""
+        allowed = mlflow_name(name)
+        if allowed != name and (run, name) not in self._renamed:
+            self._renamed.add((run, name))
+            self._client.set_tag(run, mlflow_name(f"name.{allowed}"), name[:_TAG])
+        return allowed
+
     def _run_of(self, stage: str | None) -> str:
-        return self._state["stages"][stage]["run"] if stage else self._state["parent"]
+        """The MLflow run of a stage, or of the whole; made now where the record that should have made it is lost."""
+        if stage is None:
+            if not self._state["parent"]:
+                self._run({"time": time.time(), "params": {}, "tags": {}, "identity": ""})
+            return str(self._state["parent"])
+        if stage not in self._state["stages"]:
+            self._begin({"stage": stage, "time": time.time(), "resume": False})
+        return str(self._state["stages"][stage]["run"])
 
     def _send_event(self, record: dict[str, Any]) -> None:
         event, stage = record.get("event"), record.get("stage")
@@ -301,11 +352,12 @@ class _Follower:
                 self._state["stages"][stage]["open"] = record["status"] != "FINISHED"
         elif event == "results":
             values = [{**record, "metrics": record["values"]}]
-            self._log_metrics(self._run_of(stage), values, "result/")
-            self._log_metrics(self._state["parent"], values, f"{stage}/")
+            run, parent = self._run_of(stage), self._run_of(None)
+            self._log_metrics(run, values, "result/")
+            self._log_metrics(parent, values, f"{stage}/")
             for name, word in record.get("words", {}).items():
-                self._client.set_tag(self._run_of(stage), name, word)
-                self._client.set_tag(self._state["parent"], f"{stage}/{name}", word)
+                self._client.set_tag(run, mlflow_name(name), word[:_TAG])
+                self._client.set_tag(parent, mlflow_name(f"{stage}/{name}"), word[:_TAG])
         elif event == "artifact":
             path = self._run_dir / record["path"]
             if path.is_file():
@@ -321,12 +373,14 @@ class _Follower:
             run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
             self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
             self._save_state()
-            params = [Param(key, value) for key, value in record["params"].items()]
+            params = [Param(mlflow_name(key), value[:_PARAM]) for key, value in record["params"].items()]
             for first in range(0, len(params), 100):  # MLflow's limit for one call
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
         parent = self._state["parent"]
         self._client.update_run(parent, "RUNNING")
-        self._client.log_batch(parent, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+        self._client.log_batch(
+            parent, tags=[RunTag(mlflow_name(key), value[:_TAG]) for key, value in record["tags"].items()]
+        )
         if (self._run_dir / "resolved.yaml").is_file():
             self._client.log_artifact(parent, str(self._run_dir / "resolved.yaml"))
 
@@ -339,7 +393,7 @@ class _Follower:
         run = self._client.create_run(
             self._experiment_id,
             int(record["time"] * 1000),
-            {"mlflow.parentRunId": self._state["parent"], "stage": record["stage"]},
+            {"mlflow.parentRunId": self._run_of(None), "stage": record["stage"]},
             f"{self._run_dir.name} {record['stage']}",
         )
         self._state["stages"][record["stage"]] = {"run": run.info.run_id, "open": True}
@@ -352,7 +406,48 @@ def _parse(line: bytes) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         record = {}
-    return {**record, "bytes": len(line)}
+    return {**(record if isinstance(record, dict) else {}), "bytes": len(line)}
+
+
+def mlflow_name(name: str) -> str:
+    """A metric's, parameter's or tag's name as MLflow takes it, different for different names.
+
+    Letters, digits, and _ - . / and spaces stay; other signs become _, as do parts that a path would swallow, and a
+    hash tells such names apart from those that were so from the start. At most 250 characters.
+    """
+    parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
+    allowed = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    if allowed == name and len(name) <= _NAME:
+        return name
+    return f"{allowed[: _NAME - 9]}_{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _for_good(error: Exception) -> bool:
+    """Whether MLflow will refuse this record however often it is sent: the record is at fault, not the server."""
+    code = getattr(error, "error_code", "")
+    return isinstance(error, (KeyError, TypeError, ValueError, AttributeError)) or code in _REFUSALS
+
+
+def _follow_the_move(database: Path, artifacts: str) -> None:
+    """Where the runs were moved, their database still names the old place of the pictures: puts the new one in.
+
+    MLflow stores absolute addresses and has no call to change them. Only the database that esol keeps beside its runs
+    is changed; of earlier runs only those whose artifacts have come along.
+    """
+    if not database.is_file():
+        return
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database, timeout=30)) as store, store:
+        for (old,) in store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            if not isinstance(old, str) or not old.startswith("file:") or not old.endswith("/mlartifacts"):
+                continue
+            if old == artifacts:
+                continue
+            store.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (artifacts, old))
+            known = "SELECT run_uuid, artifact_uri FROM runs WHERE substr(artifact_uri, 1, ?) = ?"
+            for run, uri in store.execute(known, (len(old) + 1, f"{old}/")).fetchall():
+                inside = uri[len(old) + 1 :]
+                if (database.parent / "mlartifacts" / inside).exists():
+                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (f"{artifacts}/{inside}", run))
 
 
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:

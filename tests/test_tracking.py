@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from esol.config import ClassifyConfig, Config, DataConfig, TrackingConfig
 from esol.errors import EsolError
 from esol.loop import Stopped
-from esol.tracking import Tracker, replay
+from esol.tracking import Tracker, mlflow_name, replay
 
 
 def make(
@@ -187,3 +188,64 @@ def test_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_training_process_never_imports_mlflow() -> None:
     code = "import sys, esol.tracking; assert not {'mlflow', 'torch'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+ODD = ("R&B", "dog (puppy)", "it's", "../x", "/y", "a//b", "dog [puppy]", "caf\u00e9", "", "n" * 400, "a/b", "x:y")
+
+
+def test_names_that_mlflow_refuses_become_others_that_stay_apart(store: Path) -> None:
+    assert len({mlflow_name(f"iou_{name}") for name in ODD}) == len(ODD)
+    assert mlflow_name("localize/cam_iou_a b-c.d") == "localize/cam_iou_a b-c.d"
+    with make(store) as tracker, tracker.stage("classify"):
+        tracker.metrics(1, {f"iou_{name}": 1.0 for name in ODD} | {"loss": 2.0})
+        tracker.results({f"iou_{name}": 50.0 for name in ODD} | {"weights (initial)": "none"})
+    _, (parent,), (child,) = runs_in(store)
+    assert {child.info.status, parent.info.status} == {"FINISHED"}
+    for name in ODD:
+        assert child.data.metrics[mlflow_name(f"iou_{name}")] == 1.0
+        assert child.data.metrics[mlflow_name(f"result/iou_{name}")] == 50.0
+        assert parent.data.metrics[mlflow_name(f"classify/iou_{name}")] == 50.0
+    called = mlflow_name("iou_dog (puppy)")
+    assert called.startswith("iou_dog _puppy__")
+    assert child.data.tags[mlflow_name(f"name.{called}")] == "iou_dog (puppy)"
+
+
+def test_lost_and_damaged_records_block_nothing_behind_them(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with make(store, uri="none") as tracker:
+        note(tracker)
+        with tracker.stage("expand"):
+            tracker.metrics(1, {"loss": 3.0})
+    path = store / "run" / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if '"begin"' not in line and '"run"' not in line]
+    lines.insert(1, '{"time": 1, "stage": "classify", "step": 2, "metr')
+    lines.insert(2, '{"time": 1, "stage": "classify", "step": "two", "metrics": {"loss": "much"}}')
+    lines.insert(3, "[1]")
+    path.write_text("\n".join(lines) + "\n")
+    (store / "run/pictures/classify.png").unlink()
+    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 1
+    assert "MLflow refused 1 more for good" in capsys.readouterr().err
+    _, (parent,), children = runs_in(store)
+    assert {run.data.tags["stage"]: run.data.metrics["loss"] for run in children} == {"classify": 1 / 3, "expand": 3.0}
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 0  # nothing is sent or refused twice
+
+
+def test_runs_that_were_moved_keep_their_pictures_and_put_new_ones_beside_them(tracked: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tracked, tmp_path / "first"))
+    _, _, (child,) = runs_in(moved)
+    here = Path(shutil.move(moved, tmp_path / "second"))
+    shutil.move(tracked / "mlartifacts", tmp_path / "hidden")  # only what came along may be found
+    try:
+        with make(here, name="other") as tracker:
+            note(tracker)
+        client, parents, children = runs_in(here)
+        assert len(parents) == 2
+        for run in children:
+            assert run.info.artifact_uri.startswith((here / "mlartifacts").as_uri())
+            picture = client.download_artifacts(run.info.run_id, "pictures/classify.png", str(tmp_path))
+            assert Path(picture).read_bytes() == b"a picture"
+        assert child.info.run_id in {run.info.run_id for run in children}
+        replay(here / "run")  # the same run, not another
+        assert len(runs_in(here)[1]) == 2
+    finally:
+        shutil.move(tmp_path / "hidden", tracked / "mlartifacts")
