@@ -4,24 +4,27 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 esol/train.py --config configs/demo.yaml
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 70 a rank
-stood still or was lost (go on with --resume after either).
+Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 130 by Ctrl-C,
+70 a rank stood still or was lost (go on with --resume after any of them).
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # launchers put esol/ first on the path, where its modules would shadow others
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exits.entry takes it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from esol import config as configuration
 from esol import exits
-from esol.errors import EsolError, LaunchError, LostRankError
+from esol.errors import LaunchError
 
+AGAIN = "finished stages, shards and checkpoints are kept, go on with --resume"
 _PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
@@ -50,9 +53,6 @@ def run(args: argparse.Namespace) -> int:
         engine = [f"engine.name={args.engine}"] if args.engine else []
         config = configuration.load(args.config, [*args.overrides, *engine])
         return _run(config, args.stages.split(",") if args.stages else None, args.resume)
-    except EsolError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return exits.LOST if isinstance(error, LostRankError) else exits.MEND
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -68,7 +68,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.data.reader import ShardReader
     from esol.engines import make_engine
     from esol.engines.base import gather_text
-    from esol.files import atomic_write, hold
+    from esol.files import atomic_write, hold, writable
     from esol.loop import Stopped, StopSignal
     from esol.report import load_results, summary
     from esol.stages import check_splits, chosen, run_stages
@@ -78,8 +78,9 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     index = Index.load(config.data.root)
     check_splits(config, index, only)
     index.check_files()
-    engine = make_engine(config.engine, config.seed)
     run_dir = Path(config.run_dir)
+    writable(run_dir)
+    engine = make_engine(config.engine, config.seed)
     busy = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,18 +103,23 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
                 run_stages(context, only)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
-            return exits.STOPPED
+            return stopped.code
     if engine.is_main and (run_dir / "results.json").exists():
         print(f"\n{summary(load_results(run_dir))}\n\nall numbers: esol report {run_dir}", flush=True)
     engine.close()
     return 0
 
 
-def main() -> int:
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     return run(parser.parse_args())
 
 
+def main() -> int:
+    """The entry of launchers; returns the exit code."""
+    return exits.entry(_main, AGAIN)
+
+
 if __name__ == "__main__":
-    sys.exit(exits.note(main()))
+    sys.exit(main())
