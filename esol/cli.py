@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from esol import __version__, train
-from esol.errors import EsolError
+from esol import exits
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -42,8 +41,9 @@ def _replay(args: argparse.Namespace) -> int:
     return 1 if replay(args.run_dir, args.uri) else 0
 
 
-def main() -> int:
-    """Parses the command line and runs one command; returns the exit code."""
+def _main() -> int:
+    from esol import __version__, train  # where Ctrl-C is one line already
+
     parser = argparse.ArgumentParser(prog="esol", description="Image-level labels in, pixel masks and a model out.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -86,11 +86,12 @@ def main() -> int:
     command.set_defaults(run=_replay)
 
     args = parser.parse_args()
-    try:
-        return int(args.run(args))
-    except EsolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return int(args.run(args))
+
+
+def main() -> int:
+    """Parses the command line and runs one command; returns the exit code."""
+    return exits.entry(_main, "run the command again, `esol run` with --resume")
 
 
 if __name__ == "__main__":

@@ -399,6 +399,10 @@ class Config:
         return next((name for name in ("irn_masks", "psa_masks") if name in self.stages), "seed_masks")
 
     def check(self, where: str) -> None:
+        if "://" in self.run_dir or not self.run_dir.strip():
+            raise ConfigError(
+                f"run_dir = {self.run_dir!r}: it must be a local folder; shards may be behind a URL, a run may not"
+            )
         written = self.localize.write
         if "localize" in self.stages and written not in ("last", "cam", *self.stages):
             raise ConfigError(
@@ -418,6 +422,9 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = Path(source).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read config {source}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{source} is not UTF-8 text (line {line}: {error.reason}): save it as UTF-8") from error
     try:
         tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:

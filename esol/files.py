@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from esol.errors import ConfigError
+
 
 def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:
     """Writes path through a temporary file beside it: fsync, then rename, so that no reader meets half a file.
@@ -47,6 +49,21 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def writable(run_dir: Path) -> None:
+    """Makes the folder where it is missing; ConfigError, naming what stands in its way, where it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    except (OSError, ValueError) as error:
+        parts = (run_dir, *run_dir.parents)
+        way = next((part for part in parts if os.path.lexists(part) and not os.path.isdir(part)), None)
+        reason = getattr(error, "strerror", "") or str(error)
+        if way is not None:
+            reason = f"{way} is a link to {os.readlink(way)}, no folder" if way.is_symlink() else f"{way} is a file"
+        raise ConfigError(f"run_dir = {run_dir} cannot be used: {reason}; set it to a folder that can be") from error
 
 
 class Lock:

@@ -26,7 +26,6 @@ from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
 from esol.errors import DataError
 from esol.files import atomic_write, sha256
-from esol.loop import Stopped
 from esol.progress import progress
 from shards.writer import write_mirror_shard
 
@@ -70,7 +69,7 @@ def over_shards(
             if context.stop:
                 break
     if engine.any(bool(context.stop)):
-        raise Stopped(f"{context.stop.name or 'a signal to another rank'}: {name} stopped after whole shards")
+        raise context.stop.stopped(engine, f"{name} stopped after whole shards")
     engine.barrier(f"the shards of {name} from all ranks")
     names = [index.shards[s].name for s in shards]
     if engine.is_main and writes:

@@ -19,19 +19,22 @@ from esol import exits
 from esol.config import TrainConfig
 from esol.engines.base import Engine
 from esol.errors import DivergenceError
+from esol.interrupts import LAUNCHED, Interrupts
 from esol.optim import learning_rate
 from esol.tasks.base import Batch
 
 _LOG = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MAX_SKIPPED = 20  # fp16 scaling halves at each skip: from 2**16 this many leave nothing that could still overflow
 
 
-_LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # set by torchrun and accelerate, by deepspeed
-
-
 class Stopped(Exception):  # noqa: N818  it is no error: all is saved
-    """Training was asked to stop and has saved its state; entry points leave with exits.STOPPED."""
+    """Training was asked to stop and has saved its state; entry points leave with `code`."""
+
+    def __init__(self, text: str, code: int = exits.STOPPED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Saver(Protocol):
@@ -44,14 +47,15 @@ class Saver(Protocol):
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 while it is entered; signals may come twice (torchrun sends them so).
+    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered; signals may come twice (torchrun sends them so).
 
-    The death of the launcher counts as one: nobody else would ever end its processes.
+    The death of the launcher counts as one: nobody else would ever end its processes. A second Ctrl-C is not waited for
+    here: where the entry point has entered esol.interrupts, that ends the process at once.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        self._launcher = exits.PARENT if os.environ.keys() & _LAUNCHED else None
+        self._launcher = exits.PARENT if os.environ.keys() & LAUNCHED else None
 
     def __bool__(self) -> bool:
         if self._launcher is not None and os.getppid() != self._launcher and not self.name:
@@ -59,15 +63,24 @@ class StopSignal:
         return bool(self.name)
 
     def __enter__(self) -> StopSignal:
-        self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        Interrupts.saving = True
+        self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        Interrupts.saving = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        Interrupts.taken |= number == signal.SIGINT
+        self.name = self.name or signal.Signals(number).name
+
+    def stopped(self, engine: Engine, where: str) -> Stopped:
+        """What to raise once all ranks know of the signal; a collective, so that all leave with the same code."""
+        interrupted = engine.any(self.name == "SIGINT")
+        name = self.name or "a signal to another rank"
+        return Stopped(f"{name}: {where}", exits.INTERRUPTED if interrupted else exits.STOPPED)
 
 
 def train(
@@ -121,9 +134,7 @@ def train(
             engine.beat(f"the checkpoint after step {step}")
             checkpointer.save(step)
         if result.stop and step < total_steps:
-            raise Stopped(
-                f"{stop.name or 'a signal to another rank'}: stopped after step {step} of {total_steps}, saved"
-            )
+            raise stop.stopped(engine, f"stopped after step {step} of {total_steps}, saved")
 
 
 class _Meter:

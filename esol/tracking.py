@@ -103,7 +103,10 @@ class Tracker:
             process.stdin.close()
         try:
             process.wait(self._flush)
-        except subprocess.TimeoutExpired:
+        except (
+            subprocess.TimeoutExpired,
+            KeyboardInterrupt,
+        ):  # Ctrl-C: nobody wants to wait any longer
             process.kill()
             process.wait()
         if process.returncode:

@@ -4,24 +4,27 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 esol/train.py --config configs/demo.yaml
     torchrun --nproc-per-node 2 esol/train.py --config configs/demo.yaml --set seed=1 --stages classify,expand --resume
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 70 a rank
-stood still or was lost (go on with --resume after either).
+Exit codes: 0 done; 2 something the user can mend, said in one line; 75 stopped by a signal after saving, 130 by Ctrl-C,
+70 a rank stood still or was lost (go on with --resume after any of them).
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # launchers put esol/ first on the path, where its modules would shadow others
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exits.entry takes it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from esol import config as configuration
 from esol import exits
-from esol.errors import EsolError, LaunchError, LostRankError
+from esol.errors import LaunchError
 
+AGAIN = "finished stages, shards and checkpoints are kept, go on with --resume"
 _PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
@@ -50,9 +53,6 @@ def run(args: argparse.Namespace) -> int:
         engine = [f"engine.name={args.engine}"] if args.engine else []
         config = configuration.load(args.config, [*args.overrides, *engine])
         return _run(config, args.stages.split(",") if args.stages else None, args.resume)
-    except EsolError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return exits.LOST if isinstance(error, LostRankError) else exits.MEND
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -68,7 +68,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.data.reader import ShardReader
     from esol.engines import make_engine
     from esol.engines.base import gather_text
-    from esol.files import atomic_write, hold
+    from esol.files import atomic_write, hold, writable
     from esol.loop import Stopped, StopSignal
     from esol.pipeline import needs, store
     from esol.report import summary
@@ -79,11 +79,12 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     index = Index.load(config.data.root)
     check_splits(config, index, only)
     index.check_files()
-    engine = make_engine(config.engine, config.seed)
     run_dir = Path(config.run_dir)
+    engine = make_engine(config.engine, config.seed)
     stages = store.Store(config, STAGES, index.hash, engine.beat)
     names = [stage.name for stage in chosen(config, only)]
     needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
+    writable(run_dir)
     busy = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
                 run_stages(context, only, stages)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
-            return exits.STOPPED
+            return stopped.code
     if engine.is_main:
         stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
         print(f"\n{summary(store.results(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
@@ -114,11 +115,16 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     return 0
 
 
-def main() -> int:
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     return run(parser.parse_args())
 
 
+def main() -> int:
+    """The entry of launchers; returns the exit code."""
+    return exits.entry(_main, AGAIN)
+
+
 if __name__ == "__main__":
-    sys.exit(exits.note(main()))
+    sys.exit(main())

@@ -7,23 +7,21 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esol.errors import EsolError
+from esol import exits
 
 if TYPE_CHECKING:
     from shards.samples import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; exit status 0 done, 1 damage was found, 2 an error that the message explains."""
-    options = _parser().parse_args(arguments)
-    try:
+    """Runs the command; exit status 0 done, 1 damage was found, 2 an error that the message explains,
+    130 Ctrl-C."""
+
+    def command() -> int:
+        options = _parser().parse_args(arguments)
         return int(options.run(options))
-    except EsolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was finished; run the command again", file=sys.stderr)
-        return 130
+
+    return exits.entry(command, "nothing was finished, run the command again")
 
 
 def _parser() -> argparse.ArgumentParser:

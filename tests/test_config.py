@@ -67,6 +67,7 @@ def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
         ),
         ("- a", [], "expected keys and values at the top level, got list"),
         ("", ["seed"], "--set 'seed': write it as a.b=value"),
+        ("", ["run_dir=s3://bucket/run"], r"run_dir = 's3://bucket/run': it must be a local folder"),
         ("data: {cache: $ESOL_NOWHERE/x}", [], r"data.cache = .*: environment variable ESOL_NOWHERE is not set"),
     ],
 )
@@ -78,6 +79,9 @@ def test_mistakes_name_the_key_and_the_remedy(tmp_path: Path, text: str, overrid
 def test_missing_file_and_missing_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config .*nowhere.yaml"):
         config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "old.yaml").write_bytes("run_dir: r\n# café\n".encode("cp1252"))
+    with pytest.raises(ConfigError, match=r"old.yaml is not UTF-8 text \(line 2: .*\): save it as UTF-8"):
+        config.load(tmp_path / "old.yaml")
     (tmp_path / "c.yaml").write_text("run_dir: r")
     with pytest.raises(ConfigError, match=r"data.root is missing: .* --set data.root="):
         config.load(tmp_path / "c.yaml")

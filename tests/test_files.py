@@ -13,8 +13,8 @@ import pytest
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.errors import DataError
-from esol.files import hold, holder
+from esol.errors import ConfigError, DataError
+from esol.files import hold, holder, writable
 
 HOLDER = "import sys; from pathlib import Path; from esol.files import hold\nlock = hold(Path(sys.argv[1]), 0)\n"
 
@@ -78,3 +78,19 @@ def test_the_cache_of_shards_without_locks_or_room(
     monkeypatch.setattr("esol.data.reader.DOWNLOAD_MINUTES", 0)
     with pytest.raises(DataError, match="waited 0 minutes for a process that has not said its name to fetch file://"):
         ShardReader(index, str(tmp_path / "other")).image(0)
+
+
+def test_a_run_directory_that_cannot_be_one(tmp_path: Path) -> None:
+    writable(tmp_path / "new" / "run")
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    refused = {
+        tmp_path / "file": "file is a file",
+        tmp_path / "file" / "run": "file is a file",
+        tmp_path / "dangling": "dangling is a link to nowhere, no folder",
+        tmp_path / ("x" * 300): "File name too long",
+        tmp_path / "a\0b": "null",
+    }
+    for path, reason in refused.items():
+        with pytest.raises(ConfigError, match=f"run_dir = .*{reason}.*; set it to a folder"):
+            writable(path)

@@ -19,10 +19,12 @@ STUBS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo node0; else echo "$@" >> requeued; fi',
     # a rank: writes that it is there, ends with $CODE, or with 75 at a signal
-    "python": "trap 'sleep .3; exit 75' USR1 TERM\necho $RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT \"$@\" > started\n"
+    "python": "trap 'sleep .3; exit 75' USR1 TERM\ntrap 'sleep .3; exit 130' INT\n"
+    'echo $RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT "$@" > started\n'
     'if [ "$CODE" ]; then exit $CODE; fi\nfor i in $(seq 200); do sleep .05; done',
-    # a launcher such as torchrun: dies of USR1, passes TERM on, and knows no exit code but 1
-    "launcher": "trap 'kill -TERM $rank' TERM\n\"$@\" & rank=$!\nwait $rank; wait $rank; code=$?\n"
+    # a launcher such as torchrun: dies of USR1, passes TERM and INT on, and knows no exit code but 1
+    "launcher": "trap 'kill -TERM $rank' TERM\ntrap 'kill -INT $rank' INT\n"
+    '(trap - INT; exec "$@") & rank=$!\nwait $rank; wait $rank; code=$?\n'
     'if [ $code -eq 138 ]; then exit 138; fi\necho $code > "$ESOL_EXIT_FILE"\n[ $code -eq 0 ] || exit 1',
 }
 
@@ -74,7 +76,9 @@ def test_slurm_requeues_what_can_go_on(
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
-@pytest.mark.parametrize(("sent", "code", "ends"), [("USR1", "", 75), ("TERM", "", 75), ("", "2", 2), ("", "0", 0)])
+@pytest.mark.parametrize(
+    ("sent", "code", "ends"), [("USR1", "", 75), ("TERM", "", 75), ("INT", "", 130), ("", "2", 2), ("", "0", 0)]
+)
 def test_entrypoint_ends_with_the_ranks_code(start, sent: str, code: str, ends: int) -> None:
     process = start(str(LAUNCH / "entrypoint.sh"), "launcher", "python", code=code)
     if sent:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from esol import exits
 from esol.config import TrainConfig
 from esol.engines.base import StepResult
 from esol.errors import DivergenceError
@@ -39,6 +40,9 @@ class Answers:
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
         return values
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
 
 class Saves:
@@ -107,14 +111,18 @@ def test_resumes_in_the_middle_and_does_nothing_at_the_end() -> None:
     assert run(Answers(start=12), 12, start=12) == ({}, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_finishes_the_step_saves_and_stops(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, exits.STOPPED), (signal.SIGUSR1, exits.STOPPED), (signal.SIGINT, exits.INTERRUPTED)],
+)
+def test_signal_finishes_the_step_saves_and_stops(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-        with pytest.raises(Stopped, match=f"{number.name}: stopped after step 1 of 12, saved"):
+        with pytest.raises(Stopped, match=f"{number.name}: stopped after step 1 of 12, saved") as stopped:
             run(Answers(), 12, stop)
+    assert stopped.value.code == code
     assert run.last[1] == [1]  # type: ignore[attr-defined]
     assert signal.getsignal(number) is before
 

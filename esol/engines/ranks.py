@@ -23,6 +23,7 @@ from torch import Tensor
 from esol import exits
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
+from esol.engines.environment import given
 from esol.engines.watchdog import Watchdog
 from esol.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
 from esol.files import atomic_write
@@ -31,7 +32,7 @@ from esol.tasks.base import Batch
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GRACE = 10  # seconds: torch says itself, and better, what it waited for in vain, where it can
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NOTICE = 10  # seconds after which a process says whom it waits for: the variables may be another job's leftovers
 
 
 class Ranks(Engine):
@@ -72,10 +73,9 @@ class Ranks(Engine):
         seed_all(self._seed)  # the same on all ranks: they build the same model
 
     def _no_job(self, reason: str) -> LostRankError:
-        given = " ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in _VARIABLES)
         return LostRankError(
             f"the processes did not form a job within {self._config.timeout:g} minutes (engine.timeout); "
-            f"this one was given {given}. {reason}"
+            f"this one was given {given()}. {reason}"
         )
 
     @contextmanager
@@ -86,13 +86,19 @@ class Ranks(Engine):
             print(f"error: {self._no_job('The store of the job does not answer')}", file=sys.stderr, flush=True)
             os._exit(exits.note(exits.LOST))
 
-        timer = threading.Timer(self._timeout.total_seconds() + _GRACE, leave)
-        timer.daemon = True
-        timer.start()
+        def say() -> None:
+            print(f"waiting for the other processes of the job; this one was given {given()}", file=sys.stderr)
+
+        bound = threading.Timer(self._timeout.total_seconds() + _GRACE, leave)
+        notice = threading.Timer(_NOTICE, say)
+        for timer in (bound, notice):
+            timer.daemon = True
+            timer.start()
         try:
             yield
         finally:
-            timer.cancel()
+            bound.cancel()
+            notice.cancel()
 
     def _check_world(self) -> None:
         asked = int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil  # accelerate brings it
+import pytest
 from ranks import _free_port
+
+from esol.engines.environment import VARIABLES, check_environment
+from esol.errors import LaunchError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -58,3 +65,67 @@ def test_launchers(tmp_path: Path) -> None:
     found = {path.name: path.read_text() for path in tmp_path.iterdir() if path != program}
     assert found == {f"{name}-{rank}": "2 3" for name in commands if name != "wrong" for rank in (0, 1)}, outputs
     assert "use accelerate launch --config_file launch/cpu.yaml" in outputs["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT: left in the environment"),
+        ("WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "without RANK: left"),
+        ("RANK=1", "RANK=1 without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: left"),
+        ("LOCAL_RANK=1", "LOCAL_RANK=1 without RANK, WORLD_SIZE"),
+        ("WORLD_SIZE=two", "must be whole numbers"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2 is no process of WORLD_SIZE=2"),
+        ("SLURM_NTASKS=2 SLURM_PROCID=1", ""),  # inside salloc
+        ("WORLD_SIZE=1 LOCAL_RANK=0", ""),
+        ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", ""),  # what every launcher gives
+        ("PMI_RANK=1 PMI_SIZE=2 WORLD_SIZE=2", ""),
+    ],
+)
+def test_variables_that_no_launcher_has_set(variables: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for text in variables.split():
+        monkeypatch.setenv(*text.split("=", 1))
+    if said:
+        with pytest.raises(LaunchError, match=f"{said}.*unset RANK WORLD_SIZE LOCAL_RANK"):
+            check_environment()
+    else:
+        check_environment()
+        assert ("WORLD_SIZE" in os.environ) == ("WORLD_SIZE=2" in variables)
+
+
+TINY = """
+model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
+data: {crop: 48, workers: 1}
+classify: {duration: 1000000 steps, global_batch: 8}
+stages: [classify]
+engine: {threads: 1, timeout: 1}
+tracking: {every: 1, uri: none}
+"""
+
+
+def test_ctrl_c_at_the_terminal_of_torchrun(tmp_path: Path, shard_set: Path) -> None:
+    """The terminal signals the launcher and its ranks, and the launcher its ranks again: all that is one press."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "esol/train.py"), "--config", str(tmp_path / "tiny.yaml")]
+    command += ["--set", f"run_dir={tmp_path / 'run'}", "--set", f"data.root={shard_set}"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"ESOL_EXIT_FILE": str(tmp_path / "code")}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not log.exists() or '"step": 3' not in log.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (tmp_path / "code").read_text() == "130\n", output
+    assert output.count("SIGINT: stopped after step") == 1
+    assert "KeyboardInterrupt" not in output
+    assert 'train.py", line' not in output  # no traceback of ours; torchrun's own is torchrun's
+    assert len(list((tmp_path / "run/classify/checkpoints").glob("step-*[0-9]"))) == 1
+    assert not [child for child in started if child.is_running()]

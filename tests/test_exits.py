@@ -1,0 +1,115 @@
+"""How a program ends: codes, one line for what the user did, and Ctrl-C at every moment."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from esol import cli, exits
+from esol.errors import DataError, LostRankError
+
+PROGRAM = """
+import multiprocessing, signal, sys, time
+from pathlib import Path
+from esol import exits, interrupts
+from esol.interrupts import Interrupts
+interrupts.GRACE = 1.0
+
+def say(text):
+    print(text, flush=True)
+
+def tidies():
+    try:
+        say("up")
+        time.sleep(60)
+    finally:
+        say("tidied")
+    return 0
+
+def saves():
+    with multiprocessing.Pool(1) as pool:  # as data workers
+        Interrupts.saving = True
+        signal.signal(signal.SIGINT, lambda *_: say("saving"))
+        say("up")
+        while True:
+            time.sleep(60)
+
+def swallows():  # as a callback from C does, whose exceptions go nowhere
+    say("up")
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+
+def launched():
+    interrupts.SAME = 30.0
+    return tidies()
+
+sys.exit(exits.entry(globals()[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "presses", "printed", "said"),
+    [
+        ("tidies", 1, {"tidied"}, "interrupted: run the command again"),
+        ("saves", 2, {"saving"}, "interrupted again: ended at once"),
+        ("swallows", 1, set(), "interrupted"),  # after the time to tidy up
+        ("launched", 2, {"tidied"}, "interrupted: run the command again"),  # torchrun hands on what the terminal sent
+    ],
+)
+def test_ctrl_c_is_one_line_and_130(how: str, presses: int, printed: set[str], said: str, tmp_path: Path) -> None:
+    env = {"ESOL_EXIT_FILE": str(tmp_path / "code"), "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, how], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    for press in range(presses):
+        time.sleep(0.5 * bool(press) * (how != "launched"))
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)  # until the last child has closed them
+    assert (process.returncode, set(output.split()), errors.strip()) == (exits.INTERRUPTED, printed, said)
+    assert (tmp_path / "code").read_text() == "130\n"
+
+
+def _raises(error: BaseException) -> Callable[[], int]:
+    def command() -> int:
+        raise error
+
+    return command
+
+
+def test_every_end_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "code"
+    monkeypatch.setenv("ESOL_EXIT_FILE", str(file))
+    before = signal.getsignal(signal.SIGINT)
+    ends = {0: lambda: 0, exits.STOPPED: lambda: exits.STOPPED, exits.MEND: _raises(DataError("bad"))}
+    ends[exits.LOST] = _raises(LostRankError("gone"))
+    for code, command in ends.items():
+        assert exits.entry(command) == code
+        assert file.read_text() == f"{code}\n"
+    assert capsys.readouterr().err == "error: bad\nerror: gone\n"
+    with pytest.raises(ZeroDivisionError):
+        exits.entry(_raises(ZeroDivisionError()))
+    assert file.read_text() == "1\n"
+    for arguments, code in ((["nonsense"], 2), (["--version"], 0), (["run", "--config", str(tmp_path / "no.yaml")], 2)):
+        monkeypatch.setattr(sys, "argv", ["esol", *arguments])
+        file.unlink()
+        try:
+            found = cli.main()
+        except SystemExit as leaving:
+            found = leaving.code
+        assert found == code
+        assert file.read_text() == f"{code}\n"
+    assert signal.getsignal(signal.SIGINT) is before
