@@ -190,6 +190,7 @@ def save_mlflow_model(folder: Path, weights: Path) -> None:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import AnyType
 
     root = Path(__file__).resolve().parents[1]
     needed = ("mlflow", "numpy", "pandas", "pillow", "pyyaml", "rich", "safetensors", "timm", "torch", "torchvision")
@@ -201,7 +202,7 @@ def save_mlflow_model(folder: Path, weights: Path) -> None:
             data_path=str(weights),
             code_paths=[str(root / "esol"), str(root / "shards")],
             signature=ModelSignature(
-                inputs=Schema([ColSpec("binary", "image")]),
+                inputs=Schema([ColSpec(AnyType(), "image")]),  # bytes, or base64 that esol.serving decodes
                 outputs=Schema([ColSpec("string", "mask"), ColSpec("string", "shares")]),
             ),
             pip_requirements=[f"{name}=={version(name)}" for name in needed],

@@ -165,13 +165,16 @@ def test_mlflow_serves_the_model_and_answers(exported: Path, photos: Path, tmp_p
             _ask(port, b"no photo")
         assert error.value.code == 400
         assert b"row 0: the image cannot be decoded" in error.value.read()
+        text = base64.urlsafe_b64encode(photo.read_bytes()).decode().rstrip("=")
+        assert _ask(port, f"data:image/jpeg;base64,{text}")["predictions"] == [answer]
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
 
 
-def _ask(port: int, photo: bytes) -> dict:
-    table = {"columns": ["image"], "data": [[base64.b64encode(photo).decode()]]}
+def _ask(port: int, photo: bytes | str) -> dict:
+    text = photo if isinstance(photo, str) else base64.b64encode(photo).decode()
+    table = {"columns": ["image"], "data": [[text]]}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations",
         json.dumps({"dataframe_split": table}).encode(),
