@@ -12,12 +12,12 @@ from torch import Tensor
 
 from esol.config import MaskConfig
 from esol.context import Context, Results
-from esol.data.transforms import decode_mask
+from esol.data.transforms import decode_gray
 from esol.errors import DataError
 from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, stands_on, write_curves
 from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
-from esol.localize.saliency import saliency_labels, spectral_residual
+from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
 from esol.localize.seeds import best_class
 from esol.metrics import VOID, ThresholdCurve, confusion_matrix, score
 from esol.models import affinity_net, irn_net
@@ -102,11 +102,12 @@ def _one(
     arrays = maps.arrays(ordinal, "maps.npz")
     classes = torch.from_numpy(arrays["classes"]).to(device)
     found = scores(image, arrays)
-    saliency, labels = _saliency(context, ordinal, image), None
+    saliency, labels, channels = _saliency(context, ordinal, image), None, None
     if saliency is not None:
         cue = context.config.saliency
         labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
-    plain, refined = (t.cpu().numpy() for t in pseudo_mask(image, found, classes, config, labels))
+        channels = saliency_channels(found, saliency, floor=cue.floor)
+    plain, refined = (t.cpu().numpy() for t in pseudo_mask(image, found, classes, config, labels, channels))
     return image, classes, found, plain, refined
 
 
@@ -128,7 +129,7 @@ def _saliency(context: Context, ordinal: int, image: Tensor) -> Tensor | None:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{name}: saliency map {path} cannot be read ({error.strerror})") from error
-    values = decode_mask(data, f"{name}, saliency")
+    values = decode_gray(data, f"{name}, saliency")
     if values.shape != tuple(image.shape[1:]):
         raise DataError(f"{name}: the saliency map is {values.shape}, the image {tuple(image.shape[1:])}")
     return torch.from_numpy(values).to(image.device).float() / 255

@@ -1,13 +1,19 @@
 """Saliency as background cue: DRS's rule on hand-made pixels, and the classical stand-in for a saliency network."""
 
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from esol.errors import ConfigError
-from esol.localize.saliency import saliency_labels, spectral_residual
+from esol.config import CrfConfig, MaskConfig
+from esol.data.transforms import decode_gray
+from esol.errors import ConfigError, DataError
+from esol.localize.pseudo_labels import pseudo_mask
+from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
 
 
 def pixels(*columns: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -94,3 +100,37 @@ def test_without_opencv_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyP
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r'pip install "esol\[saliency\]"'):
         spectral_residual(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("unary", ["hard", "soft"])
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_saliency_decides_the_background_of_hard_and_soft_masks(unary: str, iterations: int) -> None:
+    config = MaskConfig(threshold=0.1, unary=unary, crf=CrfConfig(iterations=iterations))
+    image = torch.randint(0, 256, (3, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores, classes = torch.full((1, 12, 16), 0.8), torch.tensor([3])
+
+    def masks(saliency: Tensor) -> Tensor:
+        labels = saliency_labels(scores, saliency)
+        return torch.stack(pseudo_mask(image, scores, classes, config, labels, saliency_channels(scores, saliency)))
+
+    assert not masks(torch.zeros(12, 16)).any()  # nothing stands out: there is no object, whatever the scores
+    assert (masks(torch.ones(12, 16)) == 4).all()
+    half = torch.zeros(12, 16)
+    half[:, :8] = 1
+    assert (masks(half)[0, :, :8] == 4).all()
+    assert not masks(half)[0, :, 8:].any()
+
+
+def test_saliency_maps_of_0_and_1_mean_0_and_255() -> None:
+    def encoded(values: np.ndarray, mode: str | None = None) -> bytes:
+        out = io.BytesIO()
+        (Image.fromarray(values) if mode is None else Image.fromarray(values).convert(mode)).save(out, "PNG")
+        return out.getvalue()
+
+    ones = np.array([[0, 1, 1]], np.uint8)
+    for data in (encoded(ones), encoded(ones * 255), encoded(ones * 255, "1"), encoded(ones.astype(np.uint16) * 65535)):
+        assert decode_gray(data, "k").tolist() == [[0, 255, 255]]
+    assert decode_gray(encoded(np.array([[0, 1, 9]], np.uint8)), "k").tolist() == [[0, 1, 9]]
+    assert decode_gray(encoded(np.zeros((1, 2), np.uint8)), "k").tolist() == [[0, 0]]
+    with pytest.raises(DataError, match="k: a map must be a gray PNG, not PNG RGB"):
+        decode_gray(encoded(np.zeros((2, 2, 3), np.uint8)), "k")

@@ -70,6 +70,20 @@ def decode_mask(data: bytes, name: str, classes: int = 254) -> NDArray[np.uint8]
     return levels
 
 
+def decode_gray(data: bytes, name: str) -> NDArray[np.uint8]:
+    """A map of 0..255 (H, W) from a gray PNG of 1, 8 or 16 bits; one of nothing but 0 and 1 means 0 and 255."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
+            mode, values = png.mode, np.array(png)
+    except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
+        raise DataError(f"{name}: the map cannot be decoded ({error})") from error
+    if mode not in ("1", "L", "P") and not mode.startswith("I"):
+        raise DataError(f"{name}: a map must be a gray PNG, not PNG {mode}")
+    if mode.startswith("I"):
+        values = values.astype(np.int64) >> 8
+    return (values * 255 if values.max(initial=0) <= 1 else values).astype(np.uint8)
+
+
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 (3, H, W) to (3, height, width), bilinear with antialiasing."""
     if image.shape[-2:] == (height, width):

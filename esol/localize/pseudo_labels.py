@@ -42,19 +42,26 @@ def irn_labels(image: Tensor, maps: Tensor, classes: Tensor, config: IrnLabelsCo
 
 
 def pseudo_mask(
-    image: Tensor, scores: Tensor, classes: Tensor, config: MaskConfig, labels: Tensor | None = None
+    image: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    config: MaskConfig,
+    labels: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Label maps of scores (n, H, W) in 0..1, without and with the CRF: uint8 (H, W) twice.
 
     Background where no score is above the threshold. labels int64 (H, W), 0..n or 255, stand in for that decision where
-    another cue, such as saliency, has made it; its void stays void.
+    another cue, such as saliency, has made it; its void stays void. channels (1 + n, H, W), background first, are what
+    that cue decided by: with unary = soft they stand in for the threshold and the scores.
     """
     plain = _winner(scores, config.threshold) if labels is None else labels
     if config.unary == "hard":
         unary = unary_from_labels(plain, len(scores) + 1, config.certainty)
     else:
-        all_scores = torch.cat((scores.new_full((1, *scores.shape[1:]), config.threshold), scores))
-        unary = unary_from_probabilities(all_scores / all_scores.sum(0, keepdim=True).clamp_min(1e-5))
+        if channels is None:
+            channels = torch.cat((scores.new_full((1, *scores.shape[1:]), config.threshold), scores))
+        unary = unary_from_probabilities(channels / channels.sum(0, keepdim=True).clamp_min(1e-5))
     refined = mean_field(image, [unary], config.crf)[0].argmax(0) if config.crf.iterations else plain
     return _to_classes(plain, classes), _to_classes(torch.where(plain == VOID, plain, refined), classes)
 

@@ -17,10 +17,15 @@ def saliency_labels(scores: Tensor, saliency: Tensor, floor: float = 0.2, confli
     saliency is 1 but the background wins. Source: DRS (Kim et al., AAAI 2021), scripts/pseudo_seg_label_gen.py; its
     maps are 0 or 1 (gray level above 50 of 255), so that all that stands out and is no class becomes void there.
     """
-    channels = torch.cat((1 - saliency[None], torch.where(scores < floor, 0, scores)))
+    channels = saliency_channels(scores, saliency, floor)
     winner = channels.argmax(0)
     unsure = ((channels > conflict).sum(0) > 2) | ((saliency >= 1) & (winner == 0))
     return torch.where(unsure, VOID, winner)
+
+
+def saliency_channels(scores: Tensor, saliency: Tensor, floor: float = 0.2) -> Tensor:
+    """What competes at each pixel, (1 + n, H, W): 1 - saliency for the background, then scores, 0 where under floor."""
+    return torch.cat((1 - saliency[None], torch.where(scores < floor, 0, scores)))
 
 
 def spectral_residual(image: Tensor) -> Tensor:
