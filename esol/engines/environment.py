@@ -42,4 +42,7 @@ def check_environment() -> None:
             del os.environ[name]
     elif missing:
         said = " ".join(f"{name}={text}" for name, text in numbers.items())
-        raise LaunchError(f"{said} without {', '.join(missing)}: something else left it in the environment; {remedy}")
+        raise LaunchError(
+            f"{said} without {', '.join(missing)}: something else left it in the environment; {remedy}. "
+            f"This process was given {given()}"
+        )
