@@ -32,7 +32,7 @@ MAX_SKIPPED = 20  # fp16 scaling halves at each skip: from 2**16 this many leave
 class Stopped(Exception):  # noqa: N818  it is no error: all is saved
     """Training was asked to stop and has saved its state; entry points leave with `code`."""
 
-    def __init__(self, text: str, code: int = exits.STOPPED) -> None:
+    def __init__(self, text: str = "", code: int = exits.STOPPED) -> None:
         super().__init__(text)
         self.code = code
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esol.engines.environment import check_environment
-
 if TYPE_CHECKING:
     from esol.config import EngineConfig
     from esol.engines.base import Engine
@@ -13,7 +11,6 @@ if TYPE_CHECKING:
 
 def make_engine(config: EngineConfig, seed: int) -> Engine:
     """Joins this process to its job; LaunchError where the processes do not form one. Imported only when needed."""
-    check_environment()
     if config.name == "deepspeed":
         from esol.engines.deepspeed_engine import DeepSpeedEngine
 

@@ -26,20 +26,23 @@ def check_environment() -> None:
     if not numbers or os.environ.keys() & set(_MPI):
         return
     remedy = (
-        f"(this process was given {given()}). To run one process, unset RANK WORLD_SIZE LOCAL_RANK; to run several, "
-        "start them by torchrun or accelerate launch (launch/README.md)"
+        "to run one process, unset RANK WORLD_SIZE LOCAL_RANK; to run several, start them by torchrun or accelerate "
+        "launch (launch/README.md)"
     )
     try:
         values = {name: int(text) for name, text in numbers.items()}
     except ValueError as error:
-        raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers {remedy}") from error
+        raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, not {given()}: {remedy}") from error
     rank, size, local = values.get("RANK", 0), values.get("WORLD_SIZE", 1), values.get("LOCAL_RANK", 0)
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if not 0 <= rank < size and not missing:
-        raise LaunchError(f"RANK={rank} is no process of WORLD_SIZE={size} {remedy}")
+        raise LaunchError(f"RANK={rank} is no process of WORLD_SIZE={size}: {remedy}")
     if missing and size == 1 and rank == 0 and local in (0, -1):
         for name in numbers:
             del os.environ[name]
     elif missing:
         said = " ".join(f"{name}={text}" for name, text in numbers.items())
-        raise LaunchError(f"{said} without {', '.join(missing)}: left in the environment by something else {remedy}")
+        raise LaunchError(
+            f"{said} without {', '.join(missing)}: something else left it in the environment; {remedy}. "
+            f"This process was given {given()}"
+        )

@@ -23,7 +23,7 @@ from torch import Tensor
 from esol import exits
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
-from esol.engines.environment import given
+from esol.engines.environment import check_environment, given
 from esol.engines.watchdog import Watchdog
 from esol.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
 from esol.files import atomic_write
@@ -42,6 +42,8 @@ class Ranks(Engine):
     """
 
     def __init__(self, config: EngineConfig, seed: int) -> None:
+        if not dist.is_initialized():
+            check_environment()
         self._config, self._seed = config, seed
         self._host: Any = None  # the group for values on the CPU
         self._timeout = timedelta(minutes=config.timeout)

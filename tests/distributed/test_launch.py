@@ -70,9 +70,9 @@ def test_launchers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ("WORLD_SIZE=2", "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT: left in the environment"),
-        ("WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "without RANK: left"),
-        ("RANK=1", "RANK=1 without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: left"),
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT: something else left it"),
+        ("WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "without RANK: something"),
+        ("RANK=1", "RANK=1 without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: something"),
         ("LOCAL_RANK=1", "LOCAL_RANK=1 without RANK, WORLD_SIZE"),
         ("WORLD_SIZE=two", "must be whole numbers"),
         ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2 is no process of WORLD_SIZE=2"),
