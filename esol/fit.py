@@ -19,7 +19,7 @@ from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.files import atomic_write
-from esol.inference import StageShards, photo, true_mask
+from esol.inference import StageShards, TrueMasks, photo
 from esol.loop import train
 from esol.models.backbones import Backbone
 from esol.networks import (
@@ -92,7 +92,7 @@ def segment(context: Context, folder: Path) -> Results:
     net = deeplab(config, len(classes))
     source, started = config.mask_stage or "truth", initial_weights(config.segment.model)
     context.say(f"segment: learns from {source}, starts from {started}")
-    target = partial(true_mask, context) if source == "truth" else _reader(context, source, "mask.png")
+    target = TrueMasks(context.reader) if source == "truth" else _reader(context, source, "mask.png")
     info = ModelInfo(
         classes=classes,
         backbone=config.segment.model.backbone,
@@ -135,8 +135,7 @@ def _fit_pairs(context: Context, name: str, task: Task, folder: Path, backbone: 
 
 
 def _reader(context: Context, stage: str, member: str) -> Target:
-    shards = StageShards(context, stage)
-    return lambda ordinal: shards.label_map(ordinal, member)
+    return partial(StageShards(context, stage).label_map, member=member)
 
 
 def _fit(

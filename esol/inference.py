@@ -12,6 +12,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,10 +192,15 @@ def photo(context: Context, ordinal: int) -> Tensor:
     return decode(context.reader.image(ordinal), context.reader.name(ordinal))
 
 
-def true_mask(context: Context, ordinal: int) -> NDArray[np.uint8]:
-    """The sample's own mask (H, W); DataError where the shards have none or it is damaged."""
-    reader = context.reader
-    return decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal), len(context.index.classes))
+@dataclass(frozen=True)
+class TrueMasks:
+    """The samples' own masks (H, W); DataError where the shards have none or it is damaged. For data workers too."""
+
+    reader: ShardReader
+
+    def __call__(self, ordinal: int) -> NDArray[np.uint8]:
+        reader = self.reader
+        return decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal), len(reader.index.classes))
 
 
 def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str = "") -> NDArray[np.uint8] | None:
@@ -206,7 +212,7 @@ def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str =
         return None
     if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
         return None
-    truth = true_mask(context, ordinal)
+    truth = TrueMasks(context.reader)(ordinal)
     if truth.shape != size:
         raise DataError(f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {size} (height, width)")
     return truth

@@ -53,6 +53,56 @@ class PlannedSamples(IterableDataset):
                 yield {"__key__": str(self.reader.index.keys[ordinal]), "epoch": epoch, "ordinal": int(ordinal)}
 
 
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The map stage: from a planned sample to its crop, labels and target.
+
+    skip: a damaged sample's place is taken by the next good one in the order of the split's ordinals, so that who
+    stands in depends on the photos alone, not on ranks, workers or micro-batches; DataError where none is good.
+    """
+
+    reader: ShardReader
+    plan: Plan
+    crop: Crop
+    fill: tuple[int, ...]
+    target: Callable[[int], NDArray[np.uint8]] | None
+    skip: bool
+
+    def __call__(self, sample: Sample) -> Sample:
+        """{"image", "labels", "key"}, with "damaged", the reason, where another sample stands in."""
+        ordinals, reason = self.plan.ordinals, ""
+        place = int(np.searchsorted(ordinals, sample["ordinal"]))
+        for step in range(len(ordinals) if self.skip else 1):
+            ordinal = int(ordinals[(place + step) % len(ordinals)])
+            try:
+                image, labels, target = self._read(ordinal)
+            except DataError as error:
+                if not self.skip:
+                    raise
+                reason = reason or str(error)
+                continue
+            rng = sample_rng(self.plan.seed, sample["epoch"], sample["__key__"])
+            found = {
+                "image": training_crop(image, rng, self.crop, self.fill, target),
+                "labels": torch.from_numpy(labels),
+                "key": str(self.reader.index.keys[ordinal]),
+            }
+            return found | ({"damaged": reason} if reason else {})
+        raise DataError(f"every sample of the split is damaged, the first: {reason}")
+
+    def _read(self, ordinal: int) -> tuple[torch.Tensor, NDArray[np.float32], torch.Tensor | None]:
+        reader = self.reader
+        photo, labels = reader.image_and_labels(ordinal)
+        image = decode(photo, reader.name(ordinal))
+        if self.target is None:
+            return image, labels, None
+        target = torch.from_numpy(self.target(ordinal))
+        if target.shape != image.shape[1:]:
+            sizes = f"{tuple(target.shape)}, the photo {tuple(image.shape[1:])} (height, width)"
+            raise DataError(f"{reader.name(ordinal)}: the label map is {sizes}")
+        return image, labels, target
+
+
 def training_stream(
     reader: ShardReader,
     plan: Plan,
@@ -68,35 +118,19 @@ def training_stream(
 
     fill: RGB 0..255 around photos smaller than the crop; target: the label map (H, W) of a sample by its ordinal, which
     is cropped with its photo to batch["target"]. DataError, naming shard and key, for a damaged sample, or, with
-    data.damaged = skip, the next good sample of the micro-batch stands in and batch["skipped"] names the key.
+    data.damaged = skip, the next good sample of the split stands in and batch["skipped"] says what was wrong. All that
+    goes to the data workers can be pickled, so that they start by fork, forkserver and spawn alike.
     """
-
-    def example(sample: Sample) -> Sample:
-        ordinal, key = sample["ordinal"], sample["__key__"]
-        try:
-            photo, labels = reader.image_and_labels(ordinal)
-            image = decode(photo, reader.name(ordinal))
-            labelled = None if target is None else torch.from_numpy(target(ordinal))
-            if labelled is not None and labelled.shape != image.shape[1:]:
-                sizes = f"{tuple(labelled.shape)}, the photo {tuple(image.shape[1:])} (height, width)"
-                raise DataError(f"{reader.name(ordinal)}: the label map is {sizes}")
-        except DataError as error:
-            if config.damaged == "error":
-                raise
-            return {"damaged": str(error)}
-        rng = sample_rng(plan.seed, sample["epoch"], key)
-        return {
-            "image": training_crop(image, rng, crop, fill, labelled),
-            "labels": torch.from_numpy(labels),
-        }
 
     workers = config.workers
     ring = _Ring(workers, (share.micro_batch, 3 if target is None else 4, crop.size, crop.size)) if workers else None
     pipeline = wds.DataPipeline(
         PlannedSamples(reader, plan, share, start, stop),
-        wds.map(example),
+        wds.map(Examples(reader, plan, crop, tuple(fill), target, config.damaged == "skip")),
         wds.batched(share.micro_batch, collation_fn=ring.collate if ring else collate),
     )
+    # a Ctrl-C while workers still import is the main process's affair: they unblock it when they ignore it
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if workers else set())
     loader = iter(
         DataLoader(
             pipeline,
@@ -108,6 +142,7 @@ def training_stream(
             worker_init_fn=_set_up_worker if workers else None,
         )
     )
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         step: list[Batch] = []
         for batch in _clear_errors(loader):
@@ -121,18 +156,12 @@ def training_stream(
 
 
 def collate(examples: list[Sample], out: torch.Tensor | None = None) -> Sample:
-    """Stacks examples, images into `out`; for damaged ones the next good one of the micro-batch stands in."""
-    good = [e for e in examples if "damaged" not in e]
-    skipped = [e["damaged"] for e in examples if "damaged" in e]
-    if not good:
-        raise DataError(f"every sample of a micro-batch is damaged, the first: {skipped[0]}")
-    fillers = iter(good * len(skipped))
-    chosen = [next(fillers) if "damaged" in e else e for e in examples]
+    """Stacks examples, images into `out`."""
     return {
-        "image": torch.stack([e["image"] for e in chosen], out=out),
-        "labels": torch.stack([e["labels"] for e in chosen]),
-        "key": [e["__key__"] for e in chosen],
-        "skipped": skipped,
+        "image": torch.stack([e["image"] for e in examples], out=out),
+        "labels": torch.stack([e["labels"] for e in examples]),
+        "key": [e["key"] for e in examples],
+        "skipped": [e["damaged"] for e in examples if "damaged" in e],
     }
 
 
@@ -185,6 +214,7 @@ def _set_up_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Schedulers and terminals signal the whole group: the main process decides, and needs workers to finish the step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_later)
 
