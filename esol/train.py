@@ -15,6 +15,7 @@ import errno
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # launchers put esol/ first on the path, where its modules would shadow others
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exits.entry takes it
@@ -25,6 +26,10 @@ from esol import exits
 from esol.errors import LaunchError
 
 AGAIN = "finished stages, shards and checkpoints are kept, go on with --resume"
+if TYPE_CHECKING:
+    from esol.data.index import Index
+    from esol.engines.base import Engine
+
 _PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
@@ -63,25 +68,42 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> int:
     # torch, accelerate and MLflow only from here on: a mistake in the config is said at once
-    from esol.context import Context
     from esol.data.index import Index
-    from esol.data.reader import ShardReader
     from esol.engines import make_engine
-    from esol.engines.base import gather_text
-    from esol.files import atomic_write, hold, writable
-    from esol.loop import Stopped, StopSignal
-    from esol.pipeline import needs, store
+    from esol.pipeline import store
     from esol.report import summary
-    from esol.stages import STAGES, check_splits, chosen, run_stages
-    from esol.tracking import Tracker
+    from esol.stages import check_splits, chosen
 
     chosen(config, only)
     index = Index.load(config.data.root)
     check_splits(config, index, only)
     index.check_files()
+    run_dir, engine = Path(config.run_dir), make_engine(config.engine, config.seed)
+    with engine.watched(run_dir / "stalled"):
+        code = _work(config, only, resume, engine, index)
+    if code:
+        return code
+    if engine.is_main:
+        stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
+        print(f"\n{summary(store.results(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
+    engine.close()
+    return 0
+
+
+def _work(config: configuration.Config, only: list[str] | None, resume: bool, engine: Engine, index: Index) -> int:
+    """Accepts the run, holds its directory and goes through its stages."""
+    from esol.context import Context
+    from esol.data.reader import ShardReader
+    from esol.engines.base import gather_text
+    from esol.files import atomic_write, hold, writable
+    from esol.loop import Stopped, StopSignal
+    from esol.pipeline import needs
+    from esol.pipeline.store import Store
+    from esol.stages import STAGES, chosen, run_stages
+    from esol.tracking import Tracker
+
     run_dir = Path(config.run_dir)
-    engine = make_engine(config.engine, config.seed)
-    stages = store.Store(config, STAGES, index.hash, engine.beat)
+    stages = Store(config, STAGES, index.hash, engine.beat)
     names = [stage.name for stage in chosen(config, only)]
     needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
     writable(run_dir)
@@ -103,15 +125,10 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
-            with engine.watched(run_dir / "stalled"):
-                run_stages(context, only, stages)
+            run_stages(context, only, stages)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return stopped.code
-    if engine.is_main:
-        stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
-        print(f"\n{summary(store.results(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
-    engine.close()
     return 0
 
 

@@ -31,6 +31,7 @@ from esol.tasks.base import Batch
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PATIENCE = timedelta(days=30)  # of waits that the watchdog bounds
 _GRACE = 10  # seconds: torch says itself, and better, what it waited for in vain, where it can
 _NOTICE = 10  # seconds after which a process says whom it waits for: the variables may be another job's leftovers
 
@@ -46,6 +47,7 @@ class Ranks(Engine):
             check_environment()
         self._config, self._seed = config, seed
         self._host: Any = None  # the group for values on the CPU
+        self._patient: Any = None  # the same under a watchdog, whose waits it bounds
         self._timeout = timedelta(minutes=config.timeout)
         self._watchdog: Watchdog | None = None
 
@@ -162,8 +164,11 @@ class Ranks(Engine):
     def barrier(self, waiting_for: str) -> None:
         """See base.Engine."""
         if self.world_size > 1:
+            group, bound = self._host, self._timeout
+            if self._watchdog is not None:
+                group, bound = self._patient, _PATIENCE
             with self._contact(waiting_for):
-                dist.monitored_barrier(self._host, self._timeout, wait_all_ranks=True)
+                dist.monitored_barrier(group, bound, wait_all_ranks=True)
 
     @contextmanager
     def watched(self, folder: Path) -> Iterator[None]:
@@ -172,14 +177,19 @@ class Ranks(Engine):
             yield
             return
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        if self.world_size > 1 and self._patient is None:
+            # Ranks whose work differs by more than engine.timeout are no lost peers: the watchdog knows whether they
+            # move. One whose process is gone closes its connections, which ends any wait at once.
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         with self._bounded():
-            self._watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
+            watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
         self.barrier("the watchdogs of all ranks")
-        self._watchdog.start()
+        self._watchdog = watchdog
+        watchdog.start()
         try:
             yield
         finally:
-            watchdog, self._watchdog = self._watchdog, None
+            self._watchdog = None
             watchdog.stop()
 
     def beat(self, doing: str) -> None:
@@ -188,7 +198,9 @@ class Ranks(Engine):
             self._watchdog.beat(doing)
 
     def _group(self, values: Tensor) -> Any:
-        return self._host if values.device.type == "cpu" else None
+        if values.device.type != "cpu":
+            return None
+        return self._host if self._watchdog is None else self._patient
 
     @contextmanager
     def _contact(self, waiting_for: str) -> Iterator[None]:
@@ -202,9 +214,12 @@ class Ranks(Engine):
             )
             if not lost or self.world_size == 1:
                 raise
+            bound = f"{self._config.timeout:g} minutes, engine.timeout"
+            if self._watchdog is not None:
+                bound = f"{self._config.stall:g} minutes without any progress, engine.stall"
             raise LostRankError(
-                f"rank {self.rank} lost its peers while waiting for {waiting_for} (at most {self._config.timeout:g} "
-                f"minutes, engine.timeout): see the output of the other ranks. {first_line(error)}"
+                f"rank {self.rank} lost its peers while waiting for {waiting_for} (at most {bound}): see the output of "
+                f"the other ranks. {first_line(error)}"
             ) from error
 
     def _save_random_state(self, folder: Path) -> None:

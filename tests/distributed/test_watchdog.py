@@ -45,3 +45,14 @@ def test_slow_ranks_are_left_alone(tmp_path: Path) -> None:
         assert outcome.exitcode == 0, outcome.output
         assert "stalled" not in outcome.output
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_whose_work_differs_by_more_than_the_timeout_are_waited_for(tmp_path: Path) -> None:
+    for outcome in run_ranks(3, toy.uneven, tmp_path, False):
+        assert outcome.result == [True, ["rank 0", "rank 1", "rank 2"]], outcome.output
+    assert not list(tmp_path.iterdir())
+    first, gone, third = run_ranks(3, toy.uneven, tmp_path, True)
+    assert gone.exitcode == 9
+    for outcome in (first, third):
+        assert outcome.exitcode == 1
+        assert "lost its peers while waiting for a max over all ranks" in outcome.output

@@ -289,6 +289,27 @@ def stall(folder: Path, how: str) -> None:
     engine.close()
 
 
+def uneven(folder: Path, lost: bool) -> list[Any]:
+    """Under a watchdog rank 1 works for longer than engine.timeout, or is gone; then all agree on something."""
+    engine = make_engine(EngineConfig(threads=1, timeout=1 / 60, stall=0.5), seed=0)
+    found: list[Any] = []
+    with engine.watched(folder):
+        for wait in ("a flag", "a barrier", "texts"):
+            for second in range(3 if engine.rank == 1 else 0):
+                engine.beat(f"photo {second} before {wait}")
+                time.sleep(0.6)
+                if lost:
+                    os._exit(9)
+            if wait == "a flag":
+                found.append(engine.any(engine.rank == 1))
+            elif wait == "a barrier":
+                engine.barrier("the slow rank's photos")
+            else:
+                found.append(gather_text(engine, f"rank {engine.rank}"))
+    engine.close()
+    return found
+
+
 def collectives() -> dict[str, Any]:
     engine = make_engine(EngineConfig(threads=1, timeout=0.5), seed=0)
     values = torch.tensor([engine.rank, 5 + 2 * engine.rank])
