@@ -62,7 +62,8 @@ def load_model(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     """
     place = Path(place)
     run = store.is_run(place)
-    segment = store.need(place, "segment") if run else None
+    older = run and store.made_by_another_version(place / "segment")  # its weights and header are as they were
+    segment = store.need(place, "segment") if run and not older else None
     path = place / "segment" / WEIGHTS if run else place / WEIGHTS if place.is_dir() else place
     info = read_info(path)
     evaluated = store.read_manifest(place / "evaluate") if run else None

@@ -9,10 +9,9 @@ from typing import Any
 
 from esol.errors import DataError
 from shards.inputs import read_bytes
-from shards.names import fold, similar, tidy
+from shards.names import fold, is_background, similar, tidy
 
 Id = int | str
-_BACKGROUND = {"background", "_background_", "__background__", "__ignore__"}
 
 
 @dataclass
@@ -106,7 +105,12 @@ def classes_of(files: list[CocoFile]) -> tuple[tuple[str, ...], dict[Id, int], l
     for key in sorted(categories, key=lambda key: (isinstance(key, str), key)):
         name, parent = categories[key]
         heading = fold(name) in parents and fold(parent) in ("", "none", "null", "root")
-        if key not in used and (heading or fold(name) in _BACKGROUND):
+        if key in used and is_background(name):
+            raise DataError(
+                f"{first}: annotations have the category {name!r} ({key}), which is no class but what is left where "
+                "there is none: take them out of the file"
+            )
+        if key not in used and (heading or is_background(name) or fold(name) == "__ignore__"):
             notes.append(f"{first}: category {name!r} ({key}) has no annotation and is only a heading: left out")
             continue
         if fold(name) in named:

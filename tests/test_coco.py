@@ -258,6 +258,10 @@ def test_categories_of_one_name_and_headings(tmp_path: Path) -> None:
         {"id": 2, "name": "dog", "supercategory": "animal"},
     ]
     assert source_of(tmp_path, AB, [drawn(1, 2)], unused).classes == ("person", "dog")
+    ground = [{"id": 0, "name": "_background_"}, {"id": 1, "name": "cat"}]
+    assert source_of(tmp_path, AB, [drawn(1, 1)], ground).classes == ("cat",)
+    with pytest.raises(DataError, match=r"annotations have the category '_background_' \(0\), which is no class"):
+        source_of(tmp_path, AB, [drawn(1, 1), drawn(2, 0)], ground)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ class Store:
         folder = self.run_dir / name
         manifest = read_manifest(folder)
         if manifest is None:
-            old = (folder / MANIFEST).exists()
+            old = made_by_another_version(folder)
             return State(None, "another version of esol made it" if old else "it has not finished")
         if manifest.version != self._stages[name].version:
             return State(manifest, f"its code changed (version {manifest.version} -> {self._stages[name].version})")
@@ -221,6 +221,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete {folder} to run the stage again") from error
+
+
+def made_by_another_version(folder: Path) -> bool:
+    """Whether a stage has finished in a program whose manifests this one does not read."""
+    return (folder / MANIFEST).is_file() and read_manifest(folder) is None
 
 
 def manifests(run_dir: Path) -> dict[str, Manifest]:
