@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from esol.data.photos import photo_format, upright_rgb, upright_size
+from esol.data.photos import check_png, photo_format, upright_rgb, upright_size
 from esol.errors import DataError
 from esol.palette import voc_palette
 
@@ -94,6 +94,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # odd EXIF blocks, big images: neither is damage
             image = Image.open(io.BytesIO(data))
             image.load()
+            check_png(data)
     except UnidentifiedImageError as error:
         known = photo_format(data)
         what = f"{known}: convert it to JPEG, PNG or WebP" if known else "of no known format"

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from esol.data.photos import photo_format, upright_rgb
-from esol.data.transforms import decode
+from esol.data.transforms import decode, decode_mask
 from esol.errors import DataError
-from shards.samples import encode_mask, pack
+from shards.samples import encode_mask, open_image, pack
 from shards.verify import check_sample
 
 WIDTH, HEIGHT = 24, 16
@@ -135,3 +135,20 @@ def test_bytes_say_what_a_photo_is_and_what_is_wrong_with_it() -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(80)
     with pytest.raises(DataError, match=r"^k: unreadable image \(HEIC: convert it to JPEG"):
         pack("k", "k", heic, ["cat"], ["cat"])
+
+
+def test_damage_behind_the_last_pixel_that_pillow_waits_for_is_an_error() -> None:
+    levels = np.random.default_rng(0).integers(0, 3, (40, 56)).astype(np.uint8)
+    for data, read in (
+        (encode_mask(levels), lambda d: decode_mask(d, "k", 3)),
+        (encoded(Image.fromarray(SCENE), "PNG"), lambda d: decode(d, "k")),
+    ):
+        read(data)
+        end = data.index(b"IEND") - 8  # the last four bytes before are the checksum of the pixels
+        for back in (1, 3, 6, 12):
+            damaged = bytearray(data)
+            damaged[end - back] ^= 255
+            with pytest.raises(DataError, match=r"^k: "):
+                read(bytes(damaged))
+            with pytest.raises(DataError, match=r"^k: unreadable image"):
+                open_image(bytes(damaged), "k")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -23,8 +24,9 @@ _TURNS = {
 HEAD = 64  # bytes that tell a format
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "RAW"}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
+_PNG = b"\x89PNG\r\n\x1a\n"
 _STARTS = {
-    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG", _PNG: "PNG",
     b"GIF8": "GIF", b"II*\0": "TIFF or RAW", b"MM\0*": "TIFF or RAW", b"II+\0": "TIFF", b"MM\0+": "TIFF",
     b"\0\0\0\x0cJXL ": "JPEG XL", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
     b"\xff\x4f\xff\x51": "JPEG 2000",
@@ -44,6 +46,25 @@ def photo_format(data: bytes) -> str:
     if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
         return "BMP"
     return next((name for start, name in _STARTS.items() if data.startswith(start)), "")
+
+
+def check_png(data: bytes) -> None:
+    """ValueError for a PNG whose header, palette or pixels are not those that were written, by their checksums.
+
+    Pillow stops reading once it has every pixel, before the checksum of the last piece: damage near its end would give
+    other pixels without a word. Nothing for other formats, and where a chunk cannot be followed: decoding says that.
+    """
+    at = 8 if data.startswith(_PNG) else len(data)
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IEND":
+            return
+        if kind in (b"IHDR", b"PLTE", b"IDAT"):
+            if end + 4 > len(data):
+                raise ValueError(f"it is cut off in its {kind.decode()}")
+            if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                raise ValueError(f"the checksum of its {kind.decode()} is wrong")
+        at = end + 4
 
 
 def orientation(image: Image.Image) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 
-from esol.data.photos import orientation, photo_format, upright_rgb
+from esol.data.photos import check_png, orientation, photo_format, upright_rgb
 from esol.errors import DataError
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # the decoder only reads it
@@ -35,6 +35,7 @@ def decode(data: bytes, name: str) -> Tensor:
                 return pixels
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
                 return turned(pixels, orientation(header))
+        check_png(data)
         with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as file:  # torchvision crashes on damaged PNG files
             return torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1).contiguous()
     except UnidentifiedImageError as error:
@@ -58,6 +59,7 @@ def turned(pixels: Tensor, orientation: int) -> Tensor:
 def decode_mask(data: bytes, name: str, classes: int = 254) -> NDArray[np.uint8]:
     """A mask's class numbers (H, W), 0 background, 1..classes, 255 void; DataError naming `name` where it is none."""
     try:
+        check_png(data)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
             mode, levels = png.mode, np.array(png)
     except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
@@ -73,6 +75,7 @@ def decode_mask(data: bytes, name: str, classes: int = 254) -> NDArray[np.uint8]
 def decode_gray(data: bytes, name: str) -> NDArray[np.uint8]:
     """A map of 0..255 (H, W) from a gray PNG of 1, 8 or 16 bits; one of nothing but 0 and 1 means 0 and 255."""
     try:
+        check_png(data)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
             mode, values = png.mode, np.array(png)
     except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
