@@ -75,7 +75,11 @@ def over_shards(
     names = [index.shards[s].name for s in shards]
     if engine.is_main and writes:
         places = {s: np.searchsorted(ordinals, index.split(s)) for s in splits}
-        write_index(folder, index.classes, places, [scan_shard(folder, n) for n in names])
+        records = []
+        for shard_name in names:
+            engine.beat(f"the index of {folder / shard_name}")
+            records.append(scan_shard(folder, shard_name))
+        write_index(folder, index.classes, places, records)
     return _sum(folder / f"{n}.counts.npz" for n in names)
 
 
@@ -189,6 +193,7 @@ class StageShards:
 
 def photo(context: Context, ordinal: int) -> Tensor:
     """The sample's photo, uint8 (3, H, W), on the CPU."""
+    context.engine.beat(f"the photo {context.index.keys[ordinal]}")  # pictures of the main rank too, while others wait
     return decode(context.reader.image(ordinal), context.reader.name(ordinal))
 
 

@@ -34,6 +34,8 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 
@@ -47,7 +49,7 @@ _JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
 _PERIOD = 5.0  # seconds between two looks at the file
 _BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 _NAME, _PARAM, _TAG = 250, 6000, 8000  # MLflow's limits, in characters
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "MALFORMED_REQUEST")
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
 
 
 class Tracker:
@@ -270,6 +272,10 @@ class _Follower:
             else:
                 self._send_event(batch[0])
         except Exception as error:
+            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" and stage in self._state["stages"]:
+                del self._state["stages"][stage]  # somebody has deleted it for good: a new one takes the rest
+                self._send_batch(stage, batch, metrics)
+                return
             if not _for_good(error):
                 raise
             if len(batch) > 1:  # one of them is to blame, the others are not
@@ -295,10 +301,14 @@ class _Follower:
         client = MlflowClient(self.uri)
         try:
             state = json.loads((self._run_dir / _STATE).read_text())
+            if not isinstance(state, dict) or not {"uri", "offset", "identity", "parent", "stages"} <= state.keys():
+                state = {}
         except (OSError, ValueError):
             state = {}
         if self._store == _BESIDE:
             _follow_the_move(self._runs / "mlflow.db", self._artifacts or "")
+            if str(state.get("uri", "")).startswith("sqlite:///") and str(state["uri"]).endswith("/mlflow.db"):
+                state["uri"] = _BESIDE  # as earlier versions wrote it
         if state.get("uri") == self._store and state["parent"]:
             try:
                 client.get_run(state["parent"])
@@ -364,6 +374,8 @@ class _Follower:
                 self._client.set_tag(parent, mlflow_name(f"{stage}/{name}"), word[:_TAG])
         elif event == "artifact":
             path = self._run_dir / record["path"]
+            if not path.resolve().is_relative_to(self._run_dir):
+                raise ValueError(f"the path {record['path']} leads out of the run directory")
             if path.is_file():
                 self._client.log_artifact(self._run_of(stage), str(path), record["folder"] or None)
             else:
@@ -420,7 +432,7 @@ def mlflow_name(name: str) -> str:
     hash tells such names apart from those that were so from the start. At most 250 characters.
     """
     parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
-    allowed = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    allowed = "/".join("_" if part in ("", ".") or part.startswith("..") else part for part in parts)
     if allowed == name and len(name) <= _NAME:
         return name
     return f"{allowed[: _NAME - 9]}_{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
@@ -428,8 +440,10 @@ def mlflow_name(name: str) -> str:
 
 def _for_good(error: Exception) -> bool:
     """Whether MLflow will refuse this record however often it is sent: the record is at fault, not the server."""
+    if isinstance(error, json.JSONDecodeError):  # a garbled answer of the server's
+        return False
     code = getattr(error, "error_code", "")
-    return isinstance(error, (KeyError, TypeError, ValueError, AttributeError)) or code in _REFUSALS
+    return isinstance(error, (KeyError, TypeError, ValueError, AttributeError, PermissionError)) or code in _REFUSALS
 
 
 def _follow_the_move(database: Path, artifacts: str) -> None:
@@ -440,18 +454,30 @@ def _follow_the_move(database: Path, artifacts: str) -> None:
     """
     if not database.is_file():
         return
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database, timeout=30)) as store, store:
-        for (old,) in store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-            if not isinstance(old, str) or not old.startswith("file:") or not old.endswith("/mlartifacts"):
-                continue
-            if old == artifacts:
-                continue
-            store.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (artifacts, old))
-            known = "SELECT run_uuid, artifact_uri FROM runs WHERE substr(artifact_uri, 1, ?) = ?"
-            for run, uri in store.execute(known, (len(old) + 1, f"{old}/")).fetchall():
-                inside = uri[len(old) + 1 :]
-                if (database.parent / "mlartifacts" / inside).exists():
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=30)) as store, store:
+            for (old,) in store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+                if (
+                    isinstance(old, str)
+                    and old.startswith("file:")
+                    and old.endswith("/mlartifacts")
+                    and old != artifacts
+                ):
+                    moved = "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?"
+                    store.execute(moved, (artifacts, old))
+            for run, uri in store.execute("SELECT run_uuid, artifact_uri FROM runs").fetchall():
+                place, found, inside = str(uri).rpartition("/mlartifacts/")
+                if not found or not place.startswith("file:") or f"{place}/mlartifacts" == artifacts:
+                    continue
+                gone = not Path(url2pathname(urlsplit(uri).path)).exists()  # a run without a picture yet has no folder
+                if gone or (database.parent / "mlartifacts" / inside).exists():
                     store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (f"{artifacts}/{inside}", run))
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):  # MLflow makes its tables on first use
+            _LOG.warning("%s still names the old place of the pictures: %s", database, error)
+            print(
+                f"{database} still names the old place of the pictures ({error}); try again when it is free", flush=True
+            )
 
 
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:

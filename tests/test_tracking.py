@@ -190,7 +190,21 @@ def test_training_process_never_imports_mlflow() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-ODD = ("R&B", "dog (puppy)", "it's", "../x", "/y", "a//b", "dog [puppy]", "caf\u00e9", "", "n" * 400, "a/b", "x:y")
+ODD = (
+    "..a",
+    "R&B",
+    "dog (puppy)",
+    "it's",
+    "../x",
+    "/y",
+    "a//b",
+    "dog [puppy]",
+    "caf\u00e9",
+    "",
+    "n" * 400,
+    "a/b",
+    "x:y",
+)
 
 
 def test_names_that_mlflow_refuses_become_others_that_stay_apart(store: Path) -> None:
@@ -220,10 +234,11 @@ def test_lost_and_damaged_records_block_nothing_behind_them(store: Path, capsys:
     lines.insert(1, '{"time": 1, "stage": "classify", "step": 2, "metr')
     lines.insert(2, '{"time": 1, "stage": "classify", "step": "two", "metrics": {"loss": "much"}}')
     lines.insert(3, "[1]")
+    lines.insert(4, '{"time": 1, "event": "artifact", "stage": "classify", "path": "../../x", "folder": ""}')
     path.write_text("\n".join(lines) + "\n")
     (store / "run/pictures/classify.png").unlink()
-    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 1
-    assert "MLflow refused 1 more for good" in capsys.readouterr().err
+    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 2
+    assert "MLflow refused 2 more for good" in capsys.readouterr().err
     _, (parent,), children = runs_in(store)
     assert {run.data.tags["stage"]: run.data.metrics["loss"] for run in children} == {"classify": 1 / 3, "expand": 3.0}
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
@@ -240,6 +255,10 @@ def test_runs_that_were_moved_keep_their_pictures_and_put_new_ones_beside_them(t
             note(tracker)
         client, parents, children = runs_in(here)
         assert len(parents) == 2
+        state = here / "run/mlflow.json"
+        old = json.loads(state.read_text())
+        assert old["uri"] == "beside the runs"
+        state.write_text(json.dumps(old | {"uri": f"sqlite:///{tmp_path}/first/mlflow.db"}))  # of an earlier version
         for run in children:
             assert run.info.artifact_uri.startswith((here / "mlartifacts").as_uri())
             picture = client.download_artifacts(run.info.run_id, "pictures/classify.png", str(tmp_path))

@@ -57,8 +57,9 @@ class PlannedSamples(IterableDataset):
 class Examples:
     """The map stage: from a planned sample to its crop, labels and target.
 
-    skip: a damaged sample's place is taken by the next good one in the order of the split's ordinals, so that who
-    stands in depends on the photos alone, not on ranks, workers or micro-batches; DataError where none is good.
+    skip: a damaged sample's place is taken by the first good one of an order that its key and the epoch draw, so that
+    who stands in depends on the photos alone, not on ranks, workers or micro-batches, and a damaged shard does not make
+    one photo count for all of it. DataError where none is good.
     """
 
     reader: ShardReader
@@ -70,10 +71,8 @@ class Examples:
 
     def __call__(self, sample: Sample) -> Sample:
         """{"image", "labels", "key"}, with "damaged", the reason, where another sample stands in."""
-        ordinals, reason = self.plan.ordinals, ""
-        place = int(np.searchsorted(ordinals, sample["ordinal"]))
-        for step in range(len(ordinals) if self.skip else 1):
-            ordinal = int(ordinals[(place + step) % len(ordinals)])
+        reason = ""
+        for ordinal in self._candidates(sample):
             try:
                 image, labels, target = self._read(ordinal)
             except DataError as error:
@@ -89,6 +88,12 @@ class Examples:
             }
             return found | ({"damaged": reason} if reason else {})
         raise DataError(f"every sample of the split is damaged, the first: {reason}")
+
+    def _candidates(self, sample: Sample) -> Iterator[int]:
+        yield sample["ordinal"]
+        if self.skip:
+            order = sample_rng(self.plan.seed, sample["epoch"], f"stands in for {sample['__key__']}")
+            yield from map(int, order.permutation(self.plan.ordinals))
 
     def _read(self, ordinal: int) -> tuple[torch.Tensor, NDArray[np.float32], torch.Tensor | None]:
         reader = self.reader

@@ -143,7 +143,7 @@ class Ranks(Engine):
         """See base.Engine."""
         result = values.clone()
         if self.world_size > 1:
-            with self._contact(f"a {op} over all ranks"):
+            with self._contact(f"a {op} over all ranks", self._is_patient(values)):
                 kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
                 dist.all_reduce(result, kind, group=self._group(values))
         return result / self.world_size if op == "mean" else result
@@ -153,7 +153,7 @@ class Ranks(Engine):
         results = [torch.empty_like(values) for _ in range(self.world_size)]
         if self.world_size == 1:
             return [values.clone()]
-        with self._contact("values of all ranks"):
+        with self._contact("values of all ranks", self._is_patient(values)):
             dist.all_gather(results, values.contiguous(), group=self._group(values))
         return results
 
@@ -167,7 +167,7 @@ class Ranks(Engine):
             group, bound = self._host, self._timeout
             if self._watchdog is not None:
                 group, bound = self._patient, _PATIENCE
-            with self._contact(waiting_for):
+            with self._contact(waiting_for, self._watchdog is not None):
                 dist.monitored_barrier(group, bound, wait_all_ranks=True)
 
     @contextmanager
@@ -177,11 +177,11 @@ class Ranks(Engine):
             yield
             return
         store = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
-        if self.world_size > 1 and self._patient is None:
-            # Ranks whose work differs by more than engine.timeout are no lost peers: the watchdog knows whether they
-            # move. One whose process is gone closes its connections, which ends any wait at once.
-            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         with self._bounded():
+            if self.world_size > 1 and self._patient is None:
+                # Ranks whose work differs by more than engine.timeout are no lost peers: the watchdog knows whether
+                # they move. One whose process is gone closes its connections, which ends any wait at once.
+                self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
             watchdog = Watchdog(self.rank, self.world_size, store, folder, 60 * self._config.stall)
         self.barrier("the watchdogs of all ranks")
         self._watchdog = watchdog
@@ -198,13 +198,16 @@ class Ranks(Engine):
             self._watchdog.beat(doing)
 
     def _group(self, values: Tensor) -> Any:
-        if values.device.type != "cpu":
-            return None
-        return self._host if self._watchdog is None else self._patient
+        if self._is_patient(values):
+            return self._patient
+        return self._host if values.device.type == "cpu" else None
+
+    def _is_patient(self, values: Tensor) -> bool:
+        return self._watchdog is not None and values.device.type == "cpu"
 
     @contextmanager
-    def _contact(self, waiting_for: str) -> Iterator[None]:
-        """Turns a lost or silent peer into a LostRankError that says what was waited for."""
+    def _contact(self, waiting_for: str, patient: bool = False) -> Iterator[None]:
+        """Turns a lost or silent peer into a LostRankError naming what was waited for; patient: the watchdog bounds it."""
         try:
             with self._watchdog.waiting(waiting_for) if self._watchdog is not None else nullcontext():
                 yield
@@ -215,7 +218,7 @@ class Ranks(Engine):
             if not lost or self.world_size == 1:
                 raise
             bound = f"{self._config.timeout:g} minutes, engine.timeout"
-            if self._watchdog is not None:
+            if patient:
                 bound = f"{self._config.stall:g} minutes without any progress, engine.stall"
             raise LostRankError(
                 f"rank {self.rank} lost its peers while waiting for {waiting_for} (at most {bound}): see the output of "

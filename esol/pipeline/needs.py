@@ -30,7 +30,7 @@ def check(config: Config, index: Index, engine: Engine, plan: Callable[[], Colle
     kind, text = "", ""
     if engine.is_main:
         try:
-            lacking = missing(config, index, plan(), engine.world_size)
+            lacking = missing(config, index, plan(), engine.world_size, engine.beat)
             if lacking:
                 kind, text = type(lacking[0]).__name__, "\n  ".join(map(str, lacking))
         except EsolError as error:
@@ -40,10 +40,21 @@ def check(config: Config, index: Index, engine: Engine, plan: Callable[[], Colle
         raise next((k for k in _KINDS if k.__name__ == kind), EsolError)(text)
 
 
-def missing(config: Config, index: Index, stages: Collection[str], world_size: int) -> list[EsolError]:
-    """An error for each thing that the stages will want and that is not there, found without writing anything."""
-    looks = (_batches(config, index, stages, world_size), _weights(config, stages), _members(config, index, stages))
-    return [error for look in looks for error in look] or list(_disk(config, index, stages))
+def missing(
+    config: Config,
+    index: Index,
+    stages: Collection[str],
+    world_size: int,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> list[EsolError]:
+    """An error for each thing that the stages will want and that is not there, found without writing anything.
+
+    beat: told what is being done, for a watchdog.
+    """
+    found = [*_batches(config, index, stages, world_size), *_weights(config, stages, beat)]
+    beat("the saliency maps and masks that the stages will want")
+    found += _members(config, index, stages)
+    return found or list(_disk(config, index, stages))
 
 
 def _batches(config: Config, index: Index, stages: Collection[str], world_size: int) -> Iterator[EsolError]:
@@ -60,7 +71,7 @@ def _batches(config: Config, index: Index, stages: Collection[str], world_size: 
             yield type(error)(f"{name}: {error}")
 
 
-def _weights(config: Config, stages: Collection[str]) -> Iterator[EsolError]:
+def _weights(config: Config, stages: Collection[str], beat: Callable[[str], None]) -> Iterator[EsolError]:
     """Initial weights: local files are read and fitted, what a hub has is fetched."""
     wanted: dict[str, BackboneConfig] = {}
     if any(name in stages for name in ("classify", "psa", "irn")):
@@ -68,6 +79,7 @@ def _weights(config: Config, stages: Collection[str]) -> Iterator[EsolError]:
     if "segment" in stages:
         wanted["segment.model"] = config.segment.model
     for section, model in wanted.items():
+        beat(f"the initial weights of {section}")
         try:
             with torch.random.fork_rng(devices=[]):  # the other ranks do not draw here
                 build_backbone(model)

@@ -153,17 +153,17 @@ class Store:
     def finish(self, name: str, results: dict[str, Any], world_size: int) -> None:
         """Writes the stage's manifest, and results.json with it."""
         folder = self.run_dir / name
+        outputs = {}
+        for path in (path for pattern in self._stages[name].produces for path in sorted(folder.glob(pattern))):
+            self._beat(f"the hash of {path}")
+            outputs[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         manifest = Manifest(
             stage=name,
             version=self._stages[name].version,
             fingerprint=self.stamp(name),
             settings=self.settings(name),
             consumed=self.consumed(name),
-            outputs={
-                str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for pattern in self._stages[name].produces
-                for path in sorted(folder.glob(pattern))
-            },
+            outputs=outputs,
             results=finite(results),
             config=json.loads(json.dumps(asdict(self._config))),
             world_size=world_size,
