@@ -207,7 +207,7 @@ class Ranks(Engine):
 
     @contextmanager
     def _contact(self, waiting_for: str, patient: bool = False) -> Iterator[None]:
-        """Turns a lost or silent peer into a LostRankError naming what was waited for; patient: the watchdog bounds it."""
+        """Turns a lost peer into a LostRankError that names what was waited for; patient: the watchdog bounds it."""
         try:
             with self._watchdog.waiting(waiting_for) if self._watchdog is not None else nullcontext():
                 yield
