@@ -42,7 +42,7 @@ import yaml
 from esol.config import Config
 from esol.errors import EsolError
 from esol.files import atomic_write, hold
-from esol.schema import fingerprint
+from esol.schema import fingerprint, finite
 
 _LOG = logging.getLogger(__name__)
 _JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
@@ -512,7 +512,8 @@ def _status(error: BaseException) -> str:
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+    found: dict[str, float | None] = finite({name: float(value) for name, value in values.items()})
+    return found
 
 
 def _flat(tree: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

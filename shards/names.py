@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
@@ -165,9 +166,17 @@ class FileNames:
 
     def find_stem(self, wanted: str) -> str | None:
         """The one file that has this name before its suffix."""
-        form = unicodedata.normalize("NFC", wanted)
-        found = [name for name in self.names if _without_suffix(name) == form] if form else []
+        found = self._by_stem.get(unicodedata.normalize("NFC", wanted), [])
         return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        stems: dict[str, list[str]] = {}
+        for name in self.names:
+            path = PurePosixPath(unicodedata.normalize("NFC", name))
+            if path.suffix:
+                stems.setdefault(str(path.with_suffix("")), []).append(name)
+        return stems
 
     def _spellings(self, wanted: str) -> Iterable[str]:
         yield wanted
@@ -183,8 +192,3 @@ class FileNames:
                 if len(parts) > 1 and parts[0] in self._tops:
                     break  # it is about a folder that is here: not another file of that name
                 parts = parts[1:]
-
-
-def _without_suffix(name: str) -> str:
-    path = PurePosixPath(unicodedata.normalize("NFC", name))
-    return str(path.with_suffix("")) if path.suffix else ""
