@@ -81,14 +81,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ClassifyConfig(TrainConfig):
+class LabelConfig(TrainConfig):
+    """Training on image-level labels."""
+
+    balance: bool = key(True)  # what is present and what is absent weigh the same; false: mean over the classes (IRN)
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(LabelConfig):
     """The CAM network on image-level labels."""
 
     head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for W1 and the classifier")
 
 
 @dataclass(frozen=True)
-class DecideConfig(TrainConfig):
+class DecideConfig(LabelConfig):
     """W1 and V trained on with an area term that makes each position of a class map all or nothing; ours."""
 
     duration: str = key("390 steps")
@@ -98,7 +105,7 @@ class DecideConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ExpandConfig(TrainConfig):
+class ExpandConfig(LabelConfig):
     """The expansion sampler: offsets that maximise the classification loss (paper, section Expansion)."""
 
     duration: str = key("100 steps")  # the loss has no upper bound: steps, lr and alpha are one budget
@@ -113,7 +120,7 @@ class ExpandConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ShrinkConfig(TrainConfig):
+class ShrinkConfig(LabelConfig):
     """The shrinkage sampler: offsets (and kernel) that keep the classification and lose area."""
 
     duration: str = key("150 steps")

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
+from torch import Tensor
 
 from esol import localization
 from esol.checkpoint import Checkpointer
-from esol.config import PairConfig, TrainConfig, parse_duration
+from esol.config import LabelConfig, PairConfig, TrainConfig, parse_duration
 from esol.context import Context, Results
 from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
@@ -51,27 +53,41 @@ Target = Callable[[int], NDArray[np.uint8]]
 def classify(context: Context, folder: Path) -> Results:
     """The CAM network on image-level labels."""
     net = build_net(context.config, len(context.index.classes), pretrained=True)
-    return _fit_cam(context, "classify", Classify(net, context.config.classify), folder, net.backbone)
+    return _fit_cam(
+        context,
+        "classify",
+        Classify(net, context.config.classify, _occurrence(context, context.config.classify)),
+        folder,
+        net.backbone,
+    )
 
 
 def decide(context: Context, folder: Path) -> Results:
     """The trained network's head, until its class maps decide."""
     net = trained_net(context.config, len(context.index.classes))
-    return _fit_cam(context, "decide", Decide(net, context.config.decide), folder, net.backbone)
+    return _fit_cam(
+        context,
+        "decide",
+        Decide(net, context.config.decide, _occurrence(context, context.config.decide)),
+        folder,
+        net.backbone,
+    )
 
 
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
     decision = trained_decision(context.config, net) if "decide" in context.config.stages else None
-    return _fit_cam(context, "expand", Expand(net, context.config.expand, decision), folder, net.backbone)
+    task = Expand(net, context.config.expand, decision, _occurrence(context, context.config.expand))
+    return _fit_cam(context, "expand", task, folder, net.backbone)
 
 
 def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
     net = trained_net(context.config, len(context.index.classes))
     expansion = trained_expansion(context.config, net)
-    return _fit_cam(context, "shrink", Shrink(net, expansion, context.config.shrink), folder, net.backbone)
+    task = Shrink(net, expansion, context.config.shrink, _occurrence(context, context.config.shrink))
+    return _fit_cam(context, "shrink", task, folder, net.backbone)
 
 
 def psa(context: Context, folder: Path) -> Results:
@@ -106,6 +122,13 @@ def segment(context: Context, folder: Path) -> Results:
     task, split = Segment(net, config.segment), config.data.mask_split
     results = _fit(context, "segment", task, folder, net.backbone, split, crop, target, info)
     return {**results, "photos": len(context.index.split(split)), "masks": source, "initial_weights": started}
+
+
+def _occurrence(context: Context, config: LabelConfig) -> Tensor | None:
+    """How many photos of the training split show each class, float32 (C,), if the stage's loss weighs by it."""
+    if not config.balance:
+        return None
+    return torch.from_numpy(context.reader.occurrence(context.index.split(context.config.data.train_split))).float()
 
 
 def _photo_side(context: Context) -> int:

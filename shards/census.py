@@ -29,7 +29,7 @@ class Census:
         """A sample that is sound by itself; one without labels or mask counts as far as it goes."""
         labels = set(json.loads(members["json"])["labels"]) if "json" in members else set()
         self.labelled.update(labels)
-        if "mask.png" not in members or not labels:
+        if "mask.png" not in members or "json" not in members:
             return
         levels = decode_mask(members["mask.png"], key, len(self.classes))
         numbers = np.flatnonzero(np.bincount(levels.ravel(), minlength=256))
@@ -41,7 +41,7 @@ class Census:
         self._both.update(drawn & labels)
         if drawn - labels:
             shows = ", ".join(sorted(drawn - labels))
-            self._odd.append(f"{key} shows {shows}, its labels are {', '.join(sorted(labels))}")
+            self._odd.append(f"{key} shows {shows}, its labels are {', '.join(sorted(labels)) or 'none'}")
 
     def lines(self) -> list[str]:
         """A table of the classes, then what is odd about the masks, for people."""

@@ -68,6 +68,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _drop_unlabelled(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drop-unlabelled",
+        action="store_true",
+        help="leave out images without a label (default: they are photos without any object of the classes)",
+    )
+
+
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above zero")
@@ -121,9 +129,7 @@ def _add_voc(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="N",
         help="re-encode larger photos to N pixels (default: never)",
     )
-    add(
-        "--drop-unlabelled", action="store_true", help="leave out images without any of the classes (default: an error)"
-    )
+    _drop_unlabelled(parser)
     add(
         "--no-labels",
         action="append",
@@ -198,6 +204,7 @@ def _add_folder(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--long-side", type=_positive, default=0, metavar="N", help="re-encode larger photos to N pixels"
     )
+    _drop_unlabelled(parser)
     parser.set_defaults(run=_folder)
     return parser
 
@@ -205,7 +212,7 @@ def _add_folder(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def _folder(options: argparse.Namespace) -> int:
     from shards.folder import folder_source
 
-    return _create(folder_source(options.root, options.long_side), options)
+    return _create(folder_source(options.root, options.long_side, options.drop_unlabelled), options)
 
 
 def _add_synthetic(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:

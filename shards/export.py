@@ -72,7 +72,6 @@ def _write(
     reader, done = ShardReader(index), Exported()
     split_of = {int(ordinal): name for name, members in splits.items() for ordinal in members}
     rows: list[tuple[str, str, str]] = []
-    unlabelled = 0
     with progress("export", len(ordinals), "samples", visible=True) as advance:
         for count, ordinal in enumerate(map(int, ordinals), 1):
             try:
@@ -87,7 +86,6 @@ def _write(
                         done.images += 1
                         if table:
                             rows.append((file.removeprefix("images/"), ";".join(labels), split_of[ordinal]))
-                            unlabelled += not labels
                     else:
                         done.masks += 1
             advance(count, "")
@@ -96,7 +94,7 @@ def _write(
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("image", "labels", "split"), *sorted(rows)])
         atomic_write(folder / "labels.csv", text.getvalue())
-    done.notes = _notes(index, ordinals, unlabelled)
+    done.notes = _notes(index, ordinals)
     return done
 
 
@@ -173,7 +171,7 @@ def _clear(folder: Path, overwrite: bool) -> None:
         raise DataError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
 
 
-def _notes(index: Index, ordinals: np.ndarray, unlabelled: int) -> list[str]:
+def _notes(index: Index, ordinals: np.ndarray) -> list[str]:
     known = {"json", "mask.png", *PHOTO_EXTENSIONS}
     notes = []
     if others := sorted(set(index.members) - known):
@@ -181,6 +179,4 @@ def _notes(index: Index, ordinals: np.ndarray, unlabelled: int) -> list[str]:
     everywhere = np.unique(np.concatenate(list(index.splits.values())))
     if len(everywhere) < len(index):
         notes.append(f"left out: {len(index) - len(everywhere)} samples of no split")
-    if unlabelled:
-        notes.append(f"{unlabelled} images have no label: esol-shards create folder will refuse them")
     return notes

@@ -15,7 +15,7 @@ from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_head, read_lines
 from shards.labels import Row, name_labels, read_rows
 from shards.names import FileNames, is_background, safe_key
-from shards.samples import VOID, Source, check_labels, encode_mask, listing, pack
+from shards.samples import VOID, Source, check_labels, encode_mask, listing, negatives, pack
 
 _SPLITS = ("train", "val", "test")  # names of splits, whatever the classes are called
 _PICTURES = frozenset(
@@ -23,10 +23,11 @@ _PICTURES = frozenset(
 )
 
 
-def folder_source(root: str, long_side: int = 0) -> Source:
+def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) -> Source:
     """Reads ROOT/images, ROOT/labels.csv, ROOT/masks/<same name>.png and ROOT/classes.txt (a folder or URL).
 
-    labels.csv as shards.labels reads it; split is train where none is given. Classes are the lines of classes.txt, else
+    labels.csv as shards.labels reads it; split is train where none is given. A row without a label is a photo without
+    any object, unless drop_unlabelled leaves it out. Classes are the lines of classes.txt, else
     the labels of the csv, sorted. A photo is what its bytes say, whatever its suffix. Masks of 0 and 255 alone count as
     drawn objects where the photo's label, or the mask's folder, says of which class. DataError lists every row and file
     that does not fit.
@@ -62,9 +63,9 @@ def folder_source(root: str, long_side: int = 0) -> Source:
             continue
         by_photo[photo], keys[key] = row, photo
         if none := [label for label in row.labels if is_background(label)]:
-            problems.append(f"{where}: {none[0]!r} is no class, every mask's 0: leave photos without any object out")
-        elif not row.labels:
-            problems.append(f"{where}: image {row.image} has no label")
+            problems.append(
+                f"{where}: {none[0]!r} is no class, every mask's 0: leave the cell of a photo without any object empty"
+            )
         else:
             try:
                 check_labels(row.labels, classes, where)
@@ -82,6 +83,8 @@ def folder_source(root: str, long_side: int = 0) -> Source:
     if binary:
         notes.append(f"{root}/masks: in {len(binary)} masks of 0 and 255 alone 255 is taken as the class of the photo")
 
+    unlabelled = [photo for photo, row in by_photo.items() if not row.labels]
+    notes += negatives(table, unlabelled, drop_unlabelled)
     if renamed:
         notes.append(f"{table}: {len(renamed)} photos were found under another name: {', '.join(renamed[:2])}")
 
@@ -97,6 +100,8 @@ def folder_source(root: str, long_side: int = 0) -> Source:
 
     splits: dict[str, list[str]] = {}
     for key, photo in keys.items():
+        if drop_unlabelled and not by_photo[photo].labels:
+            continue
         splits.setdefault(by_photo[photo].split, []).append(key)
     return Source(classes, splits, read, tuple(notes))
 

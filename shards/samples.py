@@ -77,6 +77,15 @@ def listing(headline: str, problems: Sequence[str]) -> str:
     return "\n  ".join([headline, *problems[:20], *more])
 
 
+def negatives(root: str, unlabelled: Sequence[str], dropped: bool) -> list[str]:
+    """A note on the images without a label: taken as photos without any object of the classes, or dropped."""
+    if not unlabelled:
+        return []
+    some = f"{', '.join(unlabelled[:3])}{', ...' if len(unlabelled) > 3 else ''}"
+    what = "are left out" if dropped else "count as photos without any object; --drop-unlabelled leaves them out"
+    return [f"{root}: {len(unlabelled)} images have no label ({some}): they {what}"]
+
+
 def check_labels(labels: Iterable[str], classes: Sequence[str], name: str) -> list[str]:
     """The labels in class order; DataError names one that is not a class, and the nearest that is."""
     labels = set(labels)

@@ -16,7 +16,7 @@ from esol.data.index import PHOTO_EXTENSIONS
 from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import FileNames, safe_key
-from shards.samples import VOID, Source, check_labels, encode_mask, open_mask, pack
+from shards.samples import VOID, Source, check_labels, encode_mask, negatives, open_mask, pack
 from shards.voc_xml import CLASSES, labels_of
 
 SPLITS = ("train", "train_aug", "val")
@@ -36,8 +36,9 @@ def voc_source(
     """Reads a VOC 2012 tree (folder or URL) with the given splits: names of lists in ids_dir, or NAME=FILE.
 
     Labels are all objects of Annotations, difficult ones too, as in IRN's label script. With a subset of classes other
-    labels are dropped and other classes' pixels become background. An image that keeps no label is a DataError, unless
-    drop_unlabelled leaves it out. no_labels: splits whose images have no Annotations (VOC's test), to predict only.
+    labels are dropped and other classes' pixels become background. An image that keeps no label is a photo without any
+    object, unless drop_unlabelled leaves it out. no_labels: splits whose images have no Annotations (VOC's test), to
+    predict only.
     """
     classes = tuple(classes)
     if len(check_labels(classes, CLASSES, "--classes")) != len(classes) or not classes:
@@ -53,7 +54,7 @@ def voc_source(
     vectors = read_cls_labels(labels) if labels else None
     annotations = FileNames(list_files(f"{root}/Annotations") if vectors is None else ())
     known: dict[str, list[str]] = {}
-    problems = []
+    unlabelled = []
     for id in dict.fromkeys(i for ids in lists.values() for i in ids):
         if id not in photos:
             raise DataError(
@@ -68,14 +69,10 @@ def voc_source(
             found = _labels_in(vectors, id, labels)
         known[id] = [c for c in classes if c in found]
         if not known[id]:
-            problems.append(id)
-    if problems and not drop_unlabelled:
-        raise DataError(
-            f"{len(problems)} images have no label of the classes {', '.join(classes)}: {', '.join(problems[:5])}"
-            f"{' ...' if len(problems) > 5 else ''}; leave them out with --drop-unlabelled"
-        )
-    lists = {name: [i for i in ids if known[i] or i not in labelled] for name, ids in lists.items()}
-    notes = [f"{root}: {len(problems)} images without a label of the classes are left out"] if problems else []
+            unlabelled.append(id)
+    if drop_unlabelled:
+        lists = {name: [i for i in ids if known[i] or i not in labelled] for name, ids in lists.items()}
+    notes = negatives(root, unlabelled, drop_unlabelled)
     id_of: dict[str, str] = {}
     for id in known:
         if id_of.setdefault(safe_key(id), id) != id:

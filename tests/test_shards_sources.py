@@ -74,8 +74,11 @@ def test_voc_labels_are_all_objects_and_photo_and_mask_are_kept(voc: Path) -> No
 
 
 def test_voc_subset_renumbers_masks_and_other_classes_become_background(voc: Path) -> None:
-    with pytest.raises(DataError, match=r"1 images have no label .*2007_000003.*--drop-unlabelled"):
-        voc_source(str(voc), classes=("person", "dog"))
+    everything = voc_source(str(voc), classes=("person", "dog"))
+    assert everything.splits["train"] == ["2007_000001", "2007_000003"]
+    assert labels_of(everything.read("2007_000003")) == []  # a photo without any object
+    assert "1 images have no label (2007_000003)" in everything.notes[0]
+    assert "--drop-unlabelled leaves them out" in everything.notes[0]
     source = voc_source(str(voc), classes=("person", "dog"), drop_unlabelled=True)
     assert source.splits["train"] == ["2007_000001"]
     sample = source.read("2007_000001")
@@ -271,6 +274,15 @@ def test_own_folder_takes_class_order_from_its_file_and_a_bom_from_a_spreadsheet
     assert labels_of(source.read("two_words")) == ["kiwi", "apple"]
 
 
+def test_a_row_without_label_is_a_photo_without_any_object(own: Path) -> None:
+    (own / "classes.txt").write_text("apple\nkiwi\n")
+    (own / "labels.csv").write_text("image,labels\none.jpg,\ntwo words.jpg,apple\nsub/three.v2.jpg,apple\n")
+    source = folder_source(str(own))
+    assert labels_of(source.read("one")) == []
+    assert "1 images have no label (one.jpg)" in source.notes[-1]
+    assert folder_source(str(own), drop_unlabelled=True).splits == {"train": ["two_words", "sub_three_v2"]}
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -278,7 +290,6 @@ def test_own_folder_takes_class_order_from_its_file_and_a_bom_from_a_spreadsheet
             "one.jpg,kiwi\ntwo words.jpg,appel\nsub/three.v2.jpg,apple",
             r"line 3: label 'appel' .* did you mean 'apple'\?",
         ),
-        ("one.jpg,\ntwo words.jpg,apple\nsub/three.v2.jpg,apple", r"line 2: image one\.jpg has no label"),
         ("one.jpg,kiwi\nsub/three.v2.jpg,apple", r"images/two words\.jpg has no row"),
         (
             "one.jpg,kiwi\none.png,kiwi\ntwo words.jpg,kiwi\nsub/three.v2.jpg,apple",

@@ -49,7 +49,9 @@ class Index:
 
     keys: unicode (N,); shard_of: int32 (N,) position in shards; first: int64 (S,), first ordinal of each shard;
     splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file,
-    size, crc32, or -1 where a sample has no such member; hash: of classes, splits, shard contents, not of the place.
+    size, crc32, or -1 where a sample has no such member; hash: of classes, splits, shard contents, not of the place;
+    labels: bool (N, C), what each sample's photo shows, or None where the index does not say (sets that an earlier
+    version wrote, and what inference stages write).
     """
 
     root: str
@@ -61,6 +63,7 @@ class Index:
     splits: dict[str, np.ndarray]
     members: dict[str, np.ndarray]
     hash: str
+    labels: np.ndarray | None = None
 
     @staticmethod
     def load(root: str | os.PathLike[str]) -> Index:
@@ -152,7 +155,8 @@ def write_index(
 def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """Walks through one tar file and returns its record for write_index.
 
-    {"name", "samples", "bytes", "sha256", "keys": [...], "members": {ext: [[offset, size, crc32] or None, ...]}}
+    {"name", "samples", "bytes", "sha256", "keys": [...], "members": {ext: [[offset, size, crc32] or None, ...]}},
+    and "labels": a list of names or None for each sample, where samples have a json member.
     DataError where the file is missing, not a whole tar file, or holds a key twice.
     """
     fs, path = filesystem(os.fspath(root))
@@ -174,6 +178,7 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
         raise DataError(f"{name} is empty")
     keys: list[str] = []
     rows: list[dict[str, list[int]]] = []
+    labels: dict[str, list[str] | None] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -190,6 +195,8 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
                 if len(data) != member.size:
                     raise DataError(f"{name} is truncated in sample {key}, member {ext}")
                 rows[-1][ext] = [member.offset_data, member.size, zlib.crc32(data)]
+                if ext == "json":
+                    labels[key] = _labels(data)
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
         after = f" after sample {keys[-1]}" if keys else ""
@@ -206,7 +213,17 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
         raise DataError(f"{name} holds these keys twice: {', '.join(sorted(map(str, twice))[:5])}")
     extensions = sorted({ext for row in rows for ext in row})
     members = {ext: [row.get(ext) for row in rows] for ext in extensions}
-    return {"name": name, "samples": len(keys), "bytes": size, "sha256": digest, "keys": keys, "members": members}
+    record = {"name": name, "samples": len(keys), "bytes": size, "sha256": digest, "keys": keys, "members": members}
+    return record | ({"labels": [labels.get(key) for key in keys]} if labels else {})
+
+
+def _labels(data: bytes) -> list[str] | None:
+    """The labels that a json member holds; None where it is damaged, which its reader will say."""
+    try:
+        found = json.loads(data)["labels"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
 
 
 def _key_and_extension(name: str) -> tuple[str, str, str]:
@@ -230,7 +247,8 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
             raise ValueError(f"shard {shard.name!r} is not a plain file name")
         if not isinstance(shard.sha256, str):
             raise ValueError(f"{shard.name} has sha256 {shard.sha256!r:.80}")
-        for what, column in {"keys": record["keys"], **record["members"]}.items():
+        columns = {"keys": record["keys"], "labels": record.get("labels", record["keys"]), **record["members"]}
+        for what, column in columns.items():
             if not isinstance(column, list) or len(column) != shard.samples:
                 raise ValueError(f"{shard.name} must have as many {what} as samples, {shard.samples}")
     names = np.array([str(key) for record in tree["shards"] for key in record["keys"]], dtype=np.str_)
@@ -254,7 +272,21 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
         splits=splits,
         members=_member_tables(shards, tree["shards"], total),
         hash=hashlib.sha256(content.encode()).hexdigest(),
+        labels=_multi_hot(
+            [own for s in tree["shards"] for own in s.get("labels", [None] * int(s["samples"]))], classes
+        ),
     )
+
+
+def _multi_hot(rows: list[list[str] | None], classes: tuple[str, ...]) -> np.ndarray | None:
+    """bool (N, C); None where a row is unknown or names what is no class, which the reader of the sample will say."""
+    place = {name: i for i, name in enumerate(classes)}
+    if any(row is None or any(name not in place for name in row) for row in rows):
+        return None
+    found = np.zeros((len(rows), len(classes)), bool)
+    for own, row in zip(found, rows, strict=True):
+        own[[place[name] for name in row or ()]] = True
+    return found
 
 
 def _member_tables(shards: Sequence[Shard], records: Sequence[dict[str, Any]], total: int) -> dict[str, np.ndarray]:

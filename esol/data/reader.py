@@ -87,6 +87,12 @@ class ShardReader:
         """Multi-hot labels (C,); DataError where a label is not one of the index's classes."""
         return self._multi_hot(ordinal, self.read(ordinal, "json"))
 
+    def occurrence(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of the samples show each class (C,): by the index where it says so, else from the shards."""
+        if self.index.labels is not None:
+            return self.index.labels[ordinals].sum(0)
+        return np.sum([self.labels(int(o)) > 0 for o in ordinals], 0)
+
     def image_and_labels(self, ordinal: int) -> tuple[bytes, NDArray[np.float32]]:
         """Both in one read, for training."""
         image, record = self._read(ordinal, (self.index.image_ext(ordinal), "json"))

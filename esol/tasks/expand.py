@@ -22,9 +22,15 @@ class Expand(HeadTask):
 
     handover: Expansion
 
-    def __init__(self, net: CamNet, config: ExpandConfig, decision: Decision | None = None) -> None:
+    def __init__(
+        self,
+        net: CamNet,
+        config: ExpandConfig,
+        decision: Decision | None = None,
+        occurrence: Tensor | None = None,
+    ) -> None:
         """decision: where Expansion starts from; None = from the network."""
-        super().__init__(net)
+        super().__init__(net, occurrence)
         self.handover = Expansion(decision or net, config)
         self.config = config
 
@@ -36,7 +42,8 @@ class Expand(HeadTask):
         driven = _Reverse.apply(offset, config.alpha) if config.game else offset
         logits = pool(expansion.class_maps(expansion.features(x, driven)))
         with torch.autocast(logits.device.type, enabled=False):
-            classification = classification_loss(logits, batch["labels"], config.classes).mean()
+            each = classification_loss(logits, batch["labels"], config.classes, self.occurrence)
+            classification = each.mean()
         loss = classification if config.game else -config.alpha * classification
         return {"loss": loss}, {"classification": classification.detach(), "offset": offset.detach().abs().mean()}
 

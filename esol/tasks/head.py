@@ -14,8 +14,12 @@ from esol.tasks.base import Batch, Task
 class HeadTask(Task):
     """A task behind the CAM network, which is frozen: its features are constants."""
 
-    def __init__(self, net: CamNet) -> None:
+    occurrence: Tensor | None
+
+    def __init__(self, net: CamNet, occurrence: Tensor | None) -> None:
+        """occurrence: of the classes, for classification_loss."""
         super().__init__()
+        self.register_buffer("occurrence", occurrence, persistent=False)
         self.net = net.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:

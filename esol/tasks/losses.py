@@ -11,10 +11,23 @@ from torch import Tensor
 from esol.models.cam_net import pool
 
 
-def classification_loss(logits: Tensor, labels: Tensor, classes: Literal["all", "present"] = "all") -> Tensor:
-    """Multi-label soft margin loss per image: logits, labels (B, C) -> (B,), the mean over all or present classes."""
+def classification_loss(
+    logits: Tensor, labels: Tensor, classes: Literal["all", "present"] = "all", occurrence: Tensor | None = None
+) -> Tensor:
+    """Binary cross entropy per image of pooled class maps: logits, labels (B, C) -> (B,).
+
+    occurrence (C,) is how many photos of the training split show each class. With it the loss is half the mean over the
+    classes that the image shows plus half the mean over those that it lacks, the latter weighted by occurrence; a half
+    without any class is 0. So a class that is present weighs 1/2 among 2 classes and among 80, one that occurs nowhere
+    weighs nothing, and over a set with one label a photo every class is pushed up and down equally hard. Without it:
+    the mean over all classes, the multi-label soft margin loss of IRN's CAM. present: of the classes shown alone.
+    """
     each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    return each.mean(1) if classes == "all" else _present_mean(each, labels)
+    if classes == "present":
+        return _weighted_mean(each, labels)
+    if occurrence is None:
+        return each.mean(1)
+    return (_weighted_mean(each, labels) + _weighted_mean(each, (1 - labels) * occurrence)) / 2
 
 
 def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide"] = "mean") -> Tensor:
@@ -33,16 +46,20 @@ def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide
         each = (maps - low) / (high - low + 1e-5)
         if term == "decide":
             each = 4 * each * (1 - each)
-    return _present_mean(each.mean((2, 3)), labels)
+    return _weighted_mean(each.mean((2, 3)), labels)
 
 
 def classification_and_area(
-    maps: Tensor, labels: Tensor, weight: float, term: Literal["mean", "max", "decide"]
+    maps: Tensor,
+    labels: Tensor,
+    weight: float,
+    term: Literal["mean", "max", "decide"],
+    occurrence: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """L_cls + weight * L_area of class maps (B, C, h, w): scalars loss, classification, area, means over the images."""
     logits = pool(maps)
     with torch.autocast(maps.device.type, enabled=False):
-        classification = classification_loss(logits, labels).mean()
+        classification = classification_loss(logits, labels, occurrence=occurrence).mean()
         area = area_loss(maps, labels, term).mean()
         loss = classification + weight * area
     return {"loss": loss, "classification": classification, "area": area}
@@ -60,6 +77,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, balance: bool) -> Tensor:
     return (background + foreground) / 2 if balance else everywhere
 
 
-def _present_mean(values: Tensor, labels: Tensor) -> Tensor:
-    present = labels.to(values.dtype)
-    return (values * present).sum(1) / present.sum(1).clamp_min(1)
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Over the classes of (B, C); 0 where the weights are."""
+    weights = weights.to(values.dtype)
+    total = weights.sum(1)
+    return (values * weights).sum(1) / torch.where(total > 0, total, 1)

@@ -18,8 +18,10 @@ class Shrink(HeadTask):
 
     handover: Shrinkage
 
-    def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig) -> None:
-        super().__init__(net)
+    def __init__(
+        self, net: CamNet, expansion: Expansion, config: ShrinkConfig, occurrence: Tensor | None = None
+    ) -> None:
+        super().__init__(net, occurrence)
         self.expansion = expansion.requires_grad_(False)
         self.handover = Shrinkage(expansion, config)
         self.config = config
@@ -29,7 +31,8 @@ class Shrink(HeadTask):
         with torch.no_grad():
             features = self.expansion.features(self.features(batch))
         maps = self.handover.class_maps(features)
-        return classification_and_area(maps, batch["labels"], self.config.area, self.config.area_term), {}
+        config = self.config
+        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.occurrence), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The offset branch, and W2 and V where they learn."""
