@@ -7,6 +7,7 @@ values out of range stop with the full path of the key. Types, ranges and units 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -66,10 +67,11 @@ class ModelConfig(BackboneConfig):
 class TrainConfig:
     """How a training stage learns; each stage extends it."""
 
-    duration: str = key("5 epochs")  # "N epochs" or "N steps"
+    duration: str = key("5 epochs")  # "5 epochs", "6000 images", "400 steps", "5 epochs, 6000 to 200000 images"
     global_batch: int = key(16, low=1, high=65536, unit="images per optimizer step, over all ranks")
     optimizer: Literal["sgd", "adamw"] = key("sgd")
-    lr: float = key(0.1, low=0, high=100)
+    lr: float = key(0.1, low=0, high=100)  # for a step of lr_batch images
+    lr_batch: int = key(16, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     momentum: float = key(0.9, low=0, high=1)  # IRN's real momentum is 1e-4 (RECIPES, quirk)
     weight_decay: float = key(1e-4, low=0, high=1)
     poly_power: float = key(0.9, low=0, high=10)  # 0 = constant
@@ -77,7 +79,13 @@ class TrainConfig:
     clip_norm: float = key(0.0, low=0, high=1e6)  # 0 = off
 
     def check(self, where: str) -> None:
-        parse_duration(self.duration, f"{where}.duration")
+        Duration.parse(self.duration, f"{where}.duration")
+
+    @property
+    def step_lr(self) -> float:
+        """The learning rate of a step of global_batch images: in proportion to them (AdamW: to their square root)."""
+        more = self.global_batch / self.lr_batch
+        return self.lr * (more if self.optimizer == "sgd" else math.sqrt(more))
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,7 @@ class PsaConfig(PairConfig):
 
     duration: str = key("8 epochs")
     global_batch: int = key(8, low=1, high=65536, unit="images per optimizer step, over all ranks")
+    lr_batch: int = key(8, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     momentum: float = key(5e-4, low=0, high=1)
     weight_decay: float = key(5e-4, low=0, high=1)
     head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for the new layers; biases twice that of their part")
@@ -266,6 +275,7 @@ class IrnConfig(PairConfig):
 
     duration: str = key("3 epochs")
     global_batch: int = key(32, low=1, high=65536, unit="images per optimizer step, over all ranks")
+    lr_batch: int = key(32, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     momentum: float = key(1e-4, low=0, high=1)
     scale: tuple[float, float] = key((0.5, 1.5), low=0.1, high=8, unit="times the photo's size")  # drawn uniformly
     crop: int = key(512, low=16, high=4096, unit="pixels")
@@ -287,6 +297,7 @@ class SegmentConfig(CropConfig):
     rates: tuple[int, ...] = key((6, 12, 18, 24), low=1, high=256, unit="grid pixels, dilation of ASPP's branches")
     duration: str = key("30000 steps")
     global_batch: int = key(10, low=1, high=65536, unit="images per optimizer step, over all ranks")
+    lr_batch: int = key(10, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     lr: float = key(2e-4, low=0, high=100)
     weight_decay: float = key(5e-4, low=0, high=1)
     head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for ASPP; its biases twice that, without decay")
@@ -482,12 +493,36 @@ def _assign(tree: dict[str, Any], key: str, value: str) -> None:
         raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {_where(error)}") from error
 
 
-def parse_duration(text: str, path: str) -> tuple[int, str]:
-    """'5 epochs' -> (5, 'epochs'); ConfigError otherwise."""
-    match = re.fullmatch(r"\s*(\d+)\s*(epoch|step)s?\s*", text)
-    if not match or int(match[1]) < 1:
-        raise ConfigError(f"{path} = {text!r}: write it as '5 epochs' or '2000 steps'")
-    return int(match[1]), match[2] + "s"
+@dataclass(frozen=True)
+class Duration:
+    """How long a training stage learns: so many epochs, images or steps, held within bounds in images where given."""
+
+    count: int
+    unit: Literal["epochs", "images", "steps"]
+    least: int = 0
+    most: int = 0  # 0 = no bound
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> Duration:
+        """'5 epochs', '6000 images', '400 steps' or '5 epochs, 6000 to 200000 images'; ConfigError otherwise."""
+        number = r"(\d{1,12})"
+        match = re.fullmatch(rf"{number} *(epoch|image|step)s?( *, *{number} *to *{number} *images)?", text.strip())
+        found = [int(match[i] or 0) for i in (1, 4, 5)] if match else [0, 0, 0]
+        if not match or found[0] < 1 or (match[3] and not 0 < found[1] <= found[2]):
+            raise ConfigError(
+                f"{path} = {text!r}: write it as '5 epochs', '6000 images', '400 steps', or with bounds as"
+                " '5 epochs, 6000 to 200000 images'"
+            )
+        return cls(found[0], f"{match[2]}s", found[1], found[2])  # type: ignore[arg-type]
+
+    def steps(self, global_batch: int, steps_per_epoch: int) -> int:
+        """Optimizer steps of global_batch images; an epoch has steps_per_epoch of them."""
+        if self.unit == "images":
+            count = -(-self.count // global_batch)
+        else:
+            count = self.count * (steps_per_epoch if self.unit == "epochs" else 1)
+        least, most = (-(-bound // global_batch) for bound in (self.least, self.most))
+        return min(max(count, least), most or count)
 
 
 def to_yaml(config: Config) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esol import localization
 from esol.checkpoint import Checkpointer
-from esol.config import LabelConfig, PairConfig, TrainConfig, parse_duration
+from esol.config import Duration, LabelConfig, PairConfig, TrainConfig
 from esol.context import Context, Results
 from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
@@ -242,8 +242,7 @@ def _start(context: Context, name: str, checkpoints: Checkpointer, last: Results
 
 def total_steps(config: TrainConfig, name: str, plan: Plan) -> int:
     """Optimizer steps of a stage's duration."""
-    count, unit = parse_duration(config.duration, f"{name}.duration")
-    return count * plan.steps_per_epoch if unit == "epochs" else count
+    return Duration.parse(config.duration, f"{name}.duration").steps(config.global_batch, plan.steps_per_epoch)
 
 
 def _mean_colour(backbone: Backbone) -> tuple[int, int, int]:

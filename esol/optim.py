@@ -37,13 +37,13 @@ def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
     if forgotten:
         raise ValueError(f"parameters that learn but are in no group of {type(task).__name__}: {', '.join(forgotten)}")
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.AdamW(groups, lr=config.step_lr)
+    return torch.optim.SGD(groups, lr=config.step_lr, momentum=config.momentum)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The base learning rate of step 0..total_steps-1: linear warm-up, then lr * (1 - progress) ** poly_power."""
+    """The base learning rate of step 0..total_steps-1: linear warm-up, then step_lr * (1 - progress) ** poly_power."""
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return config.step_lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, total_steps - config.warmup)
-    return config.lr * (1 - progress) ** config.poly_power
+    return config.step_lr * (1 - progress) ** config.poly_power

@@ -227,6 +227,9 @@ def _add_synthetic(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser
     parser.add_argument(
         "--size", type=_positive, default=96, metavar="N", help="pixels of a side, from 32 (default: 96)"
     )
+    parser.add_argument(
+        "--classes", type=_positive, default=5, metavar="N", help="how many kinds of objects, to 20 (default: 5)"
+    )
     parser.set_defaults(run=_synthetic)
     return parser
 
@@ -234,7 +237,7 @@ def _add_synthetic(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser
 def _synthetic(options: argparse.Namespace) -> int:
     from shards.synthetic import synthetic_source
 
-    return _create(synthetic_source(options.train, options.val, options.size, options.seed), options)
+    return _create(synthetic_source(options.train, options.val, options.size, options.seed, options.classes), options)
 
 
 def _create(source: Source, options: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ from esol.errors import DataError
 from shards.samples import Source, encode_jpeg, encode_mask, encode_png, pack
 
 CLASSES = ("cactus", "fish", "mushroom", "rocket", "snail")
+_SHAPES, _PATTERNS = ("disc", "square", "triangle", "cross", "crescent"), ("striped", "checked", "ringed")
+MORE_CLASSES = tuple(f"{pattern}-{shape}" for pattern in _PATTERNS for shape in _SHAPES)  # what their telling part is
 BODY_PREFERENCE = 0.5  # how often a body has its class's own shape, colour or texture; drawn freely otherwise
 BACKGROUND_PREFERENCE = 0.7  # how often the background is that of the first object's class
 _UNIT = 1000  # object coordinates: the body reaches from -1000 to 1000 along u, the part sits at its +u end
@@ -32,6 +34,7 @@ _GROUNDS = np.array(
         [(168, 202, 128), (106, 154, 78)],
     ]
 )
+_BADGE_COLOURS = ((30, 90, 216), (240, 240, 232), (32, 168, 120), (232, 72, 40), (250, 214, 60))
 
 
 @dataclass(frozen=True)
@@ -44,29 +47,41 @@ class _Placed:
     turn: int
 
 
-def synthetic_source(train: int, val: int, size: int = 96, seed: int = 0) -> Source:
-    """Splits train and val of size x size scenes; a further member K.part.png is 255 where a telling part shows."""
+def synthetic_source(train: int, val: int, size: int = 96, seed: int = 0, classes: int = len(CLASSES)) -> Source:
+    """Splits train and val of size x size scenes; a further member K.part.png is 255 where a telling part shows.
+
+    classes: the first so many of CLASSES and MORE_CLASSES; from the sixth on they share bodies and backgrounds with the
+    first five, so that the part alone tells them apart.
+    """
     if size < 32:
         raise DataError(f"--size {size}: the parts need at least 32 pixels")
+    names = (*CLASSES, *MORE_CLASSES)[:classes]
+    if not 1 <= classes <= len(CLASSES) + len(MORE_CLASSES):
+        raise DataError(f"--classes {classes}: there are 1 to {len(CLASSES) + len(MORE_CLASSES)}")
     splits = {"train": [f"train_{i:06d}" for i in range(train)], "val": [f"val_{i:06d}" for i in range(val)]}
 
     def read(key: str) -> dict[str, bytes]:
         split, _, number = key.partition("_")
-        image, mask, part = draw_scene(np.random.default_rng([seed, split == "val", int(number)]), size)
-        labels = [CLASSES[c - 1] for c in np.unique(mask) if c]
+        image, mask, part = draw_scene(np.random.default_rng([seed, split == "val", int(number)]), size, classes)
+        labels = [names[c - 1] for c in np.unique(mask) if c]
         photo = encode_jpeg(Image.fromarray(image))
-        sample = pack(key, f"{key}.jpg", photo, labels, CLASSES, encode_mask(mask), f"{key}.mask.png")
+        sample = pack(key, f"{key}.jpg", photo, labels, names, encode_mask(mask), f"{key}.mask.png")
         sample["part.png"] = encode_png(Image.fromarray(part))
         return sample
 
-    return Source(CLASSES, {name: keys for name, keys in splits.items() if keys}, read)
+    return Source(names, {name: keys for name, keys in splits.items() if keys}, read)
 
 
-def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene: image uint8 (size, size, 3), mask uint8 (size, size) with 0 and 1..C, part uint8 with 0 and 255."""
+def draw_scene(
+    rng: np.random.Generator, size: int, classes: int = len(CLASSES)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One scene of the first so many classes, in arrays of size x size.
+
+    image uint8 (size, size, 3), mask uint8 with 0 and 1..C, part uint8 with 0 and 255.
+    """
     side = 2 * size
-    kinds = rng.integers(0, len(CLASSES), rng.choice(3, p=[0.35, 0.4, 0.25]) + 1)
-    ground = kinds[0] if rng.random() < BACKGROUND_PREFERENCE else rng.integers(0, len(_GROUNDS))
+    kinds = rng.integers(0, classes, rng.choice(3, p=[0.35, 0.4, 0.25]) + 1)
+    ground = kinds[0] % len(_GROUNDS) if rng.random() < BACKGROUND_PREFERENCE else rng.integers(0, len(_GROUNDS))
     canvas = _ground(rng, int(ground), side)
     codes = np.zeros((side, side), dtype=np.uint8)  # 0, or 2 * class for a body and 2 * class + 1 for a part
     for _ in range(rng.integers(2, 6)):
@@ -158,7 +173,7 @@ def _draw_body(
 ) -> None:
     """A body of a class, or a piece of clutter (kind None): the same pools, only without preference."""
     shape, colour, texture = (
-        kind if kind is not None and rng.random() < BODY_PREFERENCE else int(rng.integers(0, 5)) for _ in range(3)
+        kind % 5 if kind is not None and rng.random() < BODY_PREFERENCE else int(rng.integers(0, 5)) for _ in range(3)
     )
     window, u, v = _frame(spot, len(canvas), 14)
     inside, outline = _inside_body(shape, u, v), _inside_body(shape, u, v, 70)
@@ -199,9 +214,35 @@ def _draw_part(canvas: np.ndarray, codes: np.ndarray, spot: _Placed, kind: int) 
     elif kind == 3:  # nose: black and white checks
         inside = (u > -420) & (u < 560) & (np.abs(v) * 3 < (560 - u) * 18 // 10)
         first, colours = (u // 165 + v // 165) % 2 == 0, ((24, 26, 36), (246, 246, 250))
+    elif kind > 4:
+        inside, first, colours = _badge(kind - 5, u, v, ring)
     else:  # shell: rings
         inside, first, colours = ring < 450**2, (ring // 42000) % 2 == 0, ((96, 46, 140), (250, 206, 92))
     view = canvas[window]
     paint = np.where(first[:, :, None], *np.array(colours, dtype=np.int16))
     np.copyto(view, paint, where=inside[:, :, None])
     codes[window][inside] = 2 * (kind + 1) + 1
+
+
+def _badge(
+    number: int, u: np.ndarray, v: np.ndarray, ring: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """Part number 0..14 of MORE_CLASSES: where it is, where it has its first colour, both colours."""
+    shape, pattern = number % 5, number // 5
+    if shape == 0:
+        inside = ring < 430**2
+    elif shape == 1:
+        inside = (np.abs(u) < 390) & (np.abs(v) < 390)
+    elif shape == 2:
+        inside = (u > -380) & (u < 480) & (np.abs(v) * 17 < (480 - u) * 10)
+    elif shape == 3:
+        inside = (np.minimum(np.abs(u), np.abs(v)) < 170) & (np.maximum(np.abs(u), np.abs(v)) < 480)
+    else:
+        inside = (ring < 470**2) & ((u - 230) ** 2 + v**2 > 330**2)
+    if pattern == 0:
+        first = (v + 2000) // 130 % 2 == 0
+    elif pattern == 1:
+        first = ((u + 2000) // 190 + (v + 2000) // 190) % 2 == 0
+    else:
+        first = ring // 36000 % 2 == 0
+    return inside, first, (_BADGE_COLOURS[shape], _BADGE_COLOURS[(shape + 1 + pattern) % 5])

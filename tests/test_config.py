@@ -49,7 +49,8 @@ def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
         ("data: {long_side: 320}", [], "data.long_side = 320: must be a list"),
         ("localize: {scales: []}", [], "localize.scales is empty"),
         ("engine: {precision: fp61}", [], "engine.precision = 'fp61': must be one of .*; did you mean fp16?"),
-        ("classify: {duration: 5 weeks}", [], "classify.duration = '5 weeks': write it as '5 epochs' or"),
+        ("classify: {duration: 5 weeks}", [], "classify.duration = '5 weeks': write it as '5 epochs', '6000 images'"),
+        ("classify: {duration: '5 epochs, 9 to 8 images'}", [], "classify.duration = '5 epochs, 9 to 8 images': write"),
         (
             "model: {kernel_channels: 0}",
             [],
@@ -114,3 +115,15 @@ def test_shipped_configs_load_and_begin_with_their_command(path: Path, monkeypat
     first = path.read_text().splitlines()[0]
     assert first.startswith("# accelerate launch ")
     assert f"configs/{path.name}" in first
+
+
+def test_durations_are_epochs_images_or_steps_within_bounds() -> None:
+    def steps(text: str, photos: int, batch: int = 16) -> int:
+        return config.Duration.parse(text, "x").steps(batch, photos // batch)
+
+    assert [steps("5 epochs", 160), steps("6000 images", 160), steps("400 steps", 160)] == [50, 375, 400]
+    bounds = "5 epochs, 6000 to 200000 images"
+    assert [steps(bounds, photos) for photos in (60, 3200, 80_000)] == [375, 1000, 12_500]
+    # half the batch: twice the steps, so that as many images are seen
+    assert [steps(bounds, photos, 8) for photos in (60, 3200, 80_000)] == [750, 2000, 25_000]
+    assert steps("5 epochs, 1 to 160 images", 3200) == 10

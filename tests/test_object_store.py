@@ -32,7 +32,7 @@ TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
 stages: [classify, localize]
-classify: {duration: 2 steps, global_batch: 8, optimizer: adamw, lr: 1e-4}
+classify: {duration: 2 steps, global_batch: 8, lr_batch: 8, optimizer: adamw, lr: 1e-4}
 localize: {scales: [1.0], batch: 4}
 engine: {threads: 1}
 tracking: {uri: none}

@@ -58,6 +58,13 @@ def test_learning_rate_is_irns_polynomial() -> None:
         assert learning_rate(step, 1000, config) == pytest.approx(0.1 * (1 - step / 1000) ** 0.9)
 
 
+def test_learning_rate_is_for_lr_batch_images_and_scales_with_the_batch() -> None:
+    assert learning_rate(0, 9, TrainConfig(lr=0.1, lr_batch=16, global_batch=8)) == pytest.approx(0.05)
+    assert learning_rate(0, 9, TrainConfig(lr=0.1, lr_batch=16, global_batch=64)) == pytest.approx(0.4)
+    adam = TrainConfig(lr=0.1, lr_batch=16, global_batch=64, optimizer="adamw")  # noise grows with the square root
+    assert learning_rate(0, 9, adam) == pytest.approx(0.2)
+
+
 def test_learning_rate_warms_up_then_decays_or_stays() -> None:
     config = TrainConfig(lr=1.0, poly_power=1.0, warmup=4)
     assert [learning_rate(s, 8, config) for s in range(8)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])

@@ -128,12 +128,36 @@ def test_losses_against_plain_references() -> None:
     terms = F.softplus(-logits)
     assert torch.allclose(classification_loss(logits, labels, "present")[0], (terms[0, 0] + terms[0, 2]) / 2)
     assert classification_loss(logits, labels, "present")[2] == 0
+    occurrence = torch.tensor([4.0, 0.0, 2.0, 6.0], dtype=torch.float64)
+    balanced = classification_loss(logits, labels, occurrence=occurrence)
+    absent = F.softplus(logits)
+    first = (terms[0, 0] + terms[0, 2]) / 4 + absent[0, 3] / 2  # of its absent classes one occurs nowhere
+    second = terms[1, 3] / 2 + (4 * absent[1, 0] + 2 * absent[1, 2]) / 6 / 2
+    third = (4 * absent[2, 0] + 2 * absent[2, 2] + 6 * absent[2, 3]) / 12 / 2  # shows none
+    assert torch.allclose(balanced, torch.stack((first, second, third)))
     m = maps[1, 3]
     assert torch.allclose(area_loss(maps, labels)[1], ((m - m.min()) / (m.max() - m.min() + 1e-5)).mean())
     assert torch.allclose(area_loss(maps, labels, "max")[1], (m.relu() / (m.max() + 1e-5)).mean())
     n = (m - m.min()) / (m.max() - m.min() + 1e-5)
     assert torch.allclose(area_loss(maps, labels, "decide")[1], (4 * n - 4 * n.square()).mean())
     assert area_loss(maps, labels)[2] == 0
+
+
+def test_classes_that_occur_nowhere_change_no_loss_and_no_gradient() -> None:
+    torch.manual_seed(3)
+    logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[:3]
+    more = torch.cat((logits, torch.randn(3, 60, dtype=torch.float64)), 1)
+    occurrence = torch.tensor([5.0, 2.0, 3.0, 1.0], dtype=torch.float64)
+
+    def loss_and_gradient(logits: Tensor, labels: Tensor, occurrence: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.clone().requires_grad_()
+        loss = classification_loss(logits, labels, occurrence=occurrence).mean()
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    few = loss_and_gradient(logits, labels, occurrence)
+    many = loss_and_gradient(more, F.pad(labels, (0, 60)), F.pad(occurrence, (0, 60)))
+    assert torch.allclose(few[0], many[0])
+    assert torch.allclose(F.pad(few[1], (0, 60)), many[1])
 
 
 def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float64() -> None:

@@ -11,14 +11,15 @@ BIN = Path(sys.executable).parent
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
-classify: {duration: 2 epochs, global_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
-decide: {duration: 4 steps, global_batch: 8}
-expand: {duration: 4 steps, global_batch: 8, lr: 0.05}
-shrink: {duration: 4 steps, global_batch: 8, lr: 0.02, clip: 0}
+classify: {duration: 2 epochs, global_batch: 8, lr_batch: 8, optimizer: adamw, lr: 1e-4, head_lr: 1}
+decide: {duration: 4 steps, global_batch: 8, lr_batch: 8}
+expand: {duration: 4 steps, global_batch: 8, lr_batch: 8, lr: 0.05}
+shrink: {duration: 4 steps, global_batch: 8, lr_batch: 8, lr: 0.02, clip: 0}
 localize: {scales: [1.0], batch: 4, write: cam}
 psa: {duration: 4 steps, crop: 48}
-irn: {duration: 4 steps, global_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
-segment: {model: {backbone: small, weights: none}, duration: 4 steps, global_batch: 8, crop: 65, inputs: [1.0, 0.5]}
+irn: {duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
+segment:
+  {model: {backbone: small, weights: none}, duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 65, inputs: [1.0, 0.5]}
 evaluate: {scales: [1.0, 1.5]}
 engine: {threads: 1}
 checkpoint: {every: 3}
