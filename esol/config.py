@@ -24,6 +24,8 @@ PSA = ("psa_labels", "psa", "psa_masks")
 IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
 SEGMENT = ("segment", "evaluate")
 
+Auto = Literal["auto"]  # found from each photo's own maps
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -99,6 +101,7 @@ class LabelConfig(TrainConfig):
 class ClassifyConfig(LabelConfig):
     """The CAM network on image-level labels."""
 
+    duration: str = key("5 epochs, 6400 to 400000 images")
     head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for W1 and the classifier")
 
 
@@ -106,7 +109,7 @@ class ClassifyConfig(LabelConfig):
 class DecideConfig(LabelConfig):
     """W1 and V trained on with an area term that makes each position of a class map all or nothing; ours."""
 
-    duration: str = key("390 steps")
+    duration: str = key("6240 images")
     lr: float = key(0.02, low=0, high=100)
     area: float = key(1.0, low=0, high=1000)  # lambda, weight of the area loss
     clip: float = key(0.3, low=0, high=1)  # beta of feature clipping, in the loss and in the maps; 0 = off
@@ -116,7 +119,7 @@ class DecideConfig(LabelConfig):
 class ExpandConfig(LabelConfig):
     """The expansion sampler: offsets that maximise the classification loss (paper, section Expansion)."""
 
-    duration: str = key("100 steps")  # the loss has no upper bound: steps, lr and alpha are one budget
+    duration: str = key("1600 images")  # the loss has no upper bound: duration, lr and alpha are one budget
     lr: float = key(0.05, low=0, high=100)
     momentum: float = key(0.0, low=0, high=1)  # with it all offsets run one way and the maps shift
     poly_power: float = key(0.0, low=0, high=10)
@@ -131,7 +134,7 @@ class ExpandConfig(LabelConfig):
 class ShrinkConfig(LabelConfig):
     """The shrinkage sampler: offsets (and kernel) that keep the classification and lose area."""
 
-    duration: str = key("150 steps")
+    duration: str = key("2400 images")
     lr: float = key(0.005, low=0, high=100)
     area: float = key(1.0, low=0, high=1000)  # lambda, weight of the area loss
     clip: float = key(0.1, low=0, high=1)  # beta of feature clipping before shrinkage; 0 = off
@@ -149,7 +152,7 @@ class LocalizeConfig:
     scales: tuple[float, ...] = key((0.5, 1.0, 1.5, 2.0), low=0.1, high=8)
     long_side: int = key(0, low=0, high=8192, unit="pixels")  # of scale 1; 0 = the image's own
     flip: bool = key(True)
-    write: Literal["last", "cam", "decide", "expand", "shrink"] = key("last")  # whose maps the later stages get
+    write: Literal["auto", "last", "cam", "decide", "expand", "shrink"] = key("auto")  # whose maps later stages get
     batch: int = key(1, low=1, high=1024, unit="images of one size")
 
     def check(self, where: str) -> None:
@@ -187,7 +190,7 @@ class SaliencyConfig:
 class MaskConfig:
     """How scores become pseudo masks: background where no class score is above the threshold, then the CRF."""
 
-    threshold: float = key(0.25, low=0, high=1)
+    threshold: float | Auto = key("auto", low=0, high=1)
     crf: CrfConfig = field(default_factory=CrfConfig)
     unary: Literal["hard", "soft"] = key("hard")  # what the CRF starts from: the mask, or the scores as probabilities
     certainty: float = key(0.7, low=0.01, high=0.99, unit="probability of a hard label")
@@ -197,8 +200,6 @@ class MaskConfig:
 class SeedMasksConfig(MaskConfig):
     """Seeds as pseudo masks, without any affinity; a score is the class map."""
 
-    threshold: float = key(0.15, low=0, high=1)
-
 
 @dataclass(frozen=True)
 class WalkConfig(MaskConfig):
@@ -206,15 +207,16 @@ class WalkConfig(MaskConfig):
 
     radius: int = key(5, low=2, high=64, unit="grid pixels")
     beta: float = key(10.0, low=0.01, high=1000)  # power of the affinities
-    steps: int = key(256, low=1, high=65536)
+    steps: int | Auto = key("auto", low=1, high=65536)  # auto: in proportion to the grid; PSA and IRN have 256
+    alpha: float | Auto = key("auto", low=0, high=1000)  # background (1 - best)^alpha that walks along; PSA has 16
 
 
 @dataclass(frozen=True)
 class PsaLabelsConfig:
     """PSA's label synthesis: the CRF on class maps with a low and a high background."""
 
-    alpha_low: float = key(4.0, low=0, high=1000)  # background (1 - best)^alpha; what is a class here is foreground
-    alpha_high: float = key(32.0, low=0, high=1000)  # and what is background here is background; the rest is void
+    alpha_low: float | Auto = key("auto", low=0, high=1000)  # background (1 - best)^alpha; a class here is foreground
+    alpha_high: float | Auto = key("auto", low=0, high=1000)  # and background here is background; the rest is void
     crf: CrfConfig = field(default_factory=lambda: CrfConfig(bilateral_sxy=80.0, bilateral_srgb=13.0))
 
 
@@ -242,7 +244,7 @@ class PairConfig(CropConfig):
 class PsaConfig(PairConfig):
     """AffinityNet. Momentum 5e-4 is what PSA really trains with: it passes the weight decay in that place."""
 
-    duration: str = key("8 epochs")
+    duration: str = key("8 epochs, 2000 to 100000 images")
     global_batch: int = key(8, low=1, high=65536, unit="images per optimizer step, over all ranks")
     lr_batch: int = key(8, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     momentum: float = key(5e-4, low=0, high=1)
@@ -252,10 +254,8 @@ class PsaConfig(PairConfig):
 
 @dataclass(frozen=True)
 class PsaMasksConfig(WalkConfig):
-    """Walk on AffinityNet's affinities, the background a map of its own; a score is a class over class + background."""
+    """Walk on AffinityNet's affinities; a score is a class over class + background."""
 
-    threshold: float = key(0.5, low=0, high=1)  # the strongest of all maps wins, as in PSA
-    alpha: float = key(16.0, low=0, high=1000)  # background (1 - best)^alpha
     beta: float = key(8.0, low=0.01, high=1000)  # power of the affinities
 
 
@@ -263,8 +263,8 @@ class PsaMasksConfig(WalkConfig):
 class IrnLabelsConfig:
     """IRN's label synthesis: the CRF on hard seeds at a high and at a low threshold."""
 
-    foreground: float = key(0.30, low=0, high=1)  # a class at this threshold is that class
-    background: float = key(0.05, low=0, high=1)  # background at both is background; the rest is void
+    foreground: float | Auto = key("auto", low=0, high=1)  # a class at this threshold is that class; IRN has 0.30
+    background: float | Auto = key("auto", low=0, high=1)  # background at both is background; the rest void; IRN: 0.05
     certainty: float = key(0.7, low=0.01, high=0.99, unit="probability of a hard label")
     crf: CrfConfig = field(default_factory=CrfConfig)
 
@@ -273,7 +273,7 @@ class IrnLabelsConfig:
 class IrnConfig(PairConfig):
     """IRNet. Momentum 1e-4 is what IRN really trains with: it passes the weight decay in that place."""
 
-    duration: str = key("3 epochs")
+    duration: str = key("3 epochs, 2000 to 100000 images")
     global_batch: int = key(32, low=1, high=65536, unit="images per optimizer step, over all ranks")
     lr_batch: int = key(32, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
     momentum: float = key(1e-4, low=0, high=1)
@@ -285,14 +285,14 @@ class IrnConfig(PairConfig):
 
 @dataclass(frozen=True)
 class IrnMasksConfig(WalkConfig):
-    """Walk of the class maps, boundaries taken out, on IRNet's affinities; a score is over the image's maximum."""
+    """Walk of the class maps, boundaries taken out, on IRNet's affinities; alpha 0: no background walks (IRN)."""
 
 
 @dataclass(frozen=True)
 class SegmentConfig(CropConfig):
     """DeepLab-v2 on masks; the values are its public codes' for VOC and a start from ImageNet."""
 
-    masks: Literal["auto", "irn_masks", "psa_masks", "seed_masks", "truth"] = key("auto")  # auto: first that is run
+    masks: Literal["auto", "irn_masks", "psa_masks", "seed_masks", "truth"] = key("auto")  # auto: the judge's first
     model: BackboneConfig = field(default_factory=lambda: BackboneConfig("resnet101", output_stride=8, freeze="none"))
     rates: tuple[int, ...] = key((6, 12, 18, 24), low=1, high=256, unit="grid pixels, dilation of ASPP's branches")
     duration: str = key("30000 steps")
@@ -407,22 +407,13 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    @property
-    def mask_stage(self) -> str:
-        """The stage whose masks segment learns from; "" for the true masks."""
-        if self.segment.masks == "truth":
-            return ""
-        if self.segment.masks != "auto":
-            return self.segment.masks
-        return next((name for name in ("irn_masks", "psa_masks") if name in self.stages), "seed_masks")
-
     def check(self, where: str) -> None:
         if "://" in self.run_dir or not self.run_dir.strip():
             raise ConfigError(
                 f"run_dir = {self.run_dir!r}: it must be a local folder; shards may be behind a URL, a run may not"
             )
         written = self.localize.write
-        if "localize" in self.stages and written not in ("last", "cam", *self.stages):
+        if "localize" in self.stages and written not in ("auto", "last", "cam", *self.stages):
             raise ConfigError(
                 f"localize.write = {written}, but stages has no {written}: add it, or set localize.write to last"
             )

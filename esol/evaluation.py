@@ -18,6 +18,7 @@ from esol.localize.segmentation import probabilities
 from esol.metrics import confusion_matrix, score
 from esol.models.deeplab import DeepLab
 from esol.networks import trained_deeplab
+from esol.pipeline import store
 from esol.report import paint
 from shards.samples import encode_mask
 
@@ -60,7 +61,8 @@ def _one(context: Context, image: Tensor, net: DeepLab) -> tuple[Label, Label]:
 def _results(context: Context, tally: Tally) -> Results:
     config = context.config
     about = stands_on(config.data.eval_split, config.segment.model)
-    about |= {"masks": config.mask_stage or "truth", "photos": len(context.index.split(config.data.eval_split))}
+    about |= {"masks": store.results(context.run_dir)["segment"]["masks"]}
+    about |= {"photos": len(context.index.split(config.data.eval_split))}
     if not tally["plain"].any():
         return about
     last = score(tally["crf"])

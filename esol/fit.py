@@ -18,10 +18,12 @@ from esol.checkpoint import Checkpointer
 from esol.config import Duration, LabelConfig, PairConfig, TrainConfig
 from esol.context import Context, Results
 from esol.data.plan import Plan, share_of
+from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.files import atomic_write
 from esol.inference import StageShards, TrueMasks, photo
+from esol.judging import mask_source
 from esol.loop import train
 from esol.models.backbones import Backbone
 from esol.networks import (
@@ -52,6 +54,8 @@ Target = Callable[[int], NDArray[np.uint8]]
 
 def classify(context: Context, folder: Path) -> Results:
     """The CAM network on image-level labels."""
+    for line in odd_classes(context.reader, context.config.data.train_split):
+        context.say(line)
     net = build_net(context.config, len(context.index.classes), pretrained=True)
     return _fit_cam(
         context,
@@ -106,7 +110,7 @@ def segment(context: Context, folder: Path) -> Results:
     """DeepLab-v2 on pseudo masks, or on the true ones; hands over a file that says how to predict with it."""
     config, classes = context.config, context.index.classes
     net = deeplab(config, len(classes))
-    source, started = config.mask_stage or "truth", initial_weights(config.segment.model)
+    source, started = mask_source(context), initial_weights(config.segment.model)
     context.say(f"segment: learns from {source}, starts from {started}")
     target = TrueMasks(context.reader) if source == "truth" else _reader(context, source, "mask.png")
     info = ModelInfo(
@@ -129,6 +133,24 @@ def _occurrence(context: Context, config: LabelConfig) -> Tensor | None:
     if not config.balance:
         return None
     return torch.from_numpy(context.reader.occurrence(context.index.split(context.config.data.train_split))).float()
+
+
+def odd_classes(reader: ShardReader, split: str) -> list[str]:
+    """Sentences on classes that no photo of the split shows, or that every photo does: neither can be told apart."""
+    index, ordinals = reader.index, reader.index.split(split)
+    count = reader.occurrence(ordinals)
+    never = [name for name, times in zip(index.classes, count, strict=True) if not times]
+    always = [name for name, times in zip(index.classes, count, strict=True) if times == len(ordinals)]
+    lines = []
+    if never:
+        some = f"{', '.join(never[:5])}{', ...' if len(never) > 5 else ''}"
+        lines.append(f"warning: no photo of {split} is labelled {some}: nothing is learned of {len(never)} classes")
+    if always:
+        lines.append(
+            f"warning: every photo of {split} is labelled {', '.join(always)}, so that nothing shows what is not; "
+            "add photos without it, with an empty label"
+        )
+    return lines
 
 
 def _photo_side(context: Context) -> int:

@@ -209,14 +209,21 @@ class TrueMasks:
 
 
 def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str = "") -> NDArray[np.uint8] | None:
-    """The sample's mask, if the split (data.score_split) has it and the shard a mask; DataError where not of size."""
+    """The sample's mask, if the split (data.score_split) has it and the shard a mask; DataError where not of size.
+
+    A photo that is labelled as showing nothing is all background, where the split has masks at all.
+    """
     index = context.index
     members = index.split(split or context.config.data.score_split)
     place = int(np.searchsorted(members, ordinal))
     if place == len(members) or members[place] != ordinal:
         return None
-    if "mask.png" not in index.members or index.members["mask.png"][ordinal, 0] < 0:
+    masks = index.members.get("mask.png")
+    if masks is None:
         return None
+    if masks[ordinal, 0] < 0:
+        empty = index.labels is not None and not index.labels[ordinal].any() and (masks[members, 0] >= 0).any()
+        return np.zeros(size, np.uint8) if empty else None
     truth = TrueMasks(context.reader)(ordinal)
     if truth.shape != size:
         raise DataError(f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {size} (height, width)")

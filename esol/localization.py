@@ -18,11 +18,13 @@ from esol.context import Context, Results
 from esol.data.transforms import decode_mask
 from esol.files import atomic_write
 from esol.inference import Members, Tally, mask_splits, over_shards, photo, pictured, truth_of
+from esol.judging import add_seeds, all_ranks, map_source, sampled_photos
 from esol.localize.class_maps import ClassMaps, class_maps
+from esol.localize.judge import Evidence
 from esol.localize.seeds import best_class, seed
 from esol.metrics import VOID, Score, ThresholdCurve
 from esol.networks import CamNets, initial_weights, trained_cam
-from esol.report import heat, paint, sheet
+from esol.report import SOURCES, heat, paint, sheet
 from esol.schema import finite
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
@@ -32,6 +34,9 @@ PART = "part.png"  # optional member, 255 on an object's telling part: recall is
 def localize(context: Context, folder: Path) -> Results:
     """Makes and writes the maps of data.mask_split and data.score_split, and scores those of the latter."""
     nets = trained_cam(context.config, len(context.index.classes), context.engine.device)
+    sources = tuple(source for source, net in zip(SOURCES, nets, strict=True) if net is not None)
+    judged = _judge(context, nets) if len(sources) > 1 and context.config.localize.write == "auto" else {}
+    written = map_source({name: own["judge"] for name, own in judged.items()}, context.config.localize.write, sources)
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
         config = context.config.localize
@@ -41,7 +46,7 @@ def localize(context: Context, folder: Path) -> Results:
             found = _maps(context, config, nets, [images[o] for o in group], group)
             for ordinal, maps in zip(group, found, strict=True):
                 _count(context, curves, ordinal, maps)
-                yield ordinal, {"maps.npz": _pack(maps[list(maps)[-1] if config.write == "last" else config.write])}
+                yield ordinal, {"maps.npz": _pack(maps[written])}
         tally.update({source: curve.counts for source, curve in curves.items()})
 
     tally = over_shards(context, "localize", folder, mask_splits(context), work)
@@ -51,9 +56,19 @@ def localize(context: Context, folder: Path) -> Results:
     for source, curve in curves.items():
         curve.add(tally[source])
     results, thresholds = _results(curves, context.index.classes) if curves else ({}, {})
+    results |= {"write": written} | {f"{name}_judge": own["judge"] for name, own in judged.items()}
     write_curves(context, folder, curves)
     draw(context, "localize", nets, thresholds=thresholds)
     return results | stands_on(context.config.data.score_split, context.config.model)
+
+
+def _judge(context: Context, nets: CamNets) -> dict[str, dict[str, float]]:
+    """What the judge finds in the maps of every stage, on a sample of the photos, on every rank; a collective."""
+    evidence: dict[str, Evidence] = {}
+    for ordinal in sampled_photos(context)[context.engine.rank :: context.engine.world_size]:
+        maps = _maps(context, context.config.localize, nets, [photo(context, ordinal)], [ordinal])[0]
+        add_seeds(context, evidence, ordinal, maps)
+    return {name: own.numbers(context.index.classes) for name, own in all_ranks(context, evidence).items()}
 
 
 def _same_size(images: dict[int, torch.Tensor], batch: int) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from esol.data.transforms import decode_gray
 from esol.errors import DataError
 from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, stands_on, write_curves
+from esol.localize.judge import Evidence, Label
 from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
 from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
 from esol.localize.seeds import best_class
@@ -68,47 +70,80 @@ def irn_masks(context: Context, folder: Path) -> Results:
     return _masks(context, "irn_masks", config, folder, scores)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Of one sample: photo, classes, scores, label maps without and with CRF, and the classes that the walk lost."""
+
+    image: Tensor
+    classes: Tensor
+    scores: Tensor
+    plain: Label
+    refined: Label
+    seeds: Label
+    lost: list[int]
+
+
 @torch.no_grad()
 def _masks(context: Context, name: str, config: MaskConfig, folder: Path, scores: Scores) -> Results:
     maps, num_labels = StageShards(context, "localize"), len(context.index.classes) + 1
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
-        curve = ThresholdCurve(num_labels - 1)
+        curve, evidence = ThresholdCurve(num_labels - 1), Evidence.empty(num_labels - 1)
         tally |= {key: np.zeros((num_labels, num_labels), np.int64) for key in ("plain", "crf")}
         for ordinal in map(int, ordinals):
-            _, classes, found, plain, refined = _one(context, maps, ordinal, config, scores)
-            if (truth := truth_of(context, ordinal, plain.shape)) is not None:
-                winner, best = (t.cpu().numpy() for t in best_class(found, classes))
+            made = _one(context, maps, ordinal, config, scores)
+            evidence.add(
+                made.image.cpu().numpy(), made.refined, made.classes.tolist(), lost=made.lost, seeds=made.seeds
+            )
+            if (truth := truth_of(context, ordinal, made.plain.shape)) is not None:
+                winner, best = (t.cpu().numpy() for t in best_class(made.scores, made.classes))
                 curve.update(truth, winner, best)
-                for key, label in (("plain", plain), ("crf", refined)):
+                for key, label in (("plain", made.plain), ("crf", made.refined)):
                     said = np.where(label == VOID, 0, label)  # void counts as background here
                     tally[key] += confusion_matrix(truth, said, num_labels)
-            yield ordinal, {"mask.png": encode_mask(refined)}
-        tally["curve"] = curve.counts
+            yield ordinal, {"mask.png": encode_mask(made.refined)}
+        tally |= {"curve": curve.counts} | {f"judge_{key}": value for key, value in asdict(evidence).items()}
 
     tally = over_shards(context, name, folder, mask_splits(context), work)
     if not context.engine.is_main:
         return {}
     _draw(context, name, maps, config, scores)
-    return _results(context, config, folder, tally) if tally["plain"].any() else {}
+    evidence = Evidence(**{f.name: tally[f"judge_{f.name}"] for f in fields(Evidence)})
+    results = _results(context, config, folder, tally) if tally["plain"].any() else {}
+    return results | evidence.numbers(context.index.classes)
 
 
-def _one(
-    context: Context, maps: StageShards, ordinal: int, config: MaskConfig, scores: Scores
-) -> tuple[Tensor, Tensor, Tensor, NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image, classes, scores, and the label maps without and with CRF of one sample."""
+def _one(context: Context, maps: StageShards, ordinal: int, config: MaskConfig, scores: Scores) -> _Made:
     device = context.engine.device
     image = photo(context, ordinal).to(device)
     arrays = maps.arrays(ordinal, "maps.npz")
     classes = torch.from_numpy(arrays["classes"]).to(device)
+    full = torch.from_numpy(arrays["full"]).to(device).float() / 255
     found = scores(image, arrays)
     saliency, labels, channels = _saliency(context, ordinal, image), None, None
     if saliency is not None:
         cue = context.config.saliency
         labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
         channels = saliency_channels(found, saliency, floor=cue.floor)
-    plain, refined = (t.cpu().numpy() for t in pseudo_mask(image, found, classes, config, labels, channels))
-    return image, classes, found, plain, refined
+    plain, refined = pseudo_mask(image, found, classes, config, labels, channels)
+    own = context.config.seed_masks
+    lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())] if config is not own else []
+    if lost and saliency is None:
+        refined = stand_in(refined, pseudo_mask(image, full, classes, own)[1], lost, len(lost) == len(classes))
+    seeds = pseudo_mask(image, full, classes, replace(own, crf=replace(own.crf, iterations=0)))[0]
+    return _Made(image, classes, found, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
+
+
+def stand_in(mask: Tensor, seeds: Tensor, lost: list[int], all_lost: bool) -> Tensor:
+    """The mask (H, W) with the seeds' pixels of the lost classes in its background, or the seeds where all are lost.
+
+    A photo's label says that the class is there, so that a mask without it is known to be wrong.
+    """
+    if all_lost:
+        return seeds
+    for c in lost:
+        mask = torch.where((seeds == c + 1) & (mask == 0), seeds, mask)
+    return mask
 
 
 def _saliency(context: Context, ordinal: int, image: Tensor) -> Tensor | None:
@@ -152,14 +187,14 @@ def _results(context: Context, config: MaskConfig, folder: Path, tally: Tally) -
 
 def _draw(context: Context, name: str, maps: StageShards, config: MaskConfig, scores: Scores) -> None:
     rows = []
-    headings = ["photo", "best score", f"above {config.threshold:g}", "with CRF", "truth"]
+    headings = ["photo", "best score", f"above {config.threshold}", "with CRF", "truth"]
     for ordinal in pictured(context):
-        image, classes, found, plain, refined = _one(context, maps, ordinal, config, scores)
-        pixels = image.permute(1, 2, 0).cpu().numpy()
-        tiles = [pixels, heat(pixels, best_class(found, classes)[1].cpu().numpy())]
-        tiles += [paint(pixels, plain), paint(pixels, refined)]
-        if (truth := truth_of(context, ordinal, plain.shape)) is not None:
+        made = _one(context, maps, ordinal, config, scores)
+        pixels = made.image.permute(1, 2, 0).cpu().numpy()
+        tiles = [pixels, heat(pixels, best_class(made.scores, made.classes)[1].cpu().numpy())]
+        tiles += [paint(pixels, made.plain), paint(pixels, made.refined)]
+        if (truth := truth_of(context, ordinal, made.plain.shape)) is not None:
             tiles.append(paint(pixels, truth))
-        present = ", ".join(context.index.classes[c] for c in classes.tolist())
+        present = ", ".join(context.index.classes[c] for c in made.classes.tolist())
         rows.append((f"{context.index.keys[ordinal]}: {present}", tiles))
     save_sheet(context, name, rows, headings)

@@ -79,8 +79,8 @@ def _recipe(config: Config, info: ModelInfo, manifest: store.Manifest) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
     lines = [
         f"- stages: {' -> '.join(config.stages)}",
-        f"- segment: {own.duration}, {own.global_batch} photos a step, {own.optimizer}, learning rate {own.step_lr:g}, ASPP "
-        f"times {own.head_lr:g}, crop {own.crop}, scale {own.scale[0]:g} to {own.scale[1]:g}, dilations "
+        f"- segment: {own.duration}, {own.global_batch} photos a step, {own.optimizer}, learning rate {own.step_lr:g}, "
+        f"ASPP times {own.head_lr:g}, crop {own.crop}, scale {own.scale[0]:g} to {own.scale[1]:g}, dilations "
         f"{', '.join(map(str, info.rates))}, {'class-balanced ' if own.balance else ''}cross entropy",
         f"- initial weights: {info.initial_weights}",
         f"- seed {config.seed}, {config.engine.precision}, {manifest.world_size} process(es), {versions}",

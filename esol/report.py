@@ -104,7 +104,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         own = results.get(name, {})
         for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
             if f"{prefix}miou" in own:
-                rows.append((f"{name} at threshold {own['threshold']:g}{how}", own, prefix))
+                rows.append((f"{name} at threshold {own['threshold']}{how}", own, prefix))
     own = results.get("evaluate", {})
     for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
         if f"{prefix}miou" in own:

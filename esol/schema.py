@@ -104,8 +104,11 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if len(value) != len(inner):
             raise ConfigError(f"{path} = {value!r}: must have {len(inner)} entries")
         return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
-    if origin in (Union, UnionType):
-        raise TypeError(f"{path}: unions are not supported in config classes")
+    if origin in (Union, UnionType):  # a number or one of a few words
+        number, words = get_args(kind)
+        if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+            return _convert(words, value, path)
+        return _convert(number, value, path)
     if kind is float:
         if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
             value = float(value)  # YAML 1.1 reads 1e-4 as text

@@ -14,14 +14,16 @@ from esol.context import Context
 from esol.data.index import Index
 from esol.engines.base import gather_text
 from esol.errors import CheckpointError, ConfigError, DataError
+from esol.judging import MASK_STAGES, remarks
 from esol.pipeline.registry import Stage
 from esol.pipeline.store import MANIFEST, Store
+from esol.pipeline.store import results as store_results
 from esol.report import SOURCES
 from esol.schema import semantic
 
 HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds"}
 HEADLINE |= {f"{source}_miou" for source in SOURCES}
-HEADLINE |= {"threshold", "plain_miou", "crf_miou", "initial_weights"}  # results.json has all
+HEADLINE |= {"threshold", "plain_miou", "crf_miou", "judge", "initial_weights"}  # results.json has all
 
 
 def _reads(*needed: str, optional: tuple[str, ...] = ()) -> Callable[[Config], tuple[str, ...]]:
@@ -30,7 +32,11 @@ def _reads(*needed: str, optional: tuple[str, ...] = ()) -> Callable[[Config], t
 
 
 def _masks(config: Config) -> tuple[str, ...]:
-    return (config.mask_stage,) if config.mask_stage else ()
+    """What segment reads: the masks that it is told to learn from, or all that the judge chooses from."""
+    given = config.segment.masks
+    if given == "auto":
+        return tuple(name for name in MASK_STAGES if name in config.stages) or ("seed_masks",)
+    return () if given == "truth" else (given,)
 
 
 def _settings(data: tuple[str, ...], *sections: str) -> Callable[[Config], dict[str, Any]]:
@@ -62,25 +68,40 @@ _SCORED = (*_SHARDS, "curves.json")
 
 # A version goes up when the stage's code gives another result from the same inputs (tests/end_to_end/test_versions.py).
 _TABLE = (
-    Stage("classify", _reads(), _training("classify"), fit.classify, _WEIGHTS),
-    Stage("decide", _reads("classify"), _training("decide"), fit.decide, _WEIGHTS),
-    Stage("expand", _reads("classify", optional=("decide",)), _training("expand"), fit.expand, _WEIGHTS),
-    Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, _WEIGHTS),
+    Stage("classify", _reads(), _training("classify"), fit.classify, _WEIGHTS, version=2),
+    Stage("decide", _reads("classify"), _training("decide"), fit.decide, _WEIGHTS, version=2),
+    Stage("expand", _reads("classify", optional=("decide",)), _training("expand"), fit.expand, _WEIGHTS, version=2),
+    Stage("shrink", _reads("classify", "expand"), _training("shrink"), fit.shrink, _WEIGHTS, version=2),
     Stage(
         "localize",
         _reads("classify", optional=("decide", "expand", "shrink")),
         _inference("localize"),
         localization.localize,
         _SCORED,
+        version=2,
     ),
-    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, _SCORED),
-    Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, _SHARDS),
+    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, _SCORED, version=2),
+    Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, _SHARDS, version=2),
     Stage("psa", _reads("classify", "psa_labels"), _pairs("model", "psa"), fit.psa, _WEIGHTS),
-    Stage("psa_masks", _reads("localize", "psa"), _inference("psa_masks", "saliency"), masks.psa_masks, _SCORED),
-    Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, _SHARDS),
+    Stage(
+        "psa_masks",
+        _reads("localize", "psa"),
+        _inference("psa_masks", "seed_masks", "saliency"),
+        masks.psa_masks,
+        _SCORED,
+        version=2,
+    ),
+    Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, _SHARDS, version=2),
     Stage("irn", _reads("classify", "irn_labels"), _pairs("model", "irn"), fit.irn, _WEIGHTS),
     Stage("irn_mean", _reads("irn"), _inference(), displacement.irn_mean, _WEIGHTS),
-    Stage("irn_masks", _reads("localize", "irn"), _inference("irn_masks", "saliency"), masks.irn_masks, _SCORED),
+    Stage(
+        "irn_masks",
+        _reads("localize", "irn"),
+        _inference("irn_masks", "seed_masks", "saliency"),
+        masks.irn_masks,
+        _SCORED,
+        version=2,
+    ),
     Stage("segment", _masks, _pairs("segment"), fit.segment, _WEIGHTS),
     Stage("evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, _SHARDS),
 )
@@ -142,6 +163,9 @@ def run_stages(context: Context, only: Sequence[str] | None, store: Store) -> No
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             context.tracker.results(results)
         context.engine.barrier(f"the manifest of {stage.name}")
+        if context.engine.is_main:
+            for line in remarks(context.config, stage.name, store_results(context.run_dir)):
+                context.say(line)
         shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in results.items() if k in HEADLINE)
         context.say(f"{stage.name}: " + ", ".join(shown))
 

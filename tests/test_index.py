@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from esol.data.index import Index, scan_shard, write_index
+from esol.data.reader import ShardReader
 from esol.errors import DataError
 from shards.synthetic import CLASSES
 
@@ -141,3 +142,23 @@ def test_write_index_of_scanned_shards_gives_the_same_index(shard_set: Path, tmp
     records = [scan_shard(tmp_path / "copy", shard.name) for shard in index.shards]
     write_index(tmp_path / "copy", index.classes, index.splits, records)
     assert (tmp_path / "copy" / "index.json").read_bytes() == (shard_set / "index.json").read_bytes()
+
+
+def test_the_index_knows_every_samples_labels(shard_set: Path, tmp_path: Path) -> None:
+    index = Index.load(shard_set)
+    reader = ShardReader(index)
+    assert index.labels is not None
+    want = np.stack([reader.labels(i) for i in range(len(index))])
+    assert np.array_equal(index.labels, want > 0)
+    some = np.arange(0, len(index), 3)
+    assert np.array_equal(reader.occurrence(some), want[some].sum(0))
+
+    tree = json.loads((shard_set / "index.json").read_text())
+    for shard in tree["shards"]:
+        del shard["labels"]  # what an earlier version wrote
+    shutil.copytree(shard_set, tmp_path / "old")
+    (tmp_path / "old/index.json").write_text(json.dumps(tree))
+    old = Index.load(tmp_path / "old")
+    assert old.labels is None
+    assert old.hash == index.hash
+    assert np.array_equal(ShardReader(old).occurrence(some), want[some].sum(0))

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from esol.config import Config, build
 from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.fit import odd_classes
 from esol.pipeline import needs
 from esol.stages import STAGES
 
@@ -42,6 +44,28 @@ def test_nothing_is_missing_and_nothing_is_written_or_drawn(lacking: Lacking, tm
     assert lacking() == []
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(before, torch.get_rng_state())  # the other ranks do not look
+
+
+def test_labels_that_nothing_can_be_learned_of(index: Index, lacking: Lacking) -> None:
+    assert index.labels is not None
+    train, labels = index.split("train"), index.labels.copy()
+    labels[train] = False
+    object.__setattr__(index, "labels", labels)
+    try:
+        (none,) = lacking()
+        assert none.startswith("data.train_split = train: none of its 48 photos in ")
+        assert lacking(stages=("psa_labels",)) == []
+        labels[train, 2] = True
+        reader = ShardReader(index)
+        assert odd_classes(reader, "train") == [
+            "warning: no photo of train is labelled cactus, fish, rocket, snail: nothing is learned of 4 classes",
+            "warning: every photo of train is labelled mushroom, so that nothing shows what is not; "
+            "add photos without it, with an empty label",
+        ]
+        labels[train[:9]] = [1, 1, 0, 1, 1]
+        assert odd_classes(reader, "train") == []
+    finally:
+        object.__setattr__(index, "labels", Index.load(index.root).labels)
 
 
 def test_weights_of_a_later_stage(lacking: Lacking, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from esol.config import CrfConfig, IrnLabelsConfig, IrnMasksConfig, PsaLabelsConfig, PsaMasksConfig, SeedMasksConfig
-from esol.localize.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask
+from esol.localize.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask, walk_steps
+from esol.localize.thresholds import auto_threshold, background_power, power_threshold
 
 OFF = CrfConfig(iterations=0)
 GRAY = torch.full((3, 1, 4), 128, dtype=torch.uint8)
@@ -51,7 +52,7 @@ def test_walks_stop_at_boundaries_and_spread_inside() -> None:
     maps[0, :3, :3] = 1
     edge = torch.zeros(12, 12)
     edge[:, 6] = 1
-    scores = irn_scores(maps, edge, (45, 45), IrnMasksConfig())
+    scores = irn_scores(maps, edge, (45, 45), IrnMasksConfig(alpha=0, steps=256))
     assert scores.shape == (1, 45, 45)
     assert scores.max() == 1
     assert scores[0, :, :20].min() > 0.3
@@ -59,7 +60,7 @@ def test_walks_stop_at_boundaries_and_spread_inside() -> None:
 
     features = torch.zeros(4, 12, 12)
     features[:, :, 6:] = 8
-    scores = psa_scores(maps, features, (45, 45), PsaMasksConfig(alpha=0.2))
+    scores = psa_scores(maps, features, (45, 45), PsaMasksConfig(alpha=0.2, steps=256))
     assert scores[0, :, :20].min() > 10 * scores[0, :, 26:].max()
 
 
@@ -89,3 +90,56 @@ def test_any_size_and_class_count(size: tuple[int, int], count: int) -> None:
         for mask in pseudo_mask(image, scores, classes, SeedMasksConfig(unary="soft")):
             assert mask.shape == size
             assert mask.max() <= count
+
+
+def test_with_a_walking_background_the_strongest_wins_and_a_photo_names_its_own_alpha() -> None:
+    """The seed fills its half, the other half is background's: no threshold is chosen by anybody."""
+    maps = torch.full((1, 12, 12), 0.05)
+    maps[0, :6, :5] = 0.9
+    edge = torch.zeros(12, 12)
+    edge[:, 6] = 1
+    features = torch.zeros(4, 12, 12)
+    features[:, :, 6:] = 8
+    image = torch.zeros(3, 45, 45, dtype=torch.uint8)
+    config = IrnMasksConfig(steps=256, crf=OFF)
+    walked = {
+        "irn": (irn_scores(maps, edge, (45, 45), config), config),
+        "psa": (psa_scores(maps, features, (45, 45), PsaMasksConfig(steps=256)), PsaMasksConfig(crf=OFF)),
+    }
+    for scores, own in walked.values():
+        plain, _ = pseudo_mask(image, scores, torch.tensor([4]), own)
+        assert (plain[:, :20] == 5).all()
+        assert (plain[:, 29:] == 0).all()
+
+
+def test_auto_steps_reach_the_same_share_of_every_photo() -> None:
+    assert walk_steps(256, 1200, 16) == 256
+    assert [walk_steps("auto", side * side, 16) for side in (1, 12, 24, 48)] == [1, 9, 36, 144]
+
+
+def test_auto_threshold_parts_two_heights_and_finds_nothing_where_there_is_one() -> None:
+    bright = torch.full((40, 50), 0.2)
+    for rows in (2, 10, 30):  # small objects and large ones
+        bright[:rows, :20] = 0.8
+        assert 0.2 < auto_threshold(bright) < 0.8
+    assert auto_threshold(torch.zeros(5, 5)) == 0
+    assert auto_threshold(torch.full((5, 5), 0.7)) == pytest.approx(0.7)
+    assert power_threshold(background_power(0.3)) == pytest.approx(0.3)
+
+
+def test_auto_threshold_is_the_mean_of_otsus_and_lis_by_search() -> None:
+    generator = torch.Generator().manual_seed(1)
+    score = torch.cat((torch.rand(3000, generator=generator) ** 3, torch.rand(500, generator=generator) ** 0.3))[None]
+    values = (score.flatten() * 255).round() / 255
+
+    def parts(level: int) -> list[torch.Tensor]:
+        return [values[values * 255 <= level + 0.5].double(), values[values * 255 > level + 0.5].double()]
+
+    def variance(level: int) -> float:
+        return sum(len(part) * float(part.var(correction=0)) for part in parts(level))
+
+    def entropy(level: int) -> float:
+        return -sum(float(part.sum() * part.mean().log()) for part in parts(level))
+
+    otsu, li = (min(range(1, 254), key=rule) + 0.5 for rule in (variance, entropy))
+    assert auto_threshold(score) == pytest.approx((otsu * li) ** 0.5 / 255, abs=1e-3)

@@ -51,10 +51,24 @@ def missing(
 
     beat: told what is being done, for a watchdog.
     """
-    found = [*_batches(config, index, stages, world_size), *_weights(config, stages, beat)]
+    found = [*_labels(config, index, stages), *_batches(config, index, stages, world_size)]
+    found += _weights(config, stages, beat)
     beat("the saliency maps and masks that the stages will want")
     found += _members(config, index, stages)
     return found or list(_disk(config, index, stages))
+
+
+def _labels(config: Config, index: Index, stages: Collection[str]) -> Iterator[EsolError]:
+    """Some photo of the training split must show something."""
+    name = config.data.train_split
+    if not set(_CAM_STAGES) & set(stages) or index.labels is None:
+        return
+    split = index.split(name)
+    if len(split) and not index.labels[split].any():
+        yield DataError(
+            f"data.train_split = {name}: none of its {len(split)} photos in {index.root} has a label, so that there is "
+            "nothing to learn; give labels to those that show an object, and leave the others' empty"
+        )
 
 
 def _batches(config: Config, index: Index, stages: Collection[str], world_size: int) -> Iterator[EsolError]:
@@ -113,7 +127,7 @@ def _members(config: Config, index: Index, stages: Collection[str]) -> Iterator[
                 yield ConfigError(
                     f'saliency.source = spectral-residual needs OpenCV ({error}): pip install "esol[saliency]"'
                 )
-    if "segment" in stages and not config.mask_stage:
+    if "segment" in stages and config.segment.masks == "truth":
         yield from _without(index, "mask.png", index.split(data.mask_split), "segment.masks = truth")
 
 

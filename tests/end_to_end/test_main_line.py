@@ -330,3 +330,36 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_its_results(conf
     ours, whole = (json.loads(path.read_text())["classify"] for path in runs)
     assert ours.keys() == whole.keys()
     assert ours["loss"] == whole["loss"]
+
+
+def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tmp_path: Path) -> None:
+    """Photos without the class have no label and no mask: they are learned from, and all background."""
+    scenes = synthetic_source(40, 8, 64, seed=0)
+
+    def read(key: str) -> dict[str, bytes]:
+        sample = scenes.read(key)
+        levels = np.asarray(Image.open(io.BytesIO(sample["mask.png"]))) == 2
+        about = json.loads(sample["json"]) | {"labels": ["fish"] if levels.any() else []}
+        sample |= {"json": json.dumps(about).encode(), "mask.png": encode_mask(levels.astype(np.uint8))}
+        return sample if levels.any() else {k: v for k, v in sample.items() if k != "mask.png"}
+
+    create(replace(scenes, classes=("fish",), read=read), str(tmp_path / "fish"))
+    index, run = Index.load(tmp_path / "fish"), tmp_path / "run"
+    assert index.labels is not None
+    options = ["--set", f"data.root={tmp_path / 'fish'}", "--set", f"run_dir={run}", "--set", "localize.write=auto"]
+    done = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "classify.duration=2 steps")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert results["localize"]["write"] in ("cam", "decide", "expand", "shrink")
+    assert "localize: writes the maps of " in done.stdout
+    judged = {name: results[name]["judge"] for name in ("seed_masks", "psa_masks", "irn_masks")}
+    assert results["segment"]["masks"] == results["evaluate"]["masks"] == max(judged, key=judged.__getitem__)
+    empty = ~index.labels[:, 0]
+    assert 0 < empty.sum() < len(index)
+    for name in judged:
+        made = Index.load(run / name)
+        place = {str(key): i for i, key in enumerate(made.keys)}
+        masks = [ShardReader(made).read(place[str(key)], "mask.png") for key in index.keys[empty]]
+        assert not any(np.asarray(Image.open(io.BytesIO(mask))).any() for mask in masks)
+    # truth of the photos without a label is background: there is more of it than in the drawn masks
+    assert {"iou_background", "iou_fish"} <= results["psa_masks"].keys()

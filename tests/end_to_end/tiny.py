@@ -19,7 +19,12 @@ localize: {scales: [1.0], batch: 4, write: cam}
 psa: {duration: 4 steps, crop: 48}
 irn: {duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
 segment:
-  {model: {backbone: small, weights: none}, duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 65, inputs: [1.0, 0.5]}
+  model: {backbone: small, weights: none}
+  duration: 4 steps
+  global_batch: 8
+  lr_batch: 8
+  crop: 65
+  inputs: [1.0, 0.5]
 evaluate: {scales: [1.0, 1.5]}
 engine: {threads: 1}
 checkpoint: {every: 3}

@@ -1,0 +1,322 @@
+"""How the shipped recipe does on photos that it was not found on: many sets, one table each, nothing tuned.
+
+    ESOL_WEIGHTS=weights python -m benchmarks.transfer --data DATA --seeds 0
+
+DATA holds voc-animals (VOC's own layout), magnetic-tiles (folders by class) and coco-tiny; synthetic scenes are drawn.
+Every set runs configs/custom-cpu.yaml as it stands, through the masks; each seed has its own order of the shards.
+Photos' labels choose everything, masks only score. What has finished is not run again; --sets names some of the sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import machine, table
+from benchmarks.main_line import ROOT, spread
+from esol.config import IRN, MAIN_LINE, PSA, Config, CrfConfig, SeedMasksConfig
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.transforms import decode, decode_mask
+from esol.judging import MASK_STAGES, highest
+from esol.localize.class_maps import class_maps
+from esol.localize.dense_crf import mean_field, unary_from_labels
+from esol.localize.pseudo_labels import mask_threshold
+from esol.metrics import Counts, confusion_matrix, score
+from esol.networks import trained_cam
+from esol.pipeline import store
+from esol.progress import progress
+from esol.report import SOURCES
+from shards.coco import coco_source
+from shards.folder import folder_source
+from shards.samples import Source
+from shards.synthetic import synthetic_source
+from shards.voc import voc_source
+from shards.voc_xml import labels_of
+from shards.writer import create
+
+ANIMALS = ("cat", "cow", "dog", "horse", "person", "sheep")
+MASKS = "SegmentationClassAug"
+STAGES = (*MAIN_LINE, *PSA, *IRN)
+SCORED = 60  # photos by which the seeds of all stages are scored, with the CRF at every threshold
+GRID = tuple(round(0.05 * i, 2) for i in range(2, 17))
+SHARD = 32  # samples
+Row = dict[str, Any]
+Choice = Callable[[dict[str, set[str]]], list[str]]  # of ids, given the labels of all
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """A set: source(data, scratch) makes it; photos: it counts in the targets; overrides: which splits it has."""
+
+    source: Callable[[Path, Path], Source]
+    photos: bool = False
+    overrides: tuple[str, ...] = field(default=())
+
+
+def _animals(data: Path, scratch: Path, classes: Sequence[str], choose: Choice) -> Source:
+    """Photos of voc-animals' train_aug that `choose` takes, given the labels of all in an order drawn once."""
+    root = data / "voc-animals"
+    ids = (ROOT / "configs/voc-animals/train_aug.txt").read_text().split()
+    random.Random(0).shuffle(ids)
+    known = {i: set(labels_of(f"{root}/Annotations/{i}.xml")) & set(classes) for i in ids}
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "train.txt").write_text("".join(f"{i}\n" for i in sorted(choose(known))))
+    return voc_source(str(root), ["train"], classes, masks=MASKS, ids_dir=str(scratch), long_side=320)
+
+
+def _first(count: int) -> Choice:
+    return lambda known: list(known)[:count]
+
+
+def _of_each(count: int) -> Choice:
+    """So many photos with each class alone."""
+
+    def choose(known: dict[str, set[str]]) -> list[str]:
+        each = {
+            name: [i for i, own in known.items() if own == {name}][:count]
+            for name in sorted(set().union(*known.values()))
+        }
+        return [i for ids in each.values() for i in ids]
+
+    return choose
+
+
+def _with_and_without(count: int) -> Choice:
+    return lambda known: [i for i in known if known[i]][:count] + [i for i in known if not known[i]][:count]
+
+
+def _all_animals(data: Path, scratch: Path) -> Source:
+    lists = str(ROOT / "configs/voc-animals")
+    return voc_source(
+        str(data / "voc-animals"),
+        ["train_aug", "train"],
+        ANIMALS,
+        masks="SegmentationClassAug",
+        ids_dir=lists,
+        long_side=320,
+    )
+
+
+def _tiles(data: Path, scratch: Path) -> Source:
+    """Folders by class as a labels.csv; `free` has no defect, so that its label is empty."""
+    root, rows = data / "magnetic-tiles", []
+    for folder in sorted((root / "images").iterdir()):
+        rows += [
+            (f"{folder.name}/{p.name}", "" if folder.name == "free" else folder.name) for p in sorted(folder.iterdir())
+        ]
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name in ("images", "masks"):
+        (scratch / name).unlink(missing_ok=True)
+        (scratch / name).symlink_to((root / name).absolute(), target_is_directory=True)
+    with (scratch / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "labels"), *rows])
+    return folder_source(str(scratch))
+
+
+def _scenes(classes: int, count: int) -> TransferSet:
+    """Scenes to learn from; masks are made of at most 100 others, which are scored."""
+    splits = ("data.mask_split=val", "data.score_split=val") if count > 100 else ()
+    held = 100 if count > 100 else 0
+    return TransferSet(lambda data, scratch: synthetic_source(count, held, 192, classes=classes), overrides=splits)
+
+
+def _coco(data: Path, scratch: Path) -> Source:
+    root = data / "coco-tiny"
+    pairs = [(str(root / name), str(root / f"annotations/instances_{name}.json")) for name in ("train2017", "val2017")]
+    return coco_source([p[0] for p in pairs], [p[1] for p in pairs], ["train", "val"])
+
+
+SETS: dict[str, TransferSet] = {
+    "animals-3131": TransferSet(
+        _all_animals, True, ("data.train_split=train_aug", "data.mask_split=train", "data.score_split=train")
+    ),
+    "animals-400": TransferSet(lambda data, at: _animals(data, at, ANIMALS, _first(400)), True),
+    "animals-60": TransferSet(lambda data, at: _animals(data, at, ("cow", "dog", "horse"), _of_each(20)), True),
+    "three-classes": TransferSet(lambda data, at: _animals(data, at, ("cat", "dog", "sheep"), _of_each(80)), True),
+    "cat-or-not": TransferSet(lambda data, at: _animals(data, at, ("cat",), _with_and_without(120)), True),
+    "tiles": TransferSet(_tiles),
+    **{f"scenes-{c}-{n}": _scenes(c, n) for n in (100, 1000) for c in (5, 10, 20)},
+    "coco-tiny": TransferSet(_coco),
+}
+
+
+def run(name: str, seed: int, data: Path, out: Path, overrides: Sequence[str]) -> Path:
+    """The run directory of a set and seed, finished."""
+    spec, folder = SETS[name], out / f"{name}-seed{seed}"
+    shards = folder / "shards"
+    if not (shards / "index.json").exists():
+        create(spec.source(data, folder / "source"), str(shards), SHARD, seed, overwrite=True)
+    weights = Path(os.environ.get("ESOL_WEIGHTS", "weights")) / "tf_efficientnet_lite0.safetensors"
+    settings = [f"run_dir={folder / 'run'}", f"data.root={shards}", f"seed={seed}", f"stages=[{', '.join(STAGES)}]"]
+    settings += [f"model.weights={weights}", "tracking.uri=none", *spec.overrides, *overrides]
+    options = [part for text in settings for part in ("--set", text)]
+    config = str(ROOT / "configs/custom-cpu.yaml")
+    subprocess.run([sys.executable, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
+    return folder / "run"
+
+
+def rows_of(run_dir: Path) -> Row:
+    """What a finished run scores; kept in transfer.json as long as its stages' outputs stay what they were."""
+    outputs = {name: manifest.output for name, manifest in store.manifests(run_dir).items()}
+    kept = run_dir / "transfer.json"
+    if kept.exists() and (row := json.loads(kept.read_text()))["outputs"] == outputs:
+        return row
+    results = store.results(run_dir)
+    row = {"outputs": outputs, "results": results, "seeds": _seeds(store.ran_with(run_dir, "localize"))}
+    kept.write_text(json.dumps(row))
+    return row
+
+
+@torch.no_grad()
+def _seeds(config: Config) -> dict[str, dict[str, float]]:
+    """mIoU of every stage's seeds with the CRF: at the photos' own thresholds, and at the best one for all."""
+    index = Index.load(config.data.root)
+    reader, classes = ShardReader(index), len(index.classes)
+    nets = trained_cam(config, classes, torch.device("cpu"))
+    ordinals = index.split(config.data.score_split)
+    masks = index.members.get("mask.png")
+    counts: dict[tuple[str, float | str], Counts] = {}
+    chosen = ordinals[np.unique(np.linspace(0, len(ordinals) - 1, SCORED).astype(int))].tolist()
+    with progress("seeds with CRF", len(chosen), "photos", True) as advance:
+        for done, ordinal in enumerate(chosen, 1):
+            image = decode(reader.image(ordinal), reader.name(ordinal))
+            labels = torch.from_numpy(reader.labels(ordinal))
+            if masks is not None and masks[ordinal, 0] >= 0:
+                truth = decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal))
+            else:
+                truth = np.zeros(image.shape[1:], np.uint8)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                own = class_maps(
+                    image[None], labels[None], *nets, scales=config.localize.scales, flip=config.localize.flip
+                )[0]
+            for source, maps in own.items():
+                thresholds: dict[float | str, float] = {t: t for t in GRID}
+                thresholds["auto"] = mask_threshold(SeedMasksConfig(), maps.full)
+                for which, label in _masks(image, maps.full, maps.classes, thresholds).items():
+                    found = counts.setdefault((source, which), np.zeros((classes + 1, classes + 1), np.int64))
+                    found += confusion_matrix(truth, label, classes + 1)
+            advance(done, "")
+    each = {source: {w: 100 * score(c).miou for (s, w), c in counts.items() if s == source} for source, _ in counts}
+    return {
+        source: {
+            "auto": own["auto"],
+            "best": max(own.values()),
+            "threshold": max((t for t in GRID), key=lambda t: own[t]),
+        }
+        for source, own in each.items()
+    }
+
+
+def _masks(
+    image: torch.Tensor, maps: torch.Tensor, classes: torch.Tensor, thresholds: dict[Any, float]
+) -> dict[Any, np.ndarray]:
+    """Label maps with the CRF at every threshold, on one lattice."""
+    if not len(maps):
+        return {which: np.zeros(image.shape[1:], np.uint8) for which in thresholds}
+    best, row = maps.max(0)
+    unaries = [unary_from_labels(torch.where(best > t, row + 1, 0), len(maps) + 1, 0.7) for t in thresholds.values()]
+    number = torch.cat((torch.zeros(1, dtype=torch.int64), classes + 1))
+    made = mean_field(image, unaries, CrfConfig())
+    return {which: number[q.argmax(0)].to(torch.uint8).numpy() for which, q in zip(thresholds, made, strict=True)}
+
+
+def pairs(row: Row) -> list[bool]:
+    """Of every two stages that differ by more than two points: whether the judge orders them so."""
+    results, seeds = row["results"], row["seeds"]
+    maps = {s: (results["localize"].get(f"{s}_judge"), seeds[s]["auto"]) for s in seeds}
+    masks = {s: (results[s].get("judge"), results[s].get("crf_miou")) for s in MASK_STAGES}
+    found = []
+    for group in (maps, masks):
+        sound = [pair for pair in group.values() if None not in pair]
+        found += [(a[0] > b[0]) == (a[1] > b[1]) for a, b in combinations(sound, 2) if abs(a[1] - b[1]) > 2]
+    return found
+
+
+def summary(name: str, row: Row) -> Row:
+    """One set and seed in the numbers of the table."""
+    results, seeds = row["results"], row["seeds"]
+    masks = {s: results[s]["crf_miou"] for s in MASK_STAGES if "crf_miou" in results[s]}
+    chosen = highest({s: results[s]["judge"] for s in masks if "judge" in results[s]})
+    last = results["localize"]["write"]
+    return {
+        "CAM + CRF, best threshold": seeds["cam"]["best"],
+        **{f"seeds of {s} + CRF": seeds[s]["auto"] for s in SOURCES},
+        "maps written": last,
+        **{s: masks.get(s, float("nan")) for s in MASK_STAGES},
+        "judge took": chosen,
+        "best": highest(masks),
+        "final": masks.get(chosen, float("nan")),
+        "final - best": masks.get(chosen, float("nan")) - max(masks.values(), default=float("nan")),
+        "final - CAM + CRF": masks.get(chosen, float("nan")) - seeds["cam"]["best"],
+        "cost of auto, seeds + CRF": seeds[last]["best"] - seeds[last]["auto"],
+        "cost of auto, PSA": results["psa_masks"].get("best_miou", 0) - results["psa_masks"].get("plain_miou", 0),
+        "cost of auto, IRN": results["irn_masks"].get("best_miou", 0) - results["irn_masks"].get("plain_miou", 0),
+    }
+
+
+def tables(rows: dict[str, list[Row]]) -> str:
+    """A column a set, then what the targets ask for."""
+    found = {name: [summary(name, row) for row in own] for name, own in rows.items()}
+    keys = list(next(iter(found.values()))[0])
+    body = []
+    for key in keys:
+        cells = [[own[key] for own in each] for each in found.values()]
+        body.append([key, *(", ".join(dict.fromkeys(c)) if isinstance(c[0], str) else spread(c) for c in cells)])
+    judged = [ok for own in rows.values() for row in own for ok in pairs(row)]
+    photos = {name: own for name, own in found.items() if SETS[name].photos}
+
+    def over(each: Iterable[list[Row]], key: str) -> list[float]:
+        return [mean(own[key] for own in rows_) for rows_ in each]
+
+    costs = [over(found.values(), f"cost of auto, {what}") for what in ("seeds + CRF", "PSA", "IRN")]
+    lines = [
+        table(("mIoU", *found), body),
+        "",
+        f"The judge orders {sum(judged)} of {len(judged)} pairs that differ by more than 2 points as the truth does.",
+    ]
+    if photos:
+        gain, short = (over(photos.values(), f"final - {what}") for what in ("CAM + CRF", "best"))
+        lines.append(
+            f"Over the {len(photos)} photo sets the final masks are {mean(gain):.2f} above CAM + CRF on average, "
+            f"{min(gain):.2f} on the worst set, and at most {-min(short):.2f} below the set's best stage."
+        )
+    said = (f"{w} {mean(c):.2f}, {max(c):.2f}" for w, c in zip(("seeds + CRF", "PSA", "IRN"), costs, strict=True))
+    lines.append("auto thresholds cost, on average and at most: " + "; ".join(said))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
+    args = parser.parse_args()
+    rows: dict[str, list[Row]] = {}
+    for seed in args.seeds:
+        for name in args.sets:
+            begun = time.monotonic()
+            rows.setdefault(name, []).append(rows_of(run(name, seed, args.data, args.out, args.overrides)))
+            print(f"{name}, seed {seed}: {(time.monotonic() - begun) / 60:.1f} minutes in this call", flush=True)
+    print(f"\n{machine()}\nconfigs/custom-cpu.yaml {' '.join(args.overrides)}, seeds {args.seeds}\n\n{tables(rows)}")
+
+
+if __name__ == "__main__":
+    main()
