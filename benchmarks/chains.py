@@ -19,7 +19,7 @@ from benchmarks.frozen_line import Evidence, FrozenLine, plan_of, unseen
 from benchmarks.main_line import of_seed, run
 from benchmarks.variants import FieldPerClass, Following, Further, Readout, Regions
 from esol import config as configuration
-from esol.config import Config, TrainConfig
+from esol.config import Config, Duration, TrainConfig
 from esol.data.index import Index
 from esol.fit import total_steps
 from esol.metrics import ThresholdCurve
@@ -206,10 +206,13 @@ def together(config: Config) -> Step:
 
 
 def steps_of(config: TrainConfig) -> int:
-    """Of a duration in steps; also none, which the pipeline has no use for."""
-    if not config.duration.endswith("steps"):
-        raise SystemExit(f"duration = {config.duration}: give steps, chains are compared by them")
-    return int(config.duration.split()[0])
+    """Of a duration in steps or images; also none, which the pipeline has no use for."""
+    if config.duration == "0 steps":
+        return 0
+    duration = Duration.parse(config.duration, "duration")
+    if duration.unit == "epochs":
+        raise SystemExit(f"duration = {config.duration}: give steps or images, chains are compared by them")
+    return duration.steps(config.global_batch, 0)
 
 
 def _learning(net: CamNet) -> CamNet:

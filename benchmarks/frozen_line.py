@@ -183,6 +183,12 @@ class FrozenLine:
         return np.load(path, mmap_mode="r"), torch.from_numpy(np.load(labels))
 
     @cached_property
+    def occurrence(self) -> Tensor:
+        """How many photos of the training split show each class, as the pipeline gives it to its tasks."""
+        train = self.index.split(self.config.data.train_split)
+        return torch.from_numpy(self.reader.occurrence(train)).float()
+
+    @cached_property
     def others(self) -> list[Photo]:
         """Those that are unseen."""
         return self._photos("others", unseen(self.config, self.index))
@@ -226,6 +232,9 @@ class FrozenLine:
     def train_together(self, tasks: list[tuple[Task, TrainConfig]], steps: int) -> NDArray[np.float32]:
         """Every task takes each step, in this order, on the same batch; the last one's losses."""
         found = []
+        for task, own in tasks:
+            if getattr(own, "balance", False):
+                task.occurrence = self.occurrence
         optimizers = [build_optimizer(task.train().to(self.device), config) for task, config in tasks]
         for step in range(steps):
             x = torch.from_numpy(self.crops[step].copy()).view(self._type)

@@ -9,7 +9,6 @@ of different height want different thresholds: every chain gets its own, by one 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from esol.config import IRN, PSA, SEGMENT
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode_mask
+from esol.localize.thresholds import background_power, power_threshold
 from esol.metrics import VOID, Counts, confusion_matrix, score
 
 Results = dict[str, dict[str, Any]]
@@ -44,24 +44,15 @@ def settings(threshold: float) -> list[str]:
     and the low one of the labels; the high one is 8 times as much, as in PSA. IRN's labels take the thresholds of .6
     and 5 times that alpha, which makes about its own .30 and .05 of the CAM's.
     """
-    alpha = math.log(threshold) / math.log(1 - threshold)
+    alpha = background_power(threshold)
     return [
         f"seed_masks.threshold={threshold}",
         f"psa_labels.alpha_low={alpha:.2g}",
         f"psa_labels.alpha_high={8 * alpha:.2g}",
         f"psa_masks.alpha={alpha:.2g}",
-        f"irn_labels.foreground={_meets(0.6 * alpha):.2g}",
-        f"irn_labels.background={_meets(5 * alpha):.2g}",
+        f"irn_labels.foreground={power_threshold(0.6 * alpha):.2g}",
+        f"irn_labels.background={power_threshold(5 * alpha):.2g}",
     ]
-
-
-def _meets(alpha: float) -> float:
-    """t of t = (1 - t)^alpha, by halving."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if middle < (1 - middle) ** alpha else (low, middle)
-    return low
 
 
 def suffix(chain: str) -> str:

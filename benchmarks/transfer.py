@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -142,6 +142,21 @@ def _coco(data: Path, scratch: Path) -> Source:
     return coco_source([p[0] for p in pairs], [p[1] for p in pairs], ["train", "val"])
 
 
+def _more_classes(source: Source, count: int) -> Source:
+    """Classes behind the others that no photo shows."""
+    return replace(source, classes=(*source.classes, *(f"never-{i}" for i in range(count))))
+
+
+def _twice(source: Source) -> Source:
+    again = "-again"
+
+    def read(key: str) -> dict[str, bytes]:
+        sample = source.read(key.removesuffix(again))
+        return {**sample, "__key__": key}  # type: ignore[dict-item]  # webdataset's own is text
+
+    return replace(source, splits={n: [*k, *(f"{i}{again}" for i in k)] for n, k in source.splits.items()}, read=read)
+
+
 SETS: dict[str, TransferSet] = {
     "animals-3131": TransferSet(
         _all_animals, True, ("data.train_split=train_aug", "data.mask_split=train", "data.score_split=train")
@@ -154,16 +169,34 @@ SETS: dict[str, TransferSet] = {
     **{f"scenes-{c}-{n}": _scenes(c, n) for n in (100, 1000) for c in (5, 10, 20)},
     "coco-tiny": TransferSet(_coco),
 }
+# animals-400 with something changed that must not matter; --scales compares their seeds
+SCALES: dict[str, TransferSet] = {
+    "animals-400": SETS["animals-400"],
+    "60 classes more": TransferSet(lambda data, at: _more_classes(SETS["animals-400"].source(data, at), 60)),
+    "every photo twice": TransferSet(lambda data, at: _twice(SETS["animals-400"].source(data, at))),
+    "half the batch": TransferSet(
+        SETS["animals-400"].source,
+        overrides=tuple(f"{stage}.global_batch=8" for stage in ("classify", "decide", "expand", "shrink")),
+    ),
+}
 
 
-def run(name: str, seed: int, data: Path, out: Path, overrides: Sequence[str]) -> Path:
+def run(
+    name: str,
+    spec: TransferSet,
+    seed: int,
+    data: Path,
+    out: Path,
+    overrides: Sequence[str],
+    stages: Sequence[str] = STAGES,
+) -> Path:
     """The run directory of a set and seed, finished."""
-    spec, folder = SETS[name], out / f"{name}-seed{seed}"
+    folder = out / f"{name.replace(' ', '-')}-seed{seed}"
     shards = folder / "shards"
     if not (shards / "index.json").exists():
         create(spec.source(data, folder / "source"), str(shards), SHARD, seed, overwrite=True)
     weights = Path(os.environ.get("ESOL_WEIGHTS", "weights")) / "tf_efficientnet_lite0.safetensors"
-    settings = [f"run_dir={folder / 'run'}", f"data.root={shards}", f"seed={seed}", f"stages=[{', '.join(STAGES)}]"]
+    settings = [f"run_dir={folder / 'run'}", f"data.root={shards}", f"seed={seed}", f"stages=[{', '.join(stages)}]"]
     settings += [f"model.weights={weights}", "tracking.uri=none", *spec.overrides, *overrides]
     options = [part for text in settings for part in ("--set", text)]
     config = str(ROOT / "configs/custom-cpu.yaml")
@@ -301,19 +334,39 @@ def tables(rows: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def scales(args: argparse.Namespace) -> str:
+    """Seeds of every stage at their best threshold, for every change that must not matter."""
+    stages, body = MAIN_LINE[: MAIN_LINE.index("localize") + 1], []
+    found = {
+        name: [
+            store.results(run(f"scales {name}", spec, seed, args.data, args.out, args.overrides, stages))["localize"]
+            for seed in args.seeds
+        ]
+        for name, spec in SCALES.items()
+    }
+    for name, own in found.items():
+        body.append([name, *(spread([each[f"{source}_miou"] for each in own]) for source in SOURCES)])
+    return f"\n{machine()}\nseeds {args.seeds}\n\n{table(('mIoU of seeds', *SOURCES), body)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--scales", action="store_true", help="compare seeds of animals-400 with those of its SCALES")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
+    if args.scales:
+        print(scales(args))
+        return
     rows: dict[str, list[Row]] = {}
     for seed in args.seeds:
         for name in args.sets:
             begun = time.monotonic()
-            rows.setdefault(name, []).append(rows_of(run(name, seed, args.data, args.out, args.overrides)))
+            run_dir = run(name, SETS[name], seed, args.data, args.out, args.overrides)
+            rows.setdefault(name, []).append(rows_of(run_dir))
             print(f"{name}, seed {seed}: {(time.monotonic() - begun) / 60:.1f} minutes in this call", flush=True)
     print(f"\n{machine()}\nconfigs/custom-cpu.yaml {' '.join(args.overrides)}, seeds {args.seeds}\n\n{tables(rows)}")
 

@@ -36,7 +36,8 @@ class Readout(HeadTask):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         maps = self.handover.class_maps(self.handover.features(self.features(batch)))
-        return classification_and_area(maps, batch["labels"], self.config.area, self.config.area_term), {}
+        config = self.config
+        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.occurrence), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("head", self._learning)]
@@ -69,7 +70,7 @@ class Climb(HeadTask):
 
     def loss(self, maps: Tensor, labels: Tensor) -> Tensor:
         """What is maximised, a scalar."""
-        return classification_loss(pool(maps), labels, self.config.classes).mean()
+        return classification_loss(pool(maps), labels, self.config.classes, self.occurrence).mean()
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         maps = self.maps(self.features(batch))

@@ -16,7 +16,7 @@ class HeadTask(Task):
 
     occurrence: Tensor | None
 
-    def __init__(self, net: CamNet, occurrence: Tensor | None) -> None:
+    def __init__(self, net: CamNet, occurrence: Tensor | None = None) -> None:
         """occurrence: of the classes, for classification_loss."""
         super().__init__()
         self.register_buffer("occurrence", occurrence, persistent=False)

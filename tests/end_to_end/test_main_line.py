@@ -347,6 +347,7 @@ def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tm
     index, run = Index.load(tmp_path / "fish"), tmp_path / "run"
     assert index.labels is not None
     options = ["--set", f"data.root={tmp_path / 'fish'}", "--set", f"run_dir={run}", "--set", "localize.write=auto"]
+    options += ["--set", "segment.masks=auto"]
     done = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "classify.duration=2 steps")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())

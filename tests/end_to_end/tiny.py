@@ -19,6 +19,7 @@ localize: {scales: [1.0], batch: 4, write: cam}
 psa: {duration: 4 steps, crop: 48}
 irn: {duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
 segment:
+  masks: irn_masks
   model: {backbone: small, weights: none}
   duration: 4 steps
   global_batch: 8
