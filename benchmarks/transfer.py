@@ -29,11 +29,11 @@ import torch
 
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT, spread
-from esol.config import IRN, MAIN_LINE, PSA, Config, CrfConfig, SeedMasksConfig
+from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, Config, CrfConfig, SeedMasksConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.judging import MASK_STAGES, highest
+from esol.judging import highest
 from esol.localize.class_maps import class_maps
 from esol.localize.dense_crf import mean_field, unary_from_labels
 from esol.localize.pseudo_labels import mask_threshold

@@ -23,6 +23,7 @@ MAIN_LINE = ("classify", "decide", "expand", "shrink", "localize", "seed_masks")
 PSA = ("psa_labels", "psa", "psa_masks")
 IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
 SEGMENT = ("segment", "evaluate")
+MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
 
 Auto = Literal["auto"]  # found from each photo's own maps
 

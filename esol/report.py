@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from esol.config import MASK_STAGES
 from esol.palette import voc_palette
 from esol.pipeline import store
 
 SOURCES = ("cam", "decide", "expand", "shrink")
-MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
 TILE = 200  # pixels, long side of a picture's tile
 _HEAT = np.array([[12, 7, 60], [86, 15, 109], [187, 55, 84], [249, 142, 8], [252, 255, 164]], np.float32)
@@ -74,20 +74,24 @@ def results_table(run_dir: Path) -> str:
         f"| {stage} | {name} | {_text(value)} |" for stage, own in training.items() for name, value in own.items()
     ]
     seeds = results.get("localize", {})
-    sources = [source for source in SOURCES if f"{source}_miou" in seeds]
+    sources = [source for source in SOURCES if seeds.keys() & {f"{source}_miou", f"{source}_judge"}]
     if sources:
         lines += ["", "| seeds | " + " | ".join(sources) + " |", "|---|" + "---|" * len(sources)]
         for name in (key.removeprefix("cam_") for key in seeds if key.startswith("cam_")):
-            lines.append(f"| {name} | " + " | ".join(_text(seeds[f"{source}_{name}"]) for source in sources) + " |")
+            lines.append(f"| {name} | " + " | ".join(_text(seeds.get(f"{source}_{name}")) for source in sources) + " |")
         lines += ["", *verdicts(seeds)]
-    masks = {name: results[name] for name in MASK_STAGES if "plain_miou" in results.get(name, {})}
+    masks = {name: results[name] for name in MASK_STAGES if results.get(name, {}).keys() & {"plain_miou", "judge"}}
     if masks:
         keys = list(dict.fromkeys(key for own in masks.values() for key in own))
         lines += ["", "| pseudo masks | " + " | ".join(masks) + " |", "|---|" + "---|" * len(masks)]
         for key in keys:
             row = (_text(own[key]) if key in own else "" for own in masks.values())
             lines.append(f"| {key} | " + " | ".join(row) + " |")
-        lines += ["", "crf: after the dense CRF; best: without it, at the threshold that is best here."]
+        lines += [
+            "",
+            "crf: after the dense CRF; best: without it, at the threshold that is best here; judge ranks masks without",
+            "any truth, by the photos' edges and labels; the highest is the best guess (docs/refine.md).",
+        ]
     if "plain_miou" in results.get("evaluate", {}):
         lines += ["", per_class(results["evaluate"])]
     return "\n".join(lines)

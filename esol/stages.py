@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from esol import affinity_labels, displacement, evaluation, fit, localization, masks
-from esol.config import Config
+from esol.config import MASK_STAGES, Config
 from esol.context import Context
 from esol.data.index import Index
 from esol.engines.base import gather_text
 from esol.errors import CheckpointError, ConfigError, DataError
-from esol.judging import MASK_STAGES, remarks
+from esol.judging import remarks
 from esol.pipeline.registry import Stage
 from esol.pipeline.store import MANIFEST, Store
 from esol.pipeline.store import results as store_results

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from esol.config import BackboneConfig, Config, TrainConfig
+from esol.config import MASK_STAGES, BackboneConfig, Config, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
@@ -19,7 +19,6 @@ from esol.errors import CheckpointError, ConfigError, DataError, EsolError, Weig
 from esol.models.backbones import build_backbone
 
 _KINDS = (CheckpointError, ConfigError, DataError, WeightsError)
-_MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
 _CAM_STAGES = ("classify", "decide", "expand", "shrink")
 _MAP, _MASK = 0.2, 0.05  # bytes a pixel of packed class maps, for each class, and of packed label maps: both at least
 _SAMPLED = 200  # photos whose size and labels are looked at
@@ -105,7 +104,7 @@ def _members(config: Config, index: Index, stages: Collection[str]) -> Iterator[
     """Saliency maps and true masks of every photo that a stage will want them of."""
     cue, data = config.saliency, config.data
     masked = np.union1d(index.split(data.mask_split), index.split(data.score_split)) if stages else np.array([], int)
-    if any(name in stages for name in _MASK_STAGES):
+    if any(name in stages for name in MASK_STAGES):
         if cue.source == "shards":
             yield from _without(index, "saliency.png", masked, "saliency.source = shards")
         elif cue.source == "folder":

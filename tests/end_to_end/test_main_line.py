@@ -250,7 +250,8 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
     for stage in set(TRAINING) & set(stages):
         ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
         worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
-        assert worst < 1e-5, f"{stage}: {worst}"
+        # maps that differ in the last digit flip a pixel here and there of the labels that psa and irn learn from
+        assert worst < (1e-4 if stage in ("psa", "irn", "segment") else 1e-5), f"{stage}: {worst}"
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
     if "localize" in stages:
         assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
