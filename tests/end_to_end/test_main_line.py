@@ -250,8 +250,9 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
     for stage in set(TRAINING) & set(stages):
         ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
         worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
-        # maps that differ in the last digit flip a pixel here and there of the labels that psa and irn learn from
-        assert worst < (1e-4 if stage in ("psa", "irn", "segment") else 1e-5), f"{stage}: {worst}"
+        # psa and irn start from classify's backbone, 2e-6 apart by AdamW, and from labels of which a pixel may differ for it;
+        # the gradient of IRN's displacement loss is made of signs
+        assert worst < {"psa": 1e-4, "irn": 3e-3}.get(stage, 1e-5), f"{stage}: {worst}"
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
     if "localize" in stages:
         assert a["localize"]["cam_miou"] == pytest.approx(b["localize"]["cam_miou"], abs=0.2)
@@ -348,7 +349,7 @@ def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tm
     index, run = Index.load(tmp_path / "fish"), tmp_path / "run"
     assert index.labels is not None
     options = ["--set", f"data.root={tmp_path / 'fish'}", "--set", f"run_dir={run}", "--set", "localize.write=auto"]
-    options += ["--set", "segment.masks=auto"]
+    options += ["--set", "segment.masks=auto", "--set", "psa_labels={}", "--set", "irn_labels={}"]
     done = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "classify.duration=2 steps")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())

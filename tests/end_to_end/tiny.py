@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way
+# shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way; labels have
+# fixed thresholds: those that a map names move with its last digit, and flip a pixel that psa or irn learns from
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
@@ -16,7 +17,9 @@ decide: {duration: 4 steps, global_batch: 8, lr_batch: 8}
 expand: {duration: 4 steps, global_batch: 8, lr_batch: 8, lr: 0.05}
 shrink: {duration: 4 steps, global_batch: 8, lr_batch: 8, lr: 0.02, clip: 0}
 localize: {scales: [1.0], batch: 4, write: cam}
+psa_labels: {alpha_low: 4, alpha_high: 32}
 psa: {duration: 4 steps, crop: 48}
+irn_labels: {foreground: 0.3, background: 0.05}
 irn: {duration: 4 steps, global_batch: 8, lr_batch: 8, crop: 48, scale: [1.0, 1.5], radius: 4}
 segment:
   masks: irn_masks
