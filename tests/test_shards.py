@@ -21,7 +21,7 @@ from esol.data.index import Index, write_index
 from esol.errors import DataError
 from shards import cli
 from shards.samples import Source, encode_mask, pack
-from shards.synthetic import CLASSES, draw_scene, synthetic_source
+from shards.synthetic import CLASSES, MORE_CLASSES, draw_scene, synthetic_source
 from shards.writer import create, write_mirror_shard
 
 
@@ -291,3 +291,17 @@ def test_commands_say_what_is_wrong_and_exit_with_2(
     assert "already holds a shard set" in capsys.readouterr().err
     assert cli.main(["create", "voc", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "ImageSets" in capsys.readouterr().err
+
+
+def test_scenes_of_more_classes_have_them_all_and_five_are_as_they_were() -> None:
+    names = (*CLASSES, *MORE_CLASSES)
+    source = synthetic_source(60, 0, 64, classes=20)
+    assert source.classes == names
+    samples = [source.read(key) for key in source.splits["train"]]
+    shown = {label for sample in samples for label in json.loads(sample["json"])["labels"]}
+    assert shown == set(names)
+    few = synthetic_source(3, 0, 64, classes=5)
+    assert few.read("train_000002") == synthetic_source(3, 0, 64).read("train_000002")
+    for count in (0, 21):
+        with pytest.raises(DataError, match=f"--classes {count}: there are 1 to 20"):
+            synthetic_source(3, 0, 64, classes=count)

@@ -250,8 +250,8 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
     for stage in set(TRAINING) & set(stages):
         ours, theirs = (load_file(d / stage / "model.safetensors") for d in (one, other))
         worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
-        # psa and irn start from classify's backbone, 2e-6 apart by AdamW, and from labels of which a pixel may differ for it;
-        # the gradient of IRN's displacement loss is made of signs
+        # psa and irn start from classify's backbone, 2e-6 apart by AdamW, and from labels of which a pixel may differ
+        # for it; the gradient of IRN's displacement loss is made of signs
         assert worst < {"psa": 1e-4, "irn": 3e-3}.get(stage, 1e-5), f"{stage}: {worst}"
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
     if "localize" in stages:
@@ -366,3 +366,16 @@ def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tm
         assert not any(np.asarray(Image.open(io.BytesIO(mask))).any() for mask in masks)
     # truth of the photos without a label is background: there is more of it than in the drawn masks
     assert {"iou_background", "iou_fish"} <= results["psa_masks"].keys()
+
+
+def test_two_processes_choose_the_maps_that_one_chooses(config: Path, one: Path, tmp_path: Path) -> None:
+    found = []
+    for launcher, name in ((PLAIN, "plain"), (TWO_RANKS, "two")):
+        run = Path(shutil.copytree(one, tmp_path / name))
+        options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "localize.write=auto")
+        done = launch(launcher, config, *options, "--stages", "localize")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((run / "results.json").read_text())["localize"]
+        found.append({key: value for key, value in results.items() if key == "write" or key.endswith("_judge")})
+    assert found[0] == found[1]
+    assert len(found[0]) == 5

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way; labels have
-# fixed thresholds: those that a map names move with its last digit, and flip a pixel that psa or irn learns from
+# shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way; labels
+# have fixed thresholds: those that a map names move with its last digit
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
