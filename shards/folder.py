@@ -37,6 +37,8 @@ def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) 
     rows = read_rows(table)
     listed = read_lines(f"{root}/classes.txt") if "classes.txt" in list_files(root, below=False) else None
     classes, notes = name_labels(rows, table, listed)
+    if not classes:
+        raise DataError(f"{table} names no class: no row has a label, so that there is nothing to learn")
     photos = FileNames(list_files(f"{root}/images"))
     problems: list[str] = []
     by_photo: dict[str, Row] = {}
