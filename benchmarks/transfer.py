@@ -53,8 +53,8 @@ from shards.writer import create
 ANIMALS = ("cat", "cow", "dog", "horse", "person", "sheep")
 MASKS = "SegmentationClassAug"
 STAGES = (*MAIN_LINE, *PSA, *IRN)
-SCORED = 60  # photos by which the seeds of all stages are scored, with the CRF at every threshold
-GRID = tuple(round(0.05 * i, 2) for i in range(2, 17))
+SCORED = 60  # photos by which the seeds of all stages are scored with the CRF
+GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)  # thresholds of which the best is known to the truth alone
 SHARD = 32  # samples
 Row = dict[str, Any]
 Choice = Callable[[dict[str, set[str]]], list[str]]  # of ids, given the labels of all
@@ -211,14 +211,22 @@ def rows_of(run_dir: Path) -> Row:
     if kept.exists() and (row := json.loads(kept.read_text()))["outputs"] == outputs:
         return row
     results = store.results(run_dir)
-    row = {"outputs": outputs, "results": results, "seeds": _seeds(store.ran_with(run_dir, "localize"))}
+    row = {
+        "outputs": outputs,
+        "results": results,
+        "seeds": _seeds(store.ran_with(run_dir, "localize"), results["localize"]["write"]),
+    }
     kept.write_text(json.dumps(row))
     return row
 
 
 @torch.no_grad()
-def _seeds(config: Config) -> dict[str, dict[str, float]]:
-    """mIoU of every stage's seeds with the CRF: at the photos' own thresholds, and at the best one for all."""
+def _seeds(config: Config, written: str) -> dict[str, dict[str, float]]:
+    """mIoU of every stage's seeds with the CRF at the photos' own thresholds.
+
+    Of the CAM's, and of those of the maps that were written, also at the best threshold for all photos.
+    """
+    torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     index = Index.load(config.data.root)
     reader, classes = ShardReader(index), len(index.classes)
     nets = trained_cam(config, classes, torch.device("cpu"))
@@ -239,7 +247,7 @@ def _seeds(config: Config) -> dict[str, dict[str, float]]:
                     image[None], labels[None], *nets, scales=config.localize.scales, flip=config.localize.flip
                 )[0]
             for source, maps in own.items():
-                thresholds: dict[float | str, float] = {t: t for t in GRID}
+                thresholds: dict[float | str, float] = {t: t for t in GRID if source in ("cam", written)}
                 thresholds["auto"] = mask_threshold(SeedMasksConfig(), maps.full)
                 for which, label in _masks(image, maps.full, maps.classes, thresholds).items():
                     found = counts.setdefault((source, which), np.zeros((classes + 1, classes + 1), np.int64))
@@ -247,11 +255,7 @@ def _seeds(config: Config) -> dict[str, dict[str, float]]:
             advance(done, "")
     each = {source: {w: 100 * score(c).miou for (s, w), c in counts.items() if s == source} for source, _ in counts}
     return {
-        source: {
-            "auto": own["auto"],
-            "best": max(own.values()),
-            "threshold": max((t for t in GRID), key=lambda t: own[t]),
-        }
+        source: {"auto": own["auto"], "best": max((v for t, v in own.items() if t != "auto"), default=float("nan"))}
         for source, own in each.items()
     }
 
