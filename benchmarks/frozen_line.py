@@ -34,6 +34,7 @@ from esol.models.regrid import to_grid
 from esol.optim import build_optimizer, learning_rate
 from esol.progress import progress
 from esol.tasks.base import Batch, Task
+from esol.tasks.losses import absence_weights
 
 
 class Remembered(nn.Module):
@@ -183,10 +184,10 @@ class FrozenLine:
         return np.load(path, mmap_mode="r"), torch.from_numpy(np.load(labels))
 
     @cached_property
-    def occurrence(self) -> Tensor:
-        """How many photos of the training split show each class, as the pipeline gives it to its tasks."""
+    def absence(self) -> Tensor:
+        """The weights of absent classes, as the pipeline gives them to its tasks."""
         train = self.index.split(self.config.data.train_split)
-        return torch.from_numpy(self.reader.occurrence(train)).float()
+        return absence_weights(torch.from_numpy(self.reader.occurrence(train)), len(train))
 
     @cached_property
     def others(self) -> list[Photo]:
@@ -234,7 +235,7 @@ class FrozenLine:
         found = []
         for task, own in tasks:
             if getattr(own, "balance", False):
-                task.occurrence = self.occurrence
+                task.absence = self.absence
         optimizers = [build_optimizer(task.train().to(self.device), config) for task, config in tasks]
         for step in range(steps):
             x = torch.from_numpy(self.crops[step].copy()).view(self._type)

@@ -37,7 +37,7 @@ class Readout(HeadTask):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         maps = self.handover.class_maps(self.handover.features(self.features(batch)))
         config = self.config
-        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.occurrence), {}
+        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.absence), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("head", self._learning)]
@@ -70,7 +70,7 @@ class Climb(HeadTask):
 
     def loss(self, maps: Tensor, labels: Tensor) -> Tensor:
         """What is maximised, a scalar."""
-        return classification_loss(pool(maps), labels, self.config.classes, self.occurrence).mean()
+        return classification_loss(pool(maps), labels, self.config.classes, self.absence).mean()
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         maps = self.maps(self.features(batch))

@@ -95,7 +95,7 @@ class TrainConfig:
 class LabelConfig(TrainConfig):
     """Training on image-level labels."""
 
-    balance: bool = key(True)  # what is present and what is absent weigh the same; false: mean over the classes (IRN)
+    balance: bool = key(True)  # no class weighs more for being one of few, or rare; false: mean over the classes (IRN)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.irn import Irn
+from esol.tasks.losses import absence_weights
 from esol.tasks.segment import Segment
 from esol.tasks.shrink import Shrink
 
@@ -60,7 +61,7 @@ def classify(context: Context, folder: Path) -> Results:
     return _fit_cam(
         context,
         "classify",
-        Classify(net, context.config.classify, _occurrence(context, context.config.classify)),
+        Classify(net, context.config.classify, _absence(context, context.config.classify)),
         folder,
         net.backbone,
     )
@@ -72,7 +73,7 @@ def decide(context: Context, folder: Path) -> Results:
     return _fit_cam(
         context,
         "decide",
-        Decide(net, context.config.decide, _occurrence(context, context.config.decide)),
+        Decide(net, context.config.decide, _absence(context, context.config.decide)),
         folder,
         net.backbone,
     )
@@ -82,7 +83,7 @@ def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
     decision = trained_decision(context.config, net) if "decide" in context.config.stages else None
-    task = Expand(net, context.config.expand, decision, _occurrence(context, context.config.expand))
+    task = Expand(net, context.config.expand, decision, _absence(context, context.config.expand))
     return _fit_cam(context, "expand", task, folder, net.backbone)
 
 
@@ -90,7 +91,7 @@ def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
     net = trained_net(context.config, len(context.index.classes))
     expansion = trained_expansion(context.config, net)
-    task = Shrink(net, expansion, context.config.shrink, _occurrence(context, context.config.shrink))
+    task = Shrink(net, expansion, context.config.shrink, _absence(context, context.config.shrink))
     return _fit_cam(context, "shrink", task, folder, net.backbone)
 
 
@@ -128,11 +129,12 @@ def segment(context: Context, folder: Path) -> Results:
     return {**results, "photos": len(context.index.split(split)), "masks": source, "initial_weights": started}
 
 
-def _occurrence(context: Context, config: LabelConfig) -> Tensor | None:
-    """How many photos of the training split show each class, float32 (C,), if the stage's loss weighs by it."""
+def _absence(context: Context, config: LabelConfig) -> Tensor | None:
+    """The weights of absent classes over the training split, if the stage's loss has them."""
     if not config.balance:
         return None
-    return torch.from_numpy(context.reader.occurrence(context.index.split(context.config.data.train_split))).float()
+    train = context.index.split(context.config.data.train_split)
+    return absence_weights(torch.from_numpy(context.reader.occurrence(train)), len(train))
 
 
 def odd_classes(reader: ShardReader, split: str) -> list[str]:

@@ -283,7 +283,7 @@ def test_a_row_without_label_is_a_photo_without_any_object(own: Path) -> None:
     (own / "classes.txt").unlink()
     everyone = "one.jpg,\ntwo words.jpg,\nsub/three.v2.jpg,"
     (own / "labels.csv").write_text(f"image,labels\n{everyone}\n")
-    with pytest.raises(DataError, match="labels.csv names no class: no row has a label"):
+    with pytest.raises(DataError, match=r"labels\.csv names no class: no row has a label"):
         folder_source(str(own))
     (own / "labels.csv").write_text("image,labels\none.jpg,\ntwo words.jpg,apple\nsub/three.v2.jpg,apple\n")
     assert folder_source(str(own), drop_unlabelled=True).splits == {"train": ["two_words", "sub_three_v2"]}

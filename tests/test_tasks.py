@@ -19,7 +19,7 @@ from esol.tasks.base import Batch, Task
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
-from esol.tasks.losses import area_loss, classification_loss
+from esol.tasks.losses import absence_weights, area_loss, classification_loss
 from esol.tasks.shrink import Shrink
 
 
@@ -128,13 +128,10 @@ def test_losses_against_plain_references() -> None:
     terms = F.softplus(-logits)
     assert torch.allclose(classification_loss(logits, labels, "present")[0], (terms[0, 0] + terms[0, 2]) / 2)
     assert classification_loss(logits, labels, "present")[2] == 0
-    occurrence = torch.tensor([4.0, 0.0, 2.0, 6.0], dtype=torch.float64)
-    balanced = classification_loss(logits, labels, occurrence=occurrence)
-    absent = F.softplus(logits)
-    first = (terms[0, 0] + terms[0, 2]) / 4 + absent[0, 3] / 2  # of its absent classes one occurs nowhere
-    second = terms[1, 3] / 2 + (4 * absent[1, 0] + 2 * absent[1, 2]) / 6 / 2
-    third = (4 * absent[2, 0] + 2 * absent[2, 2] + 6 * absent[2, 3]) / 12 / 2  # shows none
-    assert torch.allclose(balanced, torch.stack((first, second, third)))
+    absence = torch.tensor([1.0, 0.0, 0.5, 0.25], dtype=torch.float64)
+    weights = torch.tensor([[1, 0, 1, 0.25], [1, 0, 0.5, 1], [1, 0, 0.5, 0.25]], dtype=torch.float64)
+    each = F.softplus(torch.where(labels > 0, -logits, logits))
+    assert torch.allclose(classification_loss(logits, labels, absence=absence), (weights * each).sum(1) / 6)
     m = maps[1, 3]
     assert torch.allclose(area_loss(maps, labels)[1], ((m - m.min()) / (m.max() - m.min() + 1e-5)).mean())
     assert torch.allclose(area_loss(maps, labels, "max")[1], (m.relu() / (m.max() + 1e-5)).mean())
@@ -143,19 +140,31 @@ def test_losses_against_plain_references() -> None:
     assert area_loss(maps, labels)[2] == 0
 
 
+def test_absence_weighs_at_most_five_times_what_presence_weighs_over_a_set() -> None:
+    shown, photos = torch.tensor([0, 1, 10, 20, 60, 120]), 120
+    weights = absence_weights(shown, photos)
+    assert weights.tolist() == pytest.approx([0, 5 / 119, 50 / 110, 1, 1, 1])
+    assert (weights * (photos - shown) <= 5 * shown + 1e-4).all()
+    assert torch.allclose(absence_weights(2 * shown, 2 * photos), weights)  # every photo twice
+    # six classes, a label a photo, as often as each other: the mean over all classes, to the last digit
+    logits, labels = torch.randn(6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    six = classification_loss(logits, labels, absence=absence_weights(torch.full((6,), 50), 300))
+    assert torch.allclose(six, classification_loss(logits, labels))
+
+
 def test_classes_that_occur_nowhere_change_no_loss_and_no_gradient() -> None:
     torch.manual_seed(3)
     logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[:3]
     more = torch.cat((logits, torch.randn(3, 60, dtype=torch.float64)), 1)
-    occurrence = torch.tensor([5.0, 2.0, 3.0, 1.0], dtype=torch.float64)
+    absence = absence_weights(torch.tensor([5, 2, 3, 1]), 11).double()
 
-    def loss_and_gradient(logits: Tensor, labels: Tensor, occurrence: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(logits: Tensor, labels: Tensor, absence: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.clone().requires_grad_()
-        loss = classification_loss(logits, labels, occurrence=occurrence).mean()
+        loss = classification_loss(logits, labels, absence=absence).mean()
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
-    few = loss_and_gradient(logits, labels, occurrence)
-    many = loss_and_gradient(more, F.pad(labels, (0, 60)), F.pad(occurrence, (0, 60)))
+    few = loss_and_gradient(logits, labels, absence)
+    many = loss_and_gradient(more, F.pad(labels, (0, 60)), F.pad(absence, (0, 60)))
     assert torch.allclose(few[0], many[0])
     assert torch.allclose(F.pad(few[1], (0, 60)), many[1])
 

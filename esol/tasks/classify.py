@@ -15,12 +15,12 @@ class Classify(Task):
     """Classification loss of GAP(V * relu(W1 * X)); hands over the whole network."""
 
     handover: CamNet
-    occurrence: Tensor | None
+    absence: Tensor | None
 
-    def __init__(self, net: CamNet, config: ClassifyConfig, occurrence: Tensor | None = None) -> None:
-        """occurrence: of the classes, for classification_loss."""
+    def __init__(self, net: CamNet, config: ClassifyConfig, absence: Tensor | None = None) -> None:
+        """absence: the weights of absent classes in the classification loss."""
         super().__init__()
-        self.register_buffer("occurrence", occurrence, persistent=False)
+        self.register_buffer("absence", absence, persistent=False)
         self.handover = net
         self.head_lr = config.head_lr
 
@@ -28,7 +28,7 @@ class Classify(Task):
         """losses: loss; report: exact, the share of images whose labels are all right at probability .5."""
         logits = self.handover(batch["image"])
         with torch.autocast(logits.device.type, enabled=False):
-            loss = classification_loss(logits, batch["labels"], occurrence=self.occurrence).mean()
+            loss = classification_loss(logits, batch["labels"], absence=self.absence).mean()
         exact = ((logits.detach() > 0) == (batch["labels"] > 0.5)).all(1).float().mean()
         return {"loss": loss}, {"exact": exact}
 

@@ -20,15 +20,15 @@ class Decide(HeadTask):
 
     handover: Decision
 
-    def __init__(self, net: CamNet, config: DecideConfig, occurrence: Tensor | None = None) -> None:
-        super().__init__(net, occurrence)
+    def __init__(self, net: CamNet, config: DecideConfig, absence: Tensor | None = None) -> None:
+        super().__init__(net, absence)
         self.handover = Decision(net, config)
         self.config = config
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """losses: loss, classification, area; no report."""
         maps = self.handover.class_maps(self.features(batch))
-        return classification_and_area(maps, batch["labels"], self.config.area, "decide", self.occurrence), {}
+        return classification_and_area(maps, batch["labels"], self.config.area, "decide", self.absence), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """W1 and V."""

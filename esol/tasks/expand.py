@@ -27,10 +27,10 @@ class Expand(HeadTask):
         net: CamNet,
         config: ExpandConfig,
         decision: Decision | None = None,
-        occurrence: Tensor | None = None,
+        absence: Tensor | None = None,
     ) -> None:
         """decision: where Expansion starts from; None = from the network."""
-        super().__init__(net, occurrence)
+        super().__init__(net, absence)
         self.handover = Expansion(decision or net, config)
         self.config = config
 
@@ -42,7 +42,7 @@ class Expand(HeadTask):
         driven = _Reverse.apply(offset, config.alpha) if config.game else offset
         logits = pool(expansion.class_maps(expansion.features(x, driven)))
         with torch.autocast(logits.device.type, enabled=False):
-            each = classification_loss(logits, batch["labels"], config.classes, self.occurrence)
+            each = classification_loss(logits, batch["labels"], config.classes, self.absence)
             classification = each.mean()
         loss = classification if config.game else -config.alpha * classification
         return {"loss": loss}, {"classification": classification.detach(), "offset": offset.detach().abs().mean()}

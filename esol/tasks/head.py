@@ -14,12 +14,12 @@ from esol.tasks.base import Batch, Task
 class HeadTask(Task):
     """A task behind the CAM network, which is frozen: its features are constants."""
 
-    occurrence: Tensor | None
+    absence: Tensor | None
 
-    def __init__(self, net: CamNet, occurrence: Tensor | None = None) -> None:
-        """occurrence: of the classes, for classification_loss."""
+    def __init__(self, net: CamNet, absence: Tensor | None = None) -> None:
+        """absence: the weights of absent classes in the classification loss."""
         super().__init__()
-        self.register_buffer("occurrence", occurrence, persistent=False)
+        self.register_buffer("absence", absence, persistent=False)
         self.net = net.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:

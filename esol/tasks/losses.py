@@ -10,24 +10,36 @@ from torch import Tensor
 
 from esol.models.cam_net import pool
 
+ABSENT = 5.0  # how much more than its presence a class's absence may weigh over a set; about its weight in voc-animals
+
+
+def absence_weights(occurrence: Tensor, photos: int) -> Tensor:
+    """What a class weighs where it is absent, against 1 where it is present: float32 (C,) in 0..1.
+
+    occurrence (C,): how many of the photos show each class. 1, unless the photos without the class outnumber those with
+    it by more than ABSENT: then so much less that they weigh ABSENT times as much together. 0 for a class that occurs
+    nowhere.
+    """
+    shown = occurrence.float()
+    return (ABSENT * shown / (photos - shown).clamp_min(1)).clamp_max(1)
+
 
 def classification_loss(
-    logits: Tensor, labels: Tensor, classes: Literal["all", "present"] = "all", occurrence: Tensor | None = None
+    logits: Tensor, labels: Tensor, classes: Literal["all", "present"] = "all", absence: Tensor | None = None
 ) -> Tensor:
     """Binary cross entropy per image of pooled class maps: logits, labels (B, C) -> (B,).
 
-    occurrence (C,) is how many photos of the training split show each class. With it the loss is half the mean over the
-    classes that the image shows plus half the mean over those that it lacks, the latter weighted by occurrence; a half
-    without any class is 0. So a class that is present weighs 1/2 among 2 classes and among 80, one that occurs nowhere
-    weighs nothing, and over a set with one label a photo every class is pushed up and down equally hard. Without it:
-    the mean over all classes, the multi-label soft margin loss of IRN's CAM. present: of the classes shown alone.
+    absence (C,), of absence_weights: the sum over the classes, those that the image lacks weighted by it, over 1 +
+    ABSENT. So a class that is present weighs the same among 2 classes and among 80, and one that occurs nowhere weighs
+    nothing. Without it: the mean over all classes, the multi-label soft margin loss of IRN's CAM. present: the mean
+    over the classes that the image shows, alone.
     """
     each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     if classes == "present":
-        return _weighted_mean(each, labels)
-    if occurrence is None:
+        return _present_mean(each, labels)
+    if absence is None:
         return each.mean(1)
-    return (_weighted_mean(each, labels) + _weighted_mean(each, (1 - labels) * occurrence)) / 2
+    return (each * torch.where(labels > 0, 1, absence.to(each.dtype))).sum(1) / (1 + ABSENT)
 
 
 def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide"] = "mean") -> Tensor:
@@ -46,7 +58,7 @@ def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide
         each = (maps - low) / (high - low + 1e-5)
         if term == "decide":
             each = 4 * each * (1 - each)
-    return _weighted_mean(each.mean((2, 3)), labels)
+    return _present_mean(each.mean((2, 3)), labels)
 
 
 def classification_and_area(
@@ -54,12 +66,12 @@ def classification_and_area(
     labels: Tensor,
     weight: float,
     term: Literal["mean", "max", "decide"],
-    occurrence: Tensor | None = None,
+    absence: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """L_cls + weight * L_area of class maps (B, C, h, w): scalars loss, classification, area, means over the images."""
     logits = pool(maps)
     with torch.autocast(maps.device.type, enabled=False):
-        classification = classification_loss(logits, labels, occurrence=occurrence).mean()
+        classification = classification_loss(logits, labels, absence=absence).mean()
         area = area_loss(maps, labels, term).mean()
         loss = classification + weight * area
     return {"loss": loss, "classification": classification, "area": area}
@@ -77,8 +89,6 @@ def segmentation_loss(logits: Tensor, labels: Tensor, balance: bool) -> Tensor:
     return (background + foreground) / 2 if balance else everywhere
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Over the classes of (B, C); 0 where the weights are."""
-    weights = weights.to(values.dtype)
-    total = weights.sum(1)
-    return (values * weights).sum(1) / torch.where(total > 0, total, 1)
+def _present_mean(values: Tensor, labels: Tensor) -> Tensor:
+    present = labels.to(values.dtype)
+    return (values * present).sum(1) / present.sum(1).clamp_min(1)

@@ -18,10 +18,8 @@ class Shrink(HeadTask):
 
     handover: Shrinkage
 
-    def __init__(
-        self, net: CamNet, expansion: Expansion, config: ShrinkConfig, occurrence: Tensor | None = None
-    ) -> None:
-        super().__init__(net, occurrence)
+    def __init__(self, net: CamNet, expansion: Expansion, config: ShrinkConfig, absence: Tensor | None = None) -> None:
+        super().__init__(net, absence)
         self.expansion = expansion.requires_grad_(False)
         self.handover = Shrinkage(expansion, config)
         self.config = config
@@ -32,7 +30,7 @@ class Shrink(HeadTask):
             features = self.expansion.features(self.features(batch))
         maps = self.handover.class_maps(features)
         config = self.config
-        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.occurrence), {}
+        return classification_and_area(maps, batch["labels"], config.area, config.area_term, self.absence), {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The offset branch, and W2 and V where they learn."""

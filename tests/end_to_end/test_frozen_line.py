@@ -83,7 +83,7 @@ def test_a_second_round_climbs_the_loss_of_shrinkage_by_the_offsets_alone(line: 
         "labels": line.labels[0],
         "key": [],
     }
-    task.occurrence = line.occurrence
+    task.absence = line.absence
     start = float(task(batch)[0]["loss"].detach())
     line.train(task, line.config.expand, 4)
     assert float(task(batch)[0]["loss"].detach()) < start
