@@ -46,6 +46,7 @@ def settings(threshold: float) -> list[str]:
     """
     alpha = background_power(threshold)
     return [
+        "localize.write=last",  # the chain's own maps, not those that the judge prefers
         f"seed_masks.threshold={threshold}",
         f"psa_labels.alpha_low={alpha:.2g}",
         f"psa_labels.alpha_high={8 * alpha:.2g}",

@@ -17,8 +17,9 @@ import random
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -29,7 +30,7 @@ import torch
 
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT, spread
-from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, Config, CrfConfig, SeedMasksConfig
+from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, CrfConfig, SeedMasksConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
@@ -37,7 +38,7 @@ from esol.judging import highest
 from esol.localize.class_maps import class_maps
 from esol.localize.dense_crf import mean_field, unary_from_labels
 from esol.localize.pseudo_labels import mask_threshold
-from esol.metrics import Counts, confusion_matrix, score
+from esol.metrics import VOID, Counts, confusion_matrix, score
 from esol.networks import trained_cam
 from esol.pipeline import store
 from esol.progress import progress
@@ -53,7 +54,7 @@ from shards.writer import create
 ANIMALS = ("cat", "cow", "dog", "horse", "person", "sheep")
 MASKS = "SegmentationClassAug"
 STAGES = (*MAIN_LINE, *PSA, *IRN)
-SCORED = 60  # photos by which the seeds of all stages are scored with the CRF
+SCORED = 60  # photos by which seeds with the CRF are scored, and the final masks against them
 GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)  # thresholds of which the best is known to the truth alone
 SHARD = 32  # samples
 Row = dict[str, Any]
@@ -66,7 +67,7 @@ class TransferSet:
 
     source: Callable[[Path, Path], Source]
     photos: bool = False
-    overrides: tuple[str, ...] = field(default=())
+    overrides: tuple[str, ...] = ()
 
 
 def _animals(data: Path, scratch: Path, classes: Sequence[str], choose: Choice) -> Source:
@@ -210,54 +211,53 @@ def rows_of(run_dir: Path) -> Row:
     kept = run_dir / "transfer.json"
     if kept.exists() and (row := json.loads(kept.read_text()))["outputs"] == outputs:
         return row
-    results = store.results(run_dir)
-    row = {
-        "outputs": outputs,
-        "results": results,
-        "seeds": _seeds(store.ran_with(run_dir, "localize"), results["localize"]["write"]),
-    }
+    row = {"outputs": outputs, "results": store.results(run_dir)}
+    row |= _on_some_photos(run_dir, row["results"]["localize"]["write"])
     kept.write_text(json.dumps(row))
     return row
 
 
 @torch.no_grad()
-def _seeds(config: Config, written: str) -> dict[str, dict[str, float]]:
-    """mIoU of every stage's seeds with the CRF at the photos' own thresholds.
+def _on_some_photos(run_dir: Path, written: str) -> Row:
+    """mIoU with the CRF on SCORED photos: "seeds" of every stage, "masks" of every mask stage.
 
-    Of the CAM's, and of those of the maps that were written, also at the best threshold for all photos.
+    Seeds at the photos' own thresholds; the CAM's, and those of the maps that were written, also at the best threshold
+    for all photos.
     """
+    config = store.ran_with(run_dir, "localize")
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     index = Index.load(config.data.root)
-    reader, classes = ShardReader(index), len(index.classes)
-    nets = trained_cam(config, classes, torch.device("cpu"))
+    reader, width = ShardReader(index), len(index.classes) + 1
+    nets = trained_cam(config, len(index.classes), torch.device("cpu"))
+    made = {stage: ShardReader(Index.load(run_dir / stage)) for stage in MASK_STAGES}
+    place = {stage: {str(key): i for i, key in enumerate(own.index.keys)} for stage, own in made.items()}
+    counts: dict[tuple[str, float | str], Counts] = defaultdict(lambda: np.zeros((width, width), np.int64))
     ordinals = index.split(config.data.score_split)
-    masks = index.members.get("mask.png")
-    counts: dict[tuple[str, float | str], Counts] = {}
     chosen = ordinals[np.unique(np.linspace(0, len(ordinals) - 1, SCORED).astype(int))].tolist()
     with progress("seeds with CRF", len(chosen), "photos", True) as advance:
         for done, ordinal in enumerate(chosen, 1):
             image = decode(reader.image(ordinal), reader.name(ordinal))
             labels = torch.from_numpy(reader.labels(ordinal))
-            if masks is not None and masks[ordinal, 0] >= 0:
+            truth = np.zeros(image.shape[1:], np.uint8)  # of a photo without any object, which needs no mask
+            if index.members["mask.png"][ordinal, 0] >= 0:
                 truth = decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal))
-            else:
-                truth = np.zeros(image.shape[1:], np.uint8)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                own = class_maps(
-                    image[None], labels[None], *nets, scales=config.localize.scales, flip=config.localize.flip
-                )[0]
+                scales, flip = config.localize.scales, config.localize.flip
+                own = class_maps(image[None], labels[None], *nets, scales=scales, flip=flip)[0]
             for source, maps in own.items():
                 thresholds: dict[float | str, float] = {t: t for t in GRID if source in ("cam", written)}
                 thresholds["auto"] = mask_threshold(SeedMasksConfig(), maps.full)
                 for which, label in _masks(image, maps.full, maps.classes, thresholds).items():
-                    found = counts.setdefault((source, which), np.zeros((classes + 1, classes + 1), np.int64))
-                    found += confusion_matrix(truth, label, classes + 1)
+                    counts[source, which] += confusion_matrix(truth, label, width)
+            for stage, masks in made.items():
+                mask = decode_mask(masks.read(place[stage][str(index.keys[ordinal])], "mask.png"), stage)
+                counts[stage, "auto"] += confusion_matrix(truth, np.where(mask == VOID, 0, mask), width)
             advance(done, "")
-    each = {source: {w: 100 * score(c).miou for (s, w), c in counts.items() if s == source} for source, _ in counts}
-    return {
-        source: {"auto": own["auto"], "best": max((v for t, v in own.items() if t != "auto"), default=float("nan"))}
-        for source, own in each.items()
-    }
+    miou = {key: 100 * score(count).miou for key, count in counts.items()}
+    seeds = {source: {"auto": miou[source, "auto"]} for source in SOURCES}
+    for source in {"cam", written}:
+        seeds[source]["best"] = max(miou[source, t] for t in GRID)
+    return {"seeds": seeds, "masks": {stage: miou[stage, "auto"] for stage in MASK_STAGES}}
 
 
 def _masks(
@@ -276,40 +276,40 @@ def _masks(
 def pairs(row: Row) -> list[bool]:
     """Of every two stages that differ by more than two points: whether the judge orders them so."""
     results, seeds = row["results"], row["seeds"]
-    maps = {s: (results["localize"].get(f"{s}_judge"), seeds[s]["auto"]) for s in seeds}
-    masks = {s: (results[s].get("judge"), results[s].get("crf_miou")) for s in MASK_STAGES}
-    found = []
-    for group in (maps, masks):
-        sound = [pair for pair in group.values() if None not in pair]
-        found += [(a[0] > b[0]) == (a[1] > b[1]) for a, b in combinations(sound, 2) if abs(a[1] - b[1]) > 2]
-    return found
+    maps = [(results["localize"][f"{source}_judge"], seeds[source]["auto"]) for source in SOURCES]
+    masks = [(results[stage]["judge"], results[stage]["crf_miou"]) for stage in MASK_STAGES]
+    return [
+        (a[0] > b[0]) == (a[1] > b[1])
+        for group in (maps, masks)
+        for a, b in combinations(group, 2)
+        if abs(a[1] - b[1]) > 2
+    ]
 
 
-def summary(name: str, row: Row) -> Row:
+def summary(row: Row) -> Row:
     """One set and seed in the numbers of the table."""
     results, seeds = row["results"], row["seeds"]
-    masks = {s: results[s]["crf_miou"] for s in MASK_STAGES if "crf_miou" in results[s]}
-    chosen = highest({s: results[s]["judge"] for s in masks if "judge" in results[s]})
-    last = results["localize"]["write"]
+    masks = {stage: results[stage]["crf_miou"] for stage in MASK_STAGES}
+    chosen, last = highest({stage: results[stage]["judge"] for stage in MASK_STAGES}), results["localize"]["write"]
     return {
-        "CAM + CRF, best threshold": seeds["cam"]["best"],
-        **{f"seeds of {s} + CRF": seeds[s]["auto"] for s in SOURCES},
+        f"CAM + CRF at its best threshold, {SCORED} photos": seeds["cam"]["best"],
+        **{f"seeds of {source} + CRF, {SCORED} photos": seeds[source]["auto"] for source in SOURCES},
         "maps written": last,
-        **{s: masks.get(s, float("nan")) for s in MASK_STAGES},
+        **masks,
         "judge took": chosen,
         "best": highest(masks),
-        "final": masks.get(chosen, float("nan")),
-        "final - best": masks.get(chosen, float("nan")) - max(masks.values(), default=float("nan")),
-        "final - CAM + CRF": masks.get(chosen, float("nan")) - seeds["cam"]["best"],
+        "final": masks[chosen],
+        "final - best": masks[chosen] - max(masks.values()),
+        f"final - CAM + CRF, {SCORED} photos": row["masks"][chosen] - seeds["cam"]["best"],
         "cost of auto, seeds + CRF": seeds[last]["best"] - seeds[last]["auto"],
-        "cost of auto, PSA": results["psa_masks"].get("best_miou", 0) - results["psa_masks"].get("plain_miou", 0),
-        "cost of auto, IRN": results["irn_masks"].get("best_miou", 0) - results["irn_masks"].get("plain_miou", 0),
+        "cost of auto, PSA": results["psa_masks"]["best_miou"] - results["psa_masks"]["plain_miou"],
+        "cost of auto, IRN": results["irn_masks"]["best_miou"] - results["irn_masks"]["plain_miou"],
     }
 
 
 def tables(rows: dict[str, list[Row]]) -> str:
     """A column a set, then what the targets ask for."""
-    found = {name: [summary(name, row) for row in own] for name, own in rows.items()}
+    found = {name: [summary(row) for row in own] for name, own in rows.items()}
     keys = list(next(iter(found.values()))[0])
     body = []
     for key in keys:
@@ -328,7 +328,7 @@ def tables(rows: dict[str, list[Row]]) -> str:
         f"The judge orders {sum(judged)} of {len(judged)} pairs that differ by more than 2 points as the truth does.",
     ]
     if photos:
-        gain, short = (over(photos.values(), f"final - {what}") for what in ("CAM + CRF", "best"))
+        gain, short = (over(photos.values(), f"final - {of}") for of in (f"CAM + CRF, {SCORED} photos", "best"))
         lines.append(
             f"Over the {len(photos)} photo sets the final masks are {mean(gain):.2f} above CAM + CRF on average, "
             f"{min(gain):.2f} on the worst set, and at most {-min(short):.2f} below the set's best stage."

@@ -58,32 +58,22 @@ def classify(context: Context, folder: Path) -> Results:
     for line in odd_classes(context.reader, context.config.data.train_split):
         context.say(line)
     net = build_net(context.config, len(context.index.classes), pretrained=True)
-    return _fit_cam(
-        context,
-        "classify",
-        Classify(net, context.config.classify, _absence(context, context.config.classify)),
-        folder,
-        net.backbone,
-    )
+    task = Classify(net, context.config.classify, _absence(context, "classify"))
+    return _fit_cam(context, "classify", task, folder, net.backbone)
 
 
 def decide(context: Context, folder: Path) -> Results:
     """The trained network's head, until its class maps decide."""
     net = trained_net(context.config, len(context.index.classes))
-    return _fit_cam(
-        context,
-        "decide",
-        Decide(net, context.config.decide, _absence(context, context.config.decide)),
-        folder,
-        net.backbone,
-    )
+    task = Decide(net, context.config.decide, _absence(context, "decide"))
+    return _fit_cam(context, "decide", task, folder, net.backbone)
 
 
 def expand(context: Context, folder: Path) -> Results:
     """The expansion sampler on the trained network."""
     net = trained_net(context.config, len(context.index.classes))
     decision = trained_decision(context.config, net) if "decide" in context.config.stages else None
-    task = Expand(net, context.config.expand, decision, _absence(context, context.config.expand))
+    task = Expand(net, context.config.expand, decision, _absence(context, "expand"))
     return _fit_cam(context, "expand", task, folder, net.backbone)
 
 
@@ -91,7 +81,7 @@ def shrink(context: Context, folder: Path) -> Results:
     """The shrinkage sampler on the expanded features."""
     net = trained_net(context.config, len(context.index.classes))
     expansion = trained_expansion(context.config, net)
-    task = Shrink(net, expansion, context.config.shrink, _absence(context, context.config.shrink))
+    task = Shrink(net, expansion, context.config.shrink, _absence(context, "shrink"))
     return _fit_cam(context, "shrink", task, folder, net.backbone)
 
 
@@ -129,8 +119,9 @@ def segment(context: Context, folder: Path) -> Results:
     return {**results, "photos": len(context.index.split(split)), "masks": source, "initial_weights": started}
 
 
-def _absence(context: Context, config: LabelConfig) -> Tensor | None:
+def _absence(context: Context, name: str) -> Tensor | None:
     """The weights of absent classes over the training split, if the stage's loss has them."""
+    config: LabelConfig = getattr(context.config, name)
     if not config.balance:
         return None
     train = context.index.split(context.config.data.train_split)

@@ -75,9 +75,9 @@ def all_ranks(context: Context, evidence: dict[str, Evidence]) -> dict[str, Evid
     total: dict[str, Evidence] = {}
     for text in gather_text(context.engine, json.dumps(own)):
         for source, counts in json.loads(text).items():
-            sum_ = total.setdefault(source, Evidence.empty(len(context.index.classes)))
+            found = total.setdefault(source, Evidence.empty(len(context.index.classes)))
             for field in fields(Evidence):
-                getattr(sum_, field.name)[...] += np.array(counts[field.name], np.int64)
+                getattr(found, field.name)[...] += np.array(counts[field.name], np.int64)
     return total
 
 

@@ -126,24 +126,23 @@ def _one(context: Context, maps: StageShards, ordinal: int, config: MaskConfig, 
         labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
         channels = saliency_channels(found, saliency, floor=cue.floor)
     plain, refined = pseudo_mask(image, found, classes, config, labels, channels)
+    lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())]
     own = context.config.seed_masks
-    lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())] if config is not own else []
-    if lost and saliency is None:
-        refined = stand_in(refined, pseudo_mask(image, full, classes, own)[1], lost, len(lost) == len(classes))
-    seeds = pseudo_mask(image, full, classes, replace(own, crf=replace(own.crf, iterations=0)))[0]
+    if not lost:
+        own = replace(own, crf=replace(own.crf, iterations=0))  # nobody will look at the seeds' edges
+    seeds, sharp = pseudo_mask(image, full, classes, own)
+    if saliency is None:
+        refined = stand_in(refined, sharp, lost)
     return _Made(image, classes, found, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
 
 
-def stand_in(mask: Tensor, seeds: Tensor, lost: list[int], all_lost: bool) -> Tensor:
-    """The mask (H, W) with the seeds' pixels of the lost classes in its background, or the seeds where all are lost.
+def stand_in(mask: Tensor, seeds: Tensor, lost: list[int]) -> Tensor:
+    """The mask (H, W) with the seeds' pixels of the lost classes in its background.
 
     A photo's label says that the class is there, so that a mask without it is known to be wrong.
     """
-    if all_lost:
-        return seeds
-    for c in lost:
-        mask = torch.where((seeds == c + 1) & (mask == 0), seeds, mask)
-    return mask
+    wanted = torch.tensor([c + 1 for c in lost], dtype=seeds.dtype, device=seeds.device)
+    return torch.where(torch.isin(seeds, wanted) & (mask == 0), seeds, mask)
 
 
 def _saliency(context: Context, ordinal: int, image: Tensor) -> Tensor | None:

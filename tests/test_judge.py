@@ -82,8 +82,8 @@ def test_what_a_stage_lost_counts_even_where_seeds_stand_in() -> None:
 
 def test_seeds_stand_in_for_a_lost_class_in_the_background_alone() -> None:
     mask, seeds = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[2, 0, 2, 1]])
-    assert stand_in(mask, seeds, [1], all_lost=False).tolist() == [[1, 1, 2, 0]]
-    assert stand_in(mask * 0, seeds, [0, 1], all_lost=True).tolist() == seeds.tolist()
+    assert stand_in(mask, seeds, [1]).tolist() == [[1, 1, 2, 0]]
+    assert stand_in(mask * 0, seeds, [0, 1]).tolist() == seeds.tolist()
 
 
 def config_of(**more: Any) -> Config:
