@@ -34,7 +34,8 @@ CHAINS = {
     "decide, Expansion": (("decide", "expand"), 0.33),
     "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.30),
 }
-ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"), ("DeepLab", "evaluate"))
+ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"), ("vote", "vote_masks"))
+ROWS = (*ROWS, ("DeepLab", "evaluate"))
 
 
 def settings(threshold: float) -> list[str]:

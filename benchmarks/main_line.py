@@ -57,7 +57,8 @@ def folder_of(config: str, seed: int, overrides: list[str], suffix: str = "") ->
 
 
 def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> list[str]:
-    """The overrides with which one seed runs, in a run directory of its own."""
+    """The overrides with which one seed runs, in a run directory of its own; {seed} in them becomes its number."""
+    overrides = [text.replace("{seed}", str(seed)) for text in overrides]
     run_dir = f"{configuration.load(config, overrides).run_dir}{suffix}-seed{seed}"
     return [*overrides, f"seed={seed}", f"run_dir={run_dir}"]
 

@@ -1,17 +1,18 @@
-"""Seeds to pseudo masks over several seeds: mIoU of seeds, PSA and IRN, each without and with the dense CRF.
+"""Seeds to pseudo masks and DeepLab over several seeds: mIoU of each, without and with the dense CRF.
 
     ESOL_WEIGHTS=weights python -m benchmarks.refine --config configs/voc-animals.yaml --seeds 0 1 2
 
 Runs esol/train.py once per seed in as many processes as --processes says (finished stages of an earlier call are
 kept), then prints the table. Each row states its threshold; the last column is mIoU at the best one, without CRF.
+--set data.root=data/animals-{seed} gives every seed shards in an order of its own.
 """
 
 from __future__ import annotations
 
 from benchmarks.common import machine, table
-from benchmarks.main_line import accelerate, arguments, run, spread
+from benchmarks.gain_kept import ROWS, confusions, miou
+from benchmarks.main_line import accelerate, arguments, folder_of, run, spread
 
-ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"))
 MEASURES = ("miou", "precision", "recall")
 
 
@@ -25,18 +26,30 @@ def main() -> None:
     runs = list(results.values())
     seeds = [r["seed_masks"]["plain_miou"] for r in runs]
     rows: list[list[object]] = []
-    for name, stage in ROWS:
+    made = [(name, stage) for name, stage in ROWS if all(stage in r for r in runs)]
+    for name, stage in made:
         for kind, suffix in (("plain", ""), ("crf", " + CRF")):
+            if f"{kind}_miou" not in runs[0][stage]:
+                continue
             each = [r[stage][f"{kind}_miou"] for r in runs]
             gain = spread([a - b for a, b in zip(each, seeds, strict=True)])
             measures = [spread([r[stage][f"{kind}_{m}"] for r in runs]) for m in MEASURES]
-            best = spread([r[stage]["best_miou"] for r in runs]) if kind == "plain" else ""
-            rows.append(
-                [name + suffix, runs[0][stage]["threshold"], *measures, gain, " ".join(f"{m:.2f}" for m in each), best]
+            best = (
+                spread([r[stage]["best_miou"] for r in runs])
+                if kind == "plain" and "best_miou" in runs[0][stage]
+                else ""
             )
-    print(
-        table(("masks", "threshold", *MEASURES, "over the seeds", "mIoU of each seed", "at the best threshold"), rows)
-    )
+            at, each_seed = runs[0][stage].get("threshold", ""), " ".join(f"{m:.2f}" for m in each)
+            rows.append([name + suffix, at, runs[0][stage]["split"], *measures, gain, each_seed, best])
+    heads = ("masks", "threshold", "photos of", *MEASURES, "over the seeds", "mIoU of each seed")
+    print(table((*heads, "at the best threshold"), rows))
+    folders = [folder_of(args.config, seed, args.overrides) for seed in args.seeds]
+    final = []
+    for name, stage in made:
+        counts = [confusions(folder, stage) for folder in folders]
+        for which in counts[0]:
+            final.append([name, f"{len(counts[0][which])} of {which}", spread([miou(c[which].sum(0)) for c in counts])])
+    print("\n" + table(("final masks", "photos", "mIoU"), final))
     labels = [
         [stage, *(spread([r[stage][k] for r in runs]) for k in ("labelled", "right"))]
         for stage in ("psa_labels", "irn_labels")

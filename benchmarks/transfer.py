@@ -30,14 +30,16 @@ import torch
 
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT, spread
-from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, CrfConfig, SeedMasksConfig
+from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, VOTE, CrfConfig, SeedMasksConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.judging import highest
-from esol.localize.class_maps import class_maps
+from esol.judging import SAMPLED, highest
+from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.dense_crf import mean_field, unary_from_labels
-from esol.localize.pseudo_labels import mask_threshold
+from esol.localize.judge import Evidence
+from esol.localize.pseudo_labels import mask_threshold, pseudo_mask
+from esol.localize.thresholds import auto_threshold
 from esol.metrics import VOID, Counts, confusion_matrix, score
 from esol.networks import trained_cam
 from esol.pipeline import store
@@ -53,8 +55,9 @@ from shards.writer import create
 
 ANIMALS = ("cat", "cow", "dog", "horse", "person", "sheep")
 MASKS = "SegmentationClassAug"
-STAGES = (*MAIN_LINE, *PSA, *IRN)
+STAGES = (*MAIN_LINE, *PSA, *IRN, *VOTE)
 SCORED = 60  # photos by which seeds with the CRF are scored, and the final masks against them
+TIMED = 10  # photos by which the time of auto and the judge is measured
 GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)  # thresholds of which the best is known to the truth alone
 SHARD = 32  # samples
 Row = dict[str, Any]
@@ -189,19 +192,20 @@ def run(
     data: Path,
     out: Path,
     overrides: Sequence[str],
-    stages: Sequence[str] = STAGES,
+    only: Sequence[str] = STAGES,
 ) -> Path:
-    """The run directory of a set and seed, finished."""
+    """The run directory of a set and seed, in which the stages `only` are finished."""
     folder = out / f"{name.replace(' ', '-')}-seed{seed}"
     shards = folder / "shards"
     if not (shards / "index.json").exists():
         create(spec.source(data, folder / "source"), str(shards), SHARD, seed, overwrite=True)
     weights = Path(os.environ.get("ESOL_WEIGHTS", "weights")) / "tf_efficientnet_lite0.safetensors"
-    settings = [f"run_dir={folder / 'run'}", f"data.root={shards}", f"seed={seed}", f"stages=[{', '.join(stages)}]"]
+    settings = [f"run_dir={folder / 'run'}", f"data.root={shards}", f"seed={seed}", f"stages=[{', '.join(STAGES)}]"]
     settings += [f"model.weights={weights}", "tracking.uri=none", *spec.overrides, *overrides]
     options = [part for text in settings for part in ("--set", text)]
     config = str(ROOT / "configs/custom-cpu.yaml")
-    subprocess.run([sys.executable, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options], check=True)
+    command = [sys.executable, str(ROOT / "esol/train.py"), "--config", config, "--resume", *options]
+    subprocess.run([*command, "--stages", ",".join(only)], check=True)
     return folder / "run"
 
 
@@ -212,19 +216,45 @@ def rows_of(run_dir: Path) -> Row:
     if kept.exists() and (row := json.loads(kept.read_text()))["outputs"] == outputs:
         return row
     row = {"outputs": outputs, "results": store.results(run_dir)}
-    row |= _on_some_photos(run_dir, row["results"]["localize"]["write"])
+    row |= _on_some_photos(run_dir, row["results"])
     kept.write_text(json.dumps(row))
     return row
 
 
+def _share_of_time(
+    timed: Sequence[tuple[torch.Tensor, dict[str, ClassMaps], float]], results: Row, labelled: int
+) -> float:
+    """Percent of the run's seconds that auto and the judge took, by what they take now for some photos.
+
+    timed: photo, maps of every source and seconds that those took. A photo costs five automatic thresholds (seeds, and
+    labels and walk of PSA and IRN) and a look of the judge at every mask stage; SAMPLED ones also the maps of every
+    source, and masks of them.
+    """
+    sample = each = 0.0
+    for image, maps, seconds in timed:
+        evidence = Evidence.empty(1 + max(int(own.classes.max()) for own in maps.values()))
+        begun = time.perf_counter()
+        masks = [pseudo_mask(image, own.full, own.classes, SeedMasksConfig())[1].numpy() for own in maps.values()]
+        middle = time.perf_counter()
+        for mask in masks:
+            evidence.add(image.numpy(), mask, maps["cam"].classes.tolist(), seeds=mask)
+        judged = time.perf_counter()
+        for _ in range(5):
+            auto_threshold(maps["cam"].full.amax(0))
+        sample += seconds + judged - begun
+        each += len(MASK_STAGES) * (judged - middle) / len(masks) + time.perf_counter() - judged
+    photos = min(labelled, SAMPLED) * sample + labelled * each
+    return 100 * photos / len(timed) / sum(own["seconds"] for own in results.values())
+
+
 @torch.no_grad()
-def _on_some_photos(run_dir: Path, written: str) -> Row:
-    """mIoU with the CRF on SCORED photos: "seeds" of every stage, "masks" of every mask stage.
+def _on_some_photos(run_dir: Path, results: Row) -> Row:
+    """mIoU with the CRF on SCORED photos: "seeds" of every stage, "masks" of every mask stage; "share" of time.
 
     Seeds at the photos' own thresholds; the CAM's, and those of the maps that were written, also at the best threshold
     for all photos.
     """
-    config = store.ran_with(run_dir, "localize")
+    config, written = store.ran_with(run_dir, "localize"), results["localize"]["write"]
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     index = Index.load(config.data.root)
     reader, width = ShardReader(index), len(index.classes) + 1
@@ -234,6 +264,7 @@ def _on_some_photos(run_dir: Path, written: str) -> Row:
     counts: dict[tuple[str, float | str], Counts] = defaultdict(lambda: np.zeros((width, width), np.int64))
     ordinals = index.split(config.data.score_split)
     chosen = ordinals[np.unique(np.linspace(0, len(ordinals) - 1, SCORED).astype(int))].tolist()
+    timed: list[tuple[torch.Tensor, dict[str, ClassMaps], float]] = []
     with progress("seeds with CRF", len(chosen), "photos", True) as advance:
         for done, ordinal in enumerate(chosen, 1):
             image = decode(reader.image(ordinal), reader.name(ordinal))
@@ -241,9 +272,12 @@ def _on_some_photos(run_dir: Path, written: str) -> Row:
             truth = np.zeros(image.shape[1:], np.uint8)  # of a photo without any object, which needs no mask
             if index.members["mask.png"][ordinal, 0] >= 0:
                 truth = decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal))
+            begun = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
                 scales, flip = config.localize.scales, config.localize.flip
                 own = class_maps(image[None], labels[None], *nets, scales=scales, flip=flip)[0]
+            if labels.any() and len(timed) < TIMED:
+                timed.append((image, own, time.perf_counter() - begun))
             for source, maps in own.items():
                 thresholds: dict[float | str, float] = {t: t for t in GRID if source in ("cam", written)}
                 thresholds["auto"] = mask_threshold(SeedMasksConfig(), maps.full)
@@ -257,7 +291,10 @@ def _on_some_photos(run_dir: Path, written: str) -> Row:
     seeds = {source: {"auto": miou[source, "auto"]} for source in SOURCES}
     for source in {"cam", written}:
         seeds[source]["best"] = max(miou[source, t] for t in GRID)
-    return {"seeds": seeds, "masks": {stage: miou[stage, "auto"] for stage in MASK_STAGES}}
+    covered = np.union1d(index.split(config.data.mask_split), ordinals)
+    labelled = sum(bool(reader.labels(int(o)).any()) for o in covered)
+    share = _share_of_time(timed, results, labelled)
+    return {"seeds": seeds, "masks": {stage: miou[stage, "auto"] for stage in MASK_STAGES}, "share": share}
 
 
 def _masks(
@@ -301,6 +338,7 @@ def summary(row: Row) -> Row:
         "final": masks[chosen],
         "final - best": masks[chosen] - max(masks.values()),
         f"final - CAM + CRF, {SCORED} photos": row["masks"][chosen] - seeds["cam"]["best"],
+        "time of auto and the judge, %": row["share"],
         "cost of auto, seeds + CRF": seeds[last]["best"] - seeds[last]["auto"],
         "cost of auto, PSA": results["psa_masks"]["best_miou"] - results["psa_masks"]["plain_miou"],
         "cost of auto, IRN": results["irn_masks"]["best_miou"] - results["irn_masks"]["plain_miou"],
@@ -343,7 +381,7 @@ def scales(args: argparse.Namespace) -> str:
     stages, body = MAIN_LINE[: MAIN_LINE.index("localize") + 1], []
     found = {
         name: [
-            store.results(run(f"scales {name}", spec, seed, args.data, args.out, args.overrides, stages))["localize"]
+            store.results(run(name, spec, seed, args.data, args.out, args.overrides, stages))["localize"]
             for seed in args.seeds
         ]
         for name, spec in SCALES.items()

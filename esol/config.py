@@ -23,7 +23,9 @@ MAIN_LINE = ("classify", "decide", "expand", "shrink", "localize", "seed_masks")
 PSA = ("psa_labels", "psa", "psa_masks")
 IRN = ("irn_labels", "irn", "irn_mean", "irn_masks")
 SEGMENT = ("segment", "evaluate")
-MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks")
+VOTERS = ("seed_masks", "psa_masks", "irn_masks")
+VOTE = ("vote_masks",)
+MASK_STAGES = (*VOTERS, *VOTE)
 
 Auto = Literal["auto"]  # found from each photo's own maps
 
@@ -293,7 +295,7 @@ class IrnMasksConfig(WalkConfig):
 class SegmentConfig(CropConfig):
     """DeepLab-v2 on masks; the values are its public codes' for VOC and a start from ImageNet."""
 
-    masks: Literal["auto", "irn_masks", "psa_masks", "seed_masks", "truth"] = key("auto")  # auto: the judge's first
+    masks: Literal["auto", "vote_masks", "irn_masks", "psa_masks", "seed_masks", "truth"] = key("auto")
     model: BackboneConfig = field(default_factory=lambda: BackboneConfig("resnet101", output_stride=8, freeze="none"))
     rates: tuple[int, ...] = key((6, 12, 18, 24), low=1, high=256, unit="grid pixels, dilation of ASPP's branches")
     duration: str = key("30000 steps")
@@ -386,7 +388,7 @@ class Config:
 
     run_dir: str = key(path=True, runtime=True)
     seed: int = key(0, low=0, high=2**31 - 1)
-    stages: tuple[str, ...] = key((*MAIN_LINE, *PSA, *IRN, *SEGMENT), runtime=True)
+    stages: tuple[str, ...] = key((*MAIN_LINE, *PSA, *IRN, *VOTE, *SEGMENT), runtime=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)

@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from esol.config import MASK_STAGES
 from esol.context import Context, Results
-from esol.inference import Members, Tally, over_shards, photo, pictured, truth_of
+from esol.inference import Members, StageShards, Tally, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, stands_on
 from esol.localize.dense_crf import mean_field, unary_from_probabilities
+from esol.localize.judge import Evidence, Label
 from esol.localize.segmentation import probabilities
 from esol.metrics import confusion_matrix, score
 from esol.models.deeplab import DeepLab
@@ -22,28 +24,39 @@ from esol.pipeline import store
 from esol.report import paint
 from shards.samples import encode_mask
 
-Label = NDArray[np.uint8]
-
 
 def evaluate(context: Context, folder: Path) -> Results:
     """Writes the label maps as shards that mirror the input; holds one photo and one shard's PNGs."""
     net = trained_deeplab(context.config, len(context.index.classes)).to(context.engine.device).eval()
     split, num_labels = context.config.data.eval_split, len(context.index.classes) + 1
+    learned, known = _learned_from(context), context.index.labels
 
     def work(ordinals: NDArray[np.int64], tally: Tally) -> Iterator[tuple[int, Members]]:
         tally |= {key: np.zeros((num_labels, num_labels), np.int64) for key in ("plain", "crf")}
+        evidence = Evidence.empty(num_labels - 1)
         for ordinal in map(int, ordinals):
-            plain, refined = _one(context, photo(context, ordinal), net)
+            image = photo(context, ordinal)
+            plain, refined = _one(context, image, net)
+            classes = np.flatnonzero(known[ordinal]).tolist() if known is not None else []
+            taught = learned.label_map(ordinal, "mask.png") if learned and ordinal in learned else None
+            evidence.add(image.numpy(), refined, classes, seeds=taught)
             if (truth := truth_of(context, ordinal, plain.shape, split)) is not None:
                 tally["plain"] += confusion_matrix(truth, plain, num_labels)
                 tally["crf"] += confusion_matrix(truth, refined, num_labels)
             yield ordinal, {"mask.png": encode_mask(refined)}
+        tally |= evidence.tally()
 
     tally = over_shards(context, "evaluate", folder, (split,), work)
     if not context.engine.is_main:
         return {}
     _draw(context, net)
-    return _results(context, tally)
+    return _results(context, tally) | Evidence.of(tally).numbers(context.index.classes)
+
+
+def _learned_from(context: Context) -> StageShards | None:
+    """The masks that DeepLab learned from, if a stage made them."""
+    masks = store.results(context.run_dir)["segment"]["masks"]
+    return StageShards(context, masks) if masks in MASK_STAGES else None
 
 
 def _one(context: Context, image: Tensor, net: DeepLab) -> tuple[Label, Label]:

@@ -173,6 +173,9 @@ class StageShards:
         self._place = {str(key): i for i, key in enumerate(self._reader.index.keys)}
         self._stage = stage
 
+    def __contains__(self, ordinal: int) -> bool:
+        return str(self._keys[ordinal]) in self._place
+
     def read(self, ordinal: int, member: str) -> bytes:
         """A member of the stage's sample."""
         key = str(self._keys[ordinal])

@@ -18,6 +18,7 @@ from esol.localize.judge import Evidence
 from esol.localize.pseudo_labels import pseudo_mask
 from esol.pipeline import store
 
+WALKS = ("psa_masks", "irn_masks")
 SAMPLED = 64  # photos by which localize.write = auto chooses: maps of all stages and their CRF cost a second a photo
 
 
@@ -93,15 +94,13 @@ def remarks(config: Config, name: str, results: Mapping[str, Results]) -> list[s
     if name not in MASK_STAGES or "judge" not in own:
         return lines
     if own["lost"]:
-        instead = "" if name == "seed_masks" else "; the seeds stand in there"
+        instead = "; the seeds stand in there" if name in WALKS else ""
         lines.append(f"{name}: {own['lost']:.1f} % of the labels have no pixel in their photo's mask{instead}")
     if own["filled"]:
         lines.append(f"{name}: {own['filled']:.1f} % of the labels cover their whole photo")
     judged = judged_masks(config, {n: results[n] for n in MASK_STAGES[: MASK_STAGES.index(name) + 1] if n in results})
-    if name != highest(judged):
-        best = highest(judged)
-        auto = f"; segment.masks = auto will take {best}" if config.segment.masks == "auto" else ""
-        lines.append(f"warning: {name} made the masks worse than {best}'s, by the judge ({_list(judged)}){auto}")
+    if name in WALKS and judged[name] < judged.get("seed_masks", 0):
+        lines.append(f"warning: {name} made the masks worse than the seeds, by the judge ({_list(judged)})")
     return lines
 
 

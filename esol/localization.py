@@ -68,7 +68,7 @@ def _judge(context: Context, nets: CamNets) -> dict[str, dict[str, float]]:
     for ordinal in sampled_photos(context)[context.engine.rank :: context.engine.world_size]:
         maps = _maps(context, context.config.localize, nets, [photo(context, ordinal)], [ordinal])[0]
         add_seeds(context, evidence, ordinal, maps)
-    return {name: own.numbers(context.index.classes) for name, own in all_ranks(context, evidence).items()}
+    return {name: own.numbers(context.index.classes, name) for name, own in all_ranks(context, evidence).items()}
 
 
 def _same_size(images: dict[int, torch.Tensor], batch: int) -> Iterator[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +102,14 @@ def _masks(context: Context, name: str, config: MaskConfig, folder: Path, scores
                     said = np.where(label == VOID, 0, label)  # void counts as background here
                     tally[key] += confusion_matrix(truth, said, num_labels)
             yield ordinal, {"mask.png": encode_mask(made.refined)}
-        tally |= {"curve": curve.counts} | {f"judge_{key}": value for key, value in asdict(evidence).items()}
+        tally |= {"curve": curve.counts} | evidence.tally()
 
     tally = over_shards(context, name, folder, mask_splits(context), work)
     if not context.engine.is_main:
         return {}
     _draw(context, name, maps, config, scores)
-    evidence = Evidence(**{f.name: tally[f"judge_{f.name}"] for f in fields(Evidence)})
     results = _results(context, config, folder, tally) if tally["plain"].any() else {}
-    return results | evidence.numbers(context.index.classes)
+    return results | Evidence.of(tally).numbers(context.index.classes, name)
 
 
 def _one(context: Context, maps: StageShards, ordinal: int, config: MaskConfig, scores: Scores) -> _Made:

@@ -106,9 +106,10 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
         rows.append((what, seeds, f"{source}_"))
     for name in MASK_STAGES:
         own = results.get(name, {})
+        at = f" at threshold {own['threshold']}" if "threshold" in own else ""
         for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
             if f"{prefix}miou" in own:
-                rows.append((f"{name} at threshold {own['threshold']}{how}", own, prefix))
+                rows.append((f"{name}{at}{how}", own, prefix))
     own = results.get("evaluate", {})
     for prefix, how in (("plain_", ""), ("crf_", " + CRF")):
         if f"{prefix}miou" in own:

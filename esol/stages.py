@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from esol import affinity_labels, displacement, evaluation, fit, localization, masks
-from esol.config import MASK_STAGES, Config
+from esol import affinity_labels, displacement, evaluation, fit, localization, masks, vote
+from esol.config import MASK_STAGES, VOTERS, Config
 from esol.context import Context
 from esol.data.index import Index
 from esol.engines.base import gather_text
@@ -37,6 +37,11 @@ def _masks(config: Config) -> tuple[str, ...]:
     if given == "auto":
         return tuple(name for name in MASK_STAGES if name in config.stages) or ("seed_masks",)
     return () if given == "truth" else (given,)
+
+
+def _voters(config: Config) -> tuple[str, ...]:
+    """What vote_masks reads: every mask stage of the run, and at least the seeds."""
+    return tuple(name for name in VOTERS if name in config.stages) or VOTERS[:1]
 
 
 def _settings(data: tuple[str, ...], *sections: str) -> Callable[[Config], dict[str, Any]]:
@@ -78,9 +83,9 @@ _TABLE = (
         _inference("localize"),
         localization.localize,
         _SCORED,
-        version=2,
+        version=3,
     ),
-    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, _SCORED, version=2),
+    Stage("seed_masks", _reads("localize"), _inference("seed_masks", "saliency"), masks.seed_masks, _SCORED, version=3),
     Stage("psa_labels", _reads("localize"), _inference("psa_labels"), affinity_labels.psa_labels, _SHARDS, version=2),
     Stage("psa", _reads("classify", "psa_labels"), _pairs("model", "psa"), fit.psa, _WEIGHTS),
     Stage(
@@ -89,7 +94,7 @@ _TABLE = (
         _inference("psa_masks", "seed_masks", "saliency"),
         masks.psa_masks,
         _SCORED,
-        version=2,
+        version=3,
     ),
     Stage("irn_labels", _reads("localize"), _inference("irn_labels"), affinity_labels.irn_labels, _SHARDS, version=2),
     Stage("irn", _reads("classify", "irn_labels"), _pairs("model", "irn"), fit.irn, _WEIGHTS),
@@ -100,10 +105,13 @@ _TABLE = (
         _inference("irn_masks", "seed_masks", "saliency"),
         masks.irn_masks,
         _SCORED,
-        version=2,
+        version=3,
     ),
+    Stage("vote_masks", _voters, _inference(), vote.vote_masks, _SHARDS),
     Stage("segment", _masks, _pairs("segment"), fit.segment, _WEIGHTS),
-    Stage("evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, _SHARDS),
+    Stage(
+        "evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, _SHARDS, version=2
+    ),
 )
 STAGES = {stage.name: stage for stage in _TABLE}
 

@@ -12,6 +12,7 @@ from esol.config import IrnConfig, ModelConfig, PsaConfig
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.irn_net import IrnNet
+from esol.models.phased import PhasedConv2d
 from esol.models.regrid import fuse, regrid
 from esol.optim import build_optimizer
 from esol.schema import build
@@ -94,7 +95,7 @@ def test_every_level_looks_at_its_own_pixels(name: str) -> None:
     for net in (AffinityNet(backbone(name, 8)), IrnNet(backbone(name, 16))):
         net.eval()
         for layer in net.modules():
-            if isinstance(layer, torch.nn.Conv2d):
+            if isinstance(layer, torch.nn.Conv2d | PhasedConv2d):
                 layer.weight.data = layer.weight.data + layer.weight.data.flip(3)
                 layer.weight.data /= layer.weight.data.square().mean().sqrt() * (layer.weight[0].numel() / 2) ** 0.5
         image = torch.randint(0, 256, (1, 3, 65, 97), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 
 from esol.config import Config
 from esol.judging import highest, judged_masks, map_source, remarks
-from esol.localize.judge import Evidence, boundary_contrast
+from esol.localize.judge import WORTH, Evidence, boundary_contrast
 from esol.masks import stand_in
 from esol.schema import build
 
@@ -69,7 +69,9 @@ def test_evidence_counts_what_is_lost_and_what_fills_and_adds_up() -> None:
     assert (numbers["lost_dog"], numbers["lost_cat"]) == (100, 50)
     assert (numbers["filled"], numbers["filled_cow"]) == (25, 100)
     assert numbers["void"] == pytest.approx(100 * (SQUARE > 0).mean() / 3)
-    assert numbers["judge"] == pytest.approx(numbers["contrast"] / 4)
+    assert numbers["judge"] == pytest.approx(numbers["contrast"] * (1 - 0.75**2))
+    walked = both.numbers(("cat", "dog", "cow"), "psa_masks")
+    assert walked == numbers | {"judge": pytest.approx(WORTH["psa_masks"] * numbers["judge"])}
     assert 0 < numbers["agreement"] < 100
     assert Evidence.empty(3).numbers(("cat", "dog", "cow")) == {}
 
@@ -107,8 +109,7 @@ def test_the_highest_judge_is_taken_and_the_run_says_why() -> None:
     assert remarks(config_of(), "seed_masks", results) == []
     assert remarks(config_of(), "psa_masks", results) == [
         "psa_masks: 53.3 % of the labels have no pixel in their photo's mask; the seeds stand in there",
-        "warning: psa_masks made the masks worse than seed_masks's, by the judge (seed_masks 2.500, psa_masks 1.400); "
-        "segment.masks = auto will take seed_masks",
+        "warning: psa_masks made the masks worse than the seeds, by the judge (seed_masks 2.500, psa_masks 1.400)",
     ]
     assert remarks(config_of(), "irn_masks", results) == []
     maps = {"localize": {"write": "cam", "cam_judge": 2.5, "shrink_judge": 2.0}}

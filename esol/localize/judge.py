@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from esol.metrics import VOID, Counts, confusion_matrix, score
 
 FILLED = 0.995  # share of a photo that a class has to cover to count as filling it
+# What masks of equal contrast are worth against the CAM's and the seeds': edges say nothing of whether the object is
+# whole, which is what decide adds, and a grid of stride 8 follows fewer of them (benchmarks/RESULTS.md, "Transfer")
+WORTH = {"decide": 1.03, "expand": 1.03, "shrink": 1.03, "vote_masks": 1.05, "psa_masks": 1.2}
 _FINE = 10**6  # contrasts are counted in millionths: whole numbers add up alike in any order
 
 Label = NDArray[np.uint8]
@@ -53,6 +56,15 @@ class Evidence:
         labelled, lost, filled, totals = (np.zeros(size, np.int64) for size in (classes, classes, classes, 4))
         return cls(labelled, lost, filled, totals, np.zeros((classes + 1, classes + 1), np.int64))
 
+    @classmethod
+    def of(cls, tally: Mapping[str, Counts]) -> Evidence:
+        """What `tally` made, summed over shards."""
+        return cls(**{f.name: tally[f"judge_{f.name}"] for f in fields(cls)})
+
+    def tally(self) -> dict[str, Counts]:
+        """The counts, as an inference stage keeps them of every shard."""
+        return {f"judge_{f.name}": getattr(self, f.name) for f in fields(self)}
+
     def add(
         self, image: Label, mask: Label, classes: Sequence[int], lost: Sequence[int] = (), seeds: Label | None = None
     ) -> None:
@@ -72,11 +84,11 @@ class Evidence:
             said = np.where(mask == VOID, np.uint8(0), mask)
             self.agreement += confusion_matrix(seeds, said, len(self.agreement))
 
-    def numbers(self, names: Sequence[str]) -> dict[str, float]:
+    def numbers(self, names: Sequence[str], stage: str = "") -> dict[str, float]:
         """judge, contrast, and lost, filled, void and agreement in percent; lost and filled by class where there are.
 
-        judge, by which stages are ranked: the contrast times the share of labels that are neither lost nor fill the
-        photo. Nothing where no photo has a label.
+        judge, by which stages are ranked: contrast * (1 - x^2) * WORTH[stage], x the share of labels that are lost or
+        fill their photo: a few are small objects, many are a stage astray. Nothing where no photo has a label.
         """
         photos, contrast, void, pixels = self.totals.tolist()
         if not photos:
@@ -84,7 +96,7 @@ class Evidence:
         labelled, lost, filled = (int(x.sum()) for x in (self.labelled, self.lost, self.filled))
         mean = contrast / _FINE / photos
         found = {
-            "judge": mean * (1 - (lost + filled) / labelled),
+            "judge": mean * (1 - ((lost + filled) / labelled) ** 2) * WORTH.get(stage, 1),
             "contrast": mean,
             "lost": 100 * lost / labelled,
             "filled": 100 * filled / labelled,

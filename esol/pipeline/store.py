@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esol.config import IRN, MAIN_LINE, PSA, SEGMENT, Config
+from esol.config import IRN, MAIN_LINE, PSA, SEGMENT, VOTE, Config
 from esol.errors import CheckpointError, ConfigError, EsolError
 from esol.files import atomic_write, sha256
 from esol.progress import progress
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FORMAT = "esol-stage 2"
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
-_ORDER = (*MAIN_LINE, *PSA, *IRN, *SEGMENT)
+_ORDER = (*MAIN_LINE, *PSA, *IRN, *VOTE, *SEGMENT)
 _MANY = 100  # files whose check may take more than a few seconds
 _hashes: dict[tuple[str, int, int, int], str] = {}  # path, inode, size, nanoseconds of the last change -> sha256
 

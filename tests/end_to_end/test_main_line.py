@@ -86,7 +86,7 @@ def test_localized_shards_mirror_the_input(one: Path, shard_set: Path) -> None:
 
 def test_pseudo_masks_are_palette_pngs_of_the_photos_size(one: Path, shard_set: Path) -> None:
     source = Index.load(str(shard_set))
-    for stage in ("seed_masks", "psa_masks", "irn_masks"):
+    for stage in ("seed_masks", "psa_masks", "irn_masks", "vote_masks"):
         made = Index.load(str(one / stage))
         assert made.classes == source.classes
         for ordinal in range(len(made)):
@@ -111,7 +111,7 @@ def test_evaluate_predicts_its_split_and_says_what_the_score_stands_on(
     assert results["crf_miou"] == pytest.approx(100 * score(confusion).miou)
     again = launch(PLAIN, config)
     assert f"| DeepLab, learned from irn_masks + CRF | val | {results['crf_miou']:.2f} | " in again.stdout
-    assert again.stdout.count("| random |") == 12  # every mIoU
+    assert again.stdout.count("| random |") == 13  # every mIoU
     assert "| seeds of decide, best threshold" in again.stdout
 
 

@@ -36,7 +36,7 @@ tracking: {every: 2, pictures: 3}
 """
 MAIN_LINE = ["classify", "decide", "expand", "shrink", "localize", "seed_masks"]
 STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
-STAGES += ["segment", "evaluate"]
+STAGES += ["vote_masks", "segment", "evaluate"]
 TRAINING = ["classify", "decide", "expand", "shrink", "psa", "irn", "segment"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]

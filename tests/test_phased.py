@@ -1,0 +1,54 @@
+"""Depthwise convolutions of a wide dilation: as the plain ones, gradients included, under the same names."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.phased import unphase
+from esol.config import ModelConfig
+from esol.models.backbones import build_backbone
+from esol.models.phased import PhasedConv2d, phase_wide_dilations
+from esol.schema import build
+
+
+@pytest.mark.parametrize(("side", "dilation", "size"), [(5, 4, (28, 28)), (3, 8, (9, 30)), (7, 4, (3, 1))])
+def test_it_is_the_plain_convolution_and_its_gradients(side: int, dilation: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6, side, 1, dilation * (side // 2), dilation, groups=6).double()
+    given = torch.randn(2, 6, *size, dtype=torch.float64)
+    found = []
+    for module in (conv, PhasedConv2d(conv)):
+        x = given.clone().requires_grad_()
+        y = module(x)
+        parts = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), [x, *conv.parameters()])
+        found.append([y.detach(), *parts])
+    for plain, phased in zip(*found, strict=True):
+        assert phased.shape == plain.shape
+        assert torch.allclose(phased, plain, rtol=1e-12, atol=1e-9)
+
+
+def test_only_wide_depthwise_ones_are_replaced_and_names_stay() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 5, padding=8, dilation=4, groups=8, bias=False),
+        nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8),
+        nn.Conv2d(8, 8, 5, padding=8, dilation=4),
+        nn.Conv2d(8, 8, 5, stride=2, padding=8, dilation=4, groups=8),
+        nn.Conv2d(8, 8, 5, padding=0, dilation=4, groups=8),
+    )
+    names, drawn = list(net.state_dict()), torch.random.get_rng_state()
+    phase_wide_dilations(net)
+    assert [type(layer) for layer in net] == [PhasedConv2d, *[nn.Conv2d] * 4]
+    assert list(net.state_dict()) == names
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_a_backbone_of_stride_8_has_some_and_its_features_are_what_they_were() -> None:
+    model = {"backbone": "timm:tf_efficientnet_lite0", "weights": "none", "output_stride": 8, "freeze": "all"}
+    net = build_backbone(build(ModelConfig, model)).eval()
+    phased = [module for module in net.modules() if isinstance(module, PhasedConv2d)]
+    assert len(phased) == 3
+    image = torch.randint(0, 256, (1, 3, 75, 101), dtype=torch.uint8)
+    features = net(image)
+    unphase(net)
+    assert not any(isinstance(module, PhasedConv2d) for module in net.modules())
+    assert torch.allclose(net(image), features, rtol=1e-4, atol=1e-5)
