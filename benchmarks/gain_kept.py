@@ -34,8 +34,13 @@ CHAINS = {
     "decide, Expansion": (("decide", "expand"), 0.33),
     "decide, Expansion, Shrinkage": (("decide", "expand", "shrink"), 0.30),
 }
-ROWS = (("seeds", "seed_masks"), ("PSA", "psa_masks"), ("IRN", "irn_masks"), ("vote", "vote_masks"))
-ROWS = (*ROWS, ("DeepLab", "evaluate"))
+ROWS = (
+    ("seeds", "seed_masks"),
+    ("PSA", "psa_masks"),
+    ("IRN", "irn_masks"),
+    ("vote", "vote_masks"),
+    ("DeepLab", "evaluate"),
+)
 
 
 def settings(threshold: float) -> list[str]:

@@ -1,6 +1,8 @@
 """Depthwise convolutions of a wide dilation on a CPU: phase by phase against PyTorch's own, in one run, in turns.
 
-python -m benchmarks.phased
+    python -m benchmarks.phased
+
+The last row is a whole backbone as PSA and DeepLab have it, with random weights.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import machine, table
+from benchmarks.common import interleaved, machine, ratio, table
 from esol.config import BackboneConfig
 from esol.models.backbones import build_backbone
 from esol.models.phased import PhasedConv2d
@@ -21,16 +23,22 @@ SHAPES = ((1152, 5, 4), (1152, 3, 8), (1152, 7, 4), (672, 5, 2), (1152, 3, 4))  
 ROUNDS = 5
 
 
-def seconds(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Median of each way's seconds, in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            way()
-            if turn:  # the first one warms up
-                taken[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(each) for name, each in taken.items()}
+def timed(way: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], float]:
+    """A call of way(x) that returns its milliseconds; one went before it."""
+    way(x)
+
+    def call() -> float:
+        begun = time.perf_counter()
+        way(x)
+        return 1e3 * (time.perf_counter() - begun)
+
+    return call
+
+
+def row(what: str, dtype: torch.dtype, plain: nn.Module, phased: nn.Module, x: Tensor) -> list[object]:
+    """One line of the table."""
+    found = interleaved({"plain": timed(plain, x), "phased": timed(phased, x)}, ROUNDS)
+    return [what, str(dtype)[6:], *(statistics.median(f) for f in found.values()), ratio(found, "plain", "phased")]
 
 
 @torch.no_grad()
@@ -39,21 +47,17 @@ def main() -> None:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for channels, side, dilation in SHAPES:
-            plain = nn.Conv2d(channels, channels, side, 1, dilation * (side // 2), dilation, channels, bias=False)
-            plain = plain.to(dtype)
-            phased = PhasedConv2d(plain)
+            padding = dilation * (side // 2)
+            plain = nn.Conv2d(channels, channels, side, 1, padding, dilation, channels, bias=False).to(dtype)
             x = torch.randn(8, channels, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            took = seconds({"plain": lambda c=plain, x=x: c(x), "phased": lambda c=phased, x=x: c(x)})  # type: ignore[misc]
-            what = f"{channels} channels, {side}x{side}, dilation {dilation}, padding {plain.padding[0]}"
-            rows.append([what, str(dtype)[6:], *(1e3 * t for t in took.values()), took["plain"] / took["phased"]])
+            what = f"{channels} channels, {side}x{side}, dilation {dilation}, padding {padding}"
+            rows.append(row(what, dtype, plain, PhasedConv2d(plain), x))
     config = BackboneConfig("timm:tf_efficientnet_lite0", weights="none", output_stride=8, freeze="all")
     net, bare = build_backbone(config).eval(), build_backbone(config).eval()
     unphase(bare)
     image = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
-        took = seconds({"plain": lambda: bare(image), "phased": lambda: net(image)})
-    what = "EfficientNet-Lite0 at stride 8, eight photos of 224"
-    rows.append([what, "bfloat16", *(1e3 * t for t in took.values()), took["plain"] / took["phased"]])
+        rows.append(row("EfficientNet-Lite0 at stride 8, eight photos of 224", torch.bfloat16, bare, net, image))
     print(f"{machine()}, one thread\n\n{table(('what', 'precision', 'plain, ms', 'phased, ms', 'ratio'), rows)}")
 
 

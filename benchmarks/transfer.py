@@ -1,4 +1,4 @@
-"""How the shipped recipe does on photos that it was not found on: many sets, one table each, nothing tuned.
+"""How the shipped recipe does on many sets of photos and scenes, as it stands: a column of one table each.
 
     ESOL_WEIGHTS=weights python -m benchmarks.transfer --data DATA --seeds 0
 
@@ -10,17 +10,14 @@ Photos' labels choose everything, masks only score. What has finished is not run
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +27,7 @@ import torch
 
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT, spread
+from benchmarks.transfer_sets import SCALES, SETS, TransferSet
 from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, VOTE, CrfConfig, SeedMasksConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -37,7 +35,7 @@ from esol.data.transforms import decode, decode_mask
 from esol.judging import SAMPLED, highest
 from esol.localize.class_maps import ClassMaps, class_maps
 from esol.localize.dense_crf import mean_field, unary_from_labels
-from esol.localize.judge import Evidence
+from esol.localize.judge import WORTH, Evidence
 from esol.localize.pseudo_labels import mask_threshold, pseudo_mask
 from esol.localize.thresholds import auto_threshold
 from esol.metrics import VOID, Counts, confusion_matrix, score
@@ -45,144 +43,18 @@ from esol.networks import trained_cam
 from esol.pipeline import store
 from esol.progress import progress
 from esol.report import SOURCES
-from shards.coco import coco_source
-from shards.folder import folder_source
-from shards.samples import Source
-from shards.synthetic import synthetic_source
-from shards.voc import voc_source
-from shards.voc_xml import labels_of
 from shards.writer import create
 
-ANIMALS = ("cat", "cow", "dog", "horse", "person", "sheep")
-MASKS = "SegmentationClassAug"
 STAGES = (*MAIN_LINE, *PSA, *IRN, *VOTE)
 SCORED = 60  # photos by which seeds with the CRF are scored, and the final masks against them
 TIMED = 10  # photos by which the time of auto and the judge is measured
+WORTHS = [  # candidates for what a stage is worth, of which the other sets' pairs choose
+    {"decide": maps, "expand": maps, "shrink": maps, "vote_masks": vote, "psa_masks": psa}
+    for maps, vote, psa in product((1, 1.01, 1.02, 1.03, 1.04, 1.05), (1, 1.05, 1.1), (1, 1.1, 1.2, 1.3))
+]
 GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)  # thresholds of which the best is known to the truth alone
 SHARD = 32  # samples
 Row = dict[str, Any]
-Choice = Callable[[dict[str, set[str]]], list[str]]  # of ids, given the labels of all
-
-
-@dataclass(frozen=True)
-class TransferSet:
-    """A set: source(data, scratch) makes it; photos: it counts in the targets; overrides: which splits it has."""
-
-    source: Callable[[Path, Path], Source]
-    photos: bool = False
-    overrides: tuple[str, ...] = ()
-
-
-def _animals(data: Path, scratch: Path, classes: Sequence[str], choose: Choice) -> Source:
-    """Photos of voc-animals' train_aug that `choose` takes, given the labels of all in an order drawn once."""
-    root = data / "voc-animals"
-    ids = (ROOT / "configs/voc-animals/train_aug.txt").read_text().split()
-    random.Random(0).shuffle(ids)
-    known = {i: set(labels_of(f"{root}/Annotations/{i}.xml")) & set(classes) for i in ids}
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "train.txt").write_text("".join(f"{i}\n" for i in sorted(choose(known))))
-    return voc_source(str(root), ["train"], classes, masks=MASKS, ids_dir=str(scratch), long_side=320)
-
-
-def _first(count: int) -> Choice:
-    return lambda known: list(known)[:count]
-
-
-def _of_each(count: int) -> Choice:
-    """So many photos with each class alone."""
-
-    def choose(known: dict[str, set[str]]) -> list[str]:
-        each = {
-            name: [i for i, own in known.items() if own == {name}][:count]
-            for name in sorted(set().union(*known.values()))
-        }
-        return [i for ids in each.values() for i in ids]
-
-    return choose
-
-
-def _with_and_without(count: int) -> Choice:
-    return lambda known: [i for i in known if known[i]][:count] + [i for i in known if not known[i]][:count]
-
-
-def _all_animals(data: Path, scratch: Path) -> Source:
-    lists = str(ROOT / "configs/voc-animals")
-    return voc_source(
-        str(data / "voc-animals"),
-        ["train_aug", "train"],
-        ANIMALS,
-        masks="SegmentationClassAug",
-        ids_dir=lists,
-        long_side=320,
-    )
-
-
-def _tiles(data: Path, scratch: Path) -> Source:
-    """Folders by class as a labels.csv; `free` has no defect, so that its label is empty."""
-    root, rows = data / "magnetic-tiles", []
-    for folder in sorted((root / "images").iterdir()):
-        rows += [
-            (f"{folder.name}/{p.name}", "" if folder.name == "free" else folder.name) for p in sorted(folder.iterdir())
-        ]
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name in ("images", "masks"):
-        (scratch / name).unlink(missing_ok=True)
-        (scratch / name).symlink_to((root / name).absolute(), target_is_directory=True)
-    with (scratch / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "labels"), *rows])
-    return folder_source(str(scratch))
-
-
-def _scenes(classes: int, count: int) -> TransferSet:
-    """Scenes to learn from; masks are made of at most 100 others, which are scored."""
-    splits = ("data.mask_split=val", "data.score_split=val") if count > 100 else ()
-    held = 100 if count > 100 else 0
-    return TransferSet(lambda data, scratch: synthetic_source(count, held, 192, classes=classes), overrides=splits)
-
-
-def _coco(data: Path, scratch: Path) -> Source:
-    root = data / "coco-tiny"
-    pairs = [(str(root / name), str(root / f"annotations/instances_{name}.json")) for name in ("train2017", "val2017")]
-    return coco_source([p[0] for p in pairs], [p[1] for p in pairs], ["train", "val"])
-
-
-def _more_classes(source: Source, count: int) -> Source:
-    """Classes behind the others that no photo shows."""
-    return replace(source, classes=(*source.classes, *(f"never-{i}" for i in range(count))))
-
-
-def _twice(source: Source) -> Source:
-    again = "-again"
-
-    def read(key: str) -> dict[str, bytes]:
-        sample = source.read(key.removesuffix(again))
-        return {**sample, "__key__": key}  # type: ignore[dict-item]  # webdataset's own is text
-
-    return replace(source, splits={n: [*k, *(f"{i}{again}" for i in k)] for n, k in source.splits.items()}, read=read)
-
-
-SETS: dict[str, TransferSet] = {
-    "animals-3131": TransferSet(
-        _all_animals, True, ("data.train_split=train_aug", "data.mask_split=train", "data.score_split=train")
-    ),
-    "animals-400": TransferSet(lambda data, at: _animals(data, at, ANIMALS, _first(400)), True),
-    "animals-60": TransferSet(lambda data, at: _animals(data, at, ("cow", "dog", "horse"), _of_each(20)), True),
-    "three-classes": TransferSet(lambda data, at: _animals(data, at, ("cat", "dog", "sheep"), _of_each(80)), True),
-    "cat-or-not": TransferSet(lambda data, at: _animals(data, at, ("cat",), _with_and_without(120)), True),
-    "tiles": TransferSet(_tiles),
-    **{f"scenes-{c}-{n}": _scenes(c, n) for n in (100, 1000) for c in (5, 10, 20)},
-    "coco-tiny": TransferSet(_coco),
-}
-# animals-400 with something changed that must not matter; --scales compares their seeds
-SCALES: dict[str, TransferSet] = {
-    "animals-400": SETS["animals-400"],
-    "60 classes more": TransferSet(lambda data, at: _more_classes(SETS["animals-400"].source(data, at), 60)),
-    "every photo twice": TransferSet(lambda data, at: _twice(SETS["animals-400"].source(data, at))),
-    "half the batch": TransferSet(
-        SETS["animals-400"].source,
-        overrides=tuple(f"{stage}.global_batch=8" for stage in ("classify", "decide", "expand", "shrink")),
-    ),
-}
 
 
 def run(
@@ -310,17 +182,31 @@ def _masks(
     return {which: number[q.argmax(0)].to(torch.uint8).numpy() for which, q in zip(thresholds, made, strict=True)}
 
 
-def pairs(row: Row) -> list[bool]:
-    """Of every two stages that differ by more than two points: whether the judge orders them so."""
+def pairs(row: Row, worth: Mapping[str, float] = WORTH) -> list[bool]:
+    """Of every two stages that differ by more than two points: whether the judge orders them so, by that worth."""
     results, seeds = row["results"], row["seeds"]
-    maps = [(results["localize"][f"{source}_judge"], seeds[source]["auto"]) for source in SOURCES]
-    masks = [(results[stage]["judge"], results[stage]["crf_miou"]) for stage in MASK_STAGES]
+
+    def judged(stage: str, number: float) -> float:
+        return number / WORTH.get(stage, 1) * worth.get(stage, 1)
+
+    maps = [(judged(s, results["localize"][f"{s}_judge"]), seeds[s]["auto"]) for s in SOURCES]
+    masks = [(judged(s, results[s]["judge"]), results[s]["crf_miou"]) for s in MASK_STAGES]
     return [
         (a[0] > b[0]) == (a[1] > b[1])
         for group in (maps, masks)
         for a, b in combinations(group, 2)
         if abs(a[1] - b[1]) > 2
     ]
+
+
+def left_out(rows: dict[str, list[Row]]) -> list[bool]:
+    """The pairs of every set by the worth that orders most pairs of the other sets, the first of equal ones."""
+    found: list[bool] = []
+    for name, own in rows.items():
+        others = [row for other, each in rows.items() if other != name for row in each]
+        best = max(WORTHS, key=lambda worth: sum(ok for row in others for ok in pairs(row, worth)))
+        found += [ok for row in own for ok in pairs(row, best)]
+    return found
 
 
 def summary(row: Row) -> Row:
@@ -353,7 +239,7 @@ def tables(rows: dict[str, list[Row]]) -> str:
     for key in keys:
         cells = [[own[key] for own in each] for each in found.values()]
         body.append([key, *(", ".join(dict.fromkeys(c)) if isinstance(c[0], str) else spread(c) for c in cells)])
-    judged = [ok for own in rows.values() for row in own for ok in pairs(row)]
+    judged, bare = ([ok for own in rows.values() for row in own for ok in pairs(row, by)] for by in (WORTH, {}))
     photos = {name: own for name, own in found.items() if SETS[name].photos}
 
     def over(each: Iterable[list[Row]], key: str) -> list[float]:
@@ -363,7 +249,9 @@ def tables(rows: dict[str, list[Row]]) -> str:
     lines = [
         table(("mIoU", *found), body),
         "",
-        f"The judge orders {sum(judged)} of {len(judged)} pairs that differ by more than 2 points as the truth does.",
+        f"The judge orders {sum(judged)} of {len(judged)} pairs that differ by more than 2 points as the truth does; "
+        f"{sum(bare)} by contrast and lost labels alone, "
+        f"{sum(left_out(rows))} by what the other sets say that a stage is worth.",
     ]
     if photos:
         gain, short = (over(photos.values(), f"final - {of}") for of in (f"CAM + CRF, {SCORED} photos", "best"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from esol.config import MASK_STAGES, Config, SeedMasksConfig
+from esol.config import MASK_STAGES, WALKS, Config, SeedMasksConfig
 from esol.context import Context, Results
 from esol.engines.base import gather_text
 from esol.inference import mask_splits, photo
@@ -18,7 +18,6 @@ from esol.localize.judge import Evidence
 from esol.localize.pseudo_labels import pseudo_mask
 from esol.pipeline import store
 
-WALKS = ("psa_masks", "irn_masks")
 SAMPLED = 64  # photos by which localize.write = auto chooses: maps of all stages and their CRF cost a second a photo
 
 

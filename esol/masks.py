@@ -21,7 +21,7 @@ from esol.localize.judge import Evidence, Label
 from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
 from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
 from esol.localize.seeds import best_class
-from esol.metrics import VOID, ThresholdCurve, confusion_matrix, score
+from esol.metrics import VOID, Score, ThresholdCurve, confusion_matrix, score
 from esol.models import affinity_net, irn_net
 from esol.models.regrid import on_grid
 from esol.networks import trained_affinity_net, trained_irn_net
@@ -178,8 +178,13 @@ def _results(context: Context, config: MaskConfig, folder: Path, tally: Tally) -
     if config.crf.iterations:
         results |= entries("crf_", last)
     results |= {"best_threshold": best.threshold, "best_miou": 100 * best.miou}
+    return results | by_class(context, last)
+
+
+def by_class(context: Context, last: Score) -> Results:
+    """What a score of the written masks stands on, and the IoU of every class in percent."""
     names = ("background", *context.index.classes)
-    results |= stands_on(context.config.data.score_split, context.config.model)
+    results = stands_on(context.config.data.score_split, context.config.model)
     return results | {f"iou_{name}": 100 * float(iou) for name, iou in zip(names, last.iou, strict=True)}
 
 

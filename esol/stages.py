@@ -31,17 +31,17 @@ def _reads(*needed: str, optional: tuple[str, ...] = ()) -> Callable[[Config], t
     return lambda config: (*needed, *(name for name in optional if name in config.stages))
 
 
+def _any_of(names: tuple[str, ...]) -> Callable[[Config], tuple[str, ...]]:
+    """Those of the stages that the run has, and the first of them at least."""
+    return lambda config: tuple(name for name in names if name in config.stages) or names[:1]
+
+
 def _masks(config: Config) -> tuple[str, ...]:
     """What segment reads: the masks that it is told to learn from, or all that the judge chooses from."""
     given = config.segment.masks
     if given == "auto":
-        return tuple(name for name in MASK_STAGES if name in config.stages) or ("seed_masks",)
+        return _any_of(MASK_STAGES)(config)
     return () if given == "truth" else (given,)
-
-
-def _voters(config: Config) -> tuple[str, ...]:
-    """What vote_masks reads: every mask stage of the run, and at least the seeds."""
-    return tuple(name for name in VOTERS if name in config.stages) or VOTERS[:1]
 
 
 def _settings(data: tuple[str, ...], *sections: str) -> Callable[[Config], dict[str, Any]]:
@@ -107,7 +107,7 @@ _TABLE = (
         _SCORED,
         version=3,
     ),
-    Stage("vote_masks", _voters, _inference(), vote.vote_masks, _SHARDS),
+    Stage("vote_masks", _any_of(VOTERS), _inference(), vote.vote_masks, _SHARDS),
     Stage("segment", _masks, _pairs("segment"), fit.segment, _WEIGHTS),
     Stage(
         "evaluate", _reads("segment"), _settings(("eval_split",), "evaluate"), evaluation.evaluate, _SHARDS, version=2

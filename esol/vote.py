@@ -13,9 +13,9 @@ from esol.config import VOTERS
 from esol.context import Context, Results
 from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.judging import judged_masks
-from esol.localization import entries, save_sheet, stands_on
+from esol.localization import entries, save_sheet
 from esol.localize.judge import Evidence, Label
-from esol.masks import stand_in
+from esol.masks import by_class, stand_in
 from esol.metrics import VOID, confusion_matrix, score
 from esol.pipeline import store
 from esol.report import paint
@@ -55,9 +55,7 @@ def vote_masks(context: Context, folder: Path) -> Results:
     results: Results = {}
     if tally["crf"].any():
         found = score(tally["crf"])
-        results = entries("crf_", found) | stands_on(context.config.data.score_split, context.config.model)
-        for name, iou in zip(("background", *context.index.classes), found.iou, strict=True):
-            results[f"iou_{name}"] = 100 * float(iou)
+        results = entries("crf_", found) | by_class(context, found)
     return results | Evidence.of(tally).numbers(context.index.classes, "vote_masks")
 
 
