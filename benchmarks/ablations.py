@@ -30,7 +30,7 @@ from benchmarks.chains import (
 from benchmarks.common import machine, table
 from benchmarks.frozen_line import REACH, Evidence
 from benchmarks.main_line import arguments, spread
-from esol.metrics import ThresholdCurve
+from esol.ops.metrics import ThresholdCurve
 
 CAM, LONGER, CLIP, EXPAND = "CAM", "CAM, as many steps more", "clipping alone", "Expansion"
 SHRINK, ALONE = "Expansion, Shrinkage of the mean", "Shrinkage of the mean alone"

@@ -23,9 +23,9 @@ from benchmarks.common import machine, table
 from benchmarks.frozen_line import Evidence, FrozenLine, Photo
 from benchmarks.main_line import arguments, spread
 from esol import config as configuration
-from esol.localize.seeds import best_class
+from esol.base.progress import progress
 from esol.networks import build_net
-from esol.progress import progress
+from esol.ops.seeds import best_class
 
 EPOCHS = 30  # over the photos of a fold
 

@@ -19,14 +19,14 @@ from benchmarks.frozen_line import Evidence, FrozenLine, plan_of, unseen
 from benchmarks.main_line import of_seed, run
 from benchmarks.variants import FieldPerClass, Following, Further, Readout, Regions
 from esol import config as configuration
+from esol.base.schema import fingerprint
 from esol.config import Config, Duration, TrainConfig
 from esol.data.index import Index
 from esol.fit import total_steps
-from esol.metrics import ThresholdCurve
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.networks import build_net, trained_net
-from esol.schema import fingerprint
+from esol.ops.metrics import ThresholdCurve
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand

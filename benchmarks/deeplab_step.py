@@ -34,9 +34,9 @@ from esol.data.reader import ShardReader
 from esol.data.transforms import Crop, decode, decode_mask, training_crop
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.optim import build_optimizer, learning_rate
-from esol.tasks.base import Batch
 from esol.tasks.segment import Segment
+from esol.training.optim import build_optimizer, learning_rate
+from esol.training.task import Batch
 
 
 def main() -> None:

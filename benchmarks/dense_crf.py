@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import interleaved, machine, ratio, table
-from esol.localize import dense_crf
-from esol.localize.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
+from esol.ops import dense_crf
+from esol.ops.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
 
 IRN: dict[str, float] = {
     "gaussian_sxy": 3,

@@ -30,7 +30,7 @@ import psutil  # accelerate brings it
 
 from benchmarks.common import machine, table
 from benchmarks.nodes import Nodes, kill_tree
-from esol.files import sha256
+from esol.base.files import sha256
 
 ROOT = Path(__file__).parents[1]
 EVERY = 5  # steps between checkpoints

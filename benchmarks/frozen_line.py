@@ -19,22 +19,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from esol.base.progress import progress
 from esol.config import Config, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode, decode_mask
-from esol.localize.class_maps import ClassMaps, class_maps
-from esol.localize.seeds import best_class
-from esol.metrics import ThresholdCurve
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.regrid import to_grid
-from esol.optim import build_optimizer, learning_rate
-from esol.progress import progress
-from esol.tasks.base import Batch, Task
-from esol.tasks.losses import absence_weights
+from esol.ops.class_maps import ClassMaps, class_maps
+from esol.ops.metrics import ThresholdCurve
+from esol.ops.seeds import best_class
+from esol.training.losses import absence_weights
+from esol.training.optim import build_optimizer, learning_rate
+from esol.training.task import Batch, Task
 
 
 class Remembered(nn.Module):

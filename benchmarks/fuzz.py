@@ -42,15 +42,15 @@ from PIL import Image
 from benchmarks.common import machine, table
 from benchmarks.fuzz_kinds import CONTENT, FILES, NAME, make_set
 from benchmarks.fuzz_sources import SOURCES
+from esol.base.errors import DataError, EsolError
+from esol.base.progress import progress
 from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.transforms import Crop, decode, decode_mask
-from esol.errors import DataError, EsolError
-from esol.localize.pairs import pair_labels, pair_offsets
-from esol.metrics import confusion_matrix
-from esol.progress import progress
+from esol.ops.metrics import confusion_matrix
+from esol.ops.pairs import pair_labels, pair_offsets
 from shards.samples import encode_mask, encode_png
 from shards.verify import verify
 

@@ -309,9 +309,9 @@ def _model(folder: Path) -> Path:
     import torch
 
     from esol.config import BackboneConfig, CrfConfig
+    from esol.deploy.segmenter import ModelInfo, write_model
     from esol.models.backbones import build_backbone
     from esol.models.deeplab import DeepLab
-    from esol.segmenter import ModelInfo, write_model
 
     torch.manual_seed(0)
     net = DeepLab(build_backbone(BackboneConfig("small", "none", output_stride=8)), len(CLASSES) + 1, (6, 12))
@@ -369,8 +369,8 @@ class PredictKind:
     change: Callable[[Path, Rng], None]
 
     def __call__(self, scratch: Path, rng: Rng) -> tuple[str, str]:
-        from esol.errors import EsolError
-        from esol.predict import predict
+        from esol.base.errors import EsolError
+        from esol.deploy.predict import predict
 
         root, out = scratch / "photos", scratch / "out"
         root.mkdir()

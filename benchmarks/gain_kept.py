@@ -22,8 +22,8 @@ from esol.config import IRN, PSA, SEGMENT
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode_mask
-from esol.localize.thresholds import background_power, power_threshold
-from esol.metrics import VOID, Counts, confusion_matrix, score
+from esol.ops.metrics import VOID, Counts, confusion_matrix, score
+from esol.ops.thresholds import background_power, power_threshold
 
 Results = dict[str, dict[str, Any]]
 BEHIND = ("seed_masks", *PSA, *IRN, *SEGMENT)

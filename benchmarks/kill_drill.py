@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil  # accelerate brings it
 
 from benchmarks.common import machine, table
-from esol.files import sha256
+from esol.base.files import sha256
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -21,7 +21,7 @@ from esol import config as configuration
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.report import heat, paint, sheet
+from esol.report.pictures import heat, paint, sheet
 
 STAGES = "stages=[classify, expand, shrink, localize, seed_masks]"
 LAST = "localize.write=last"  # the maps that the knobs turn, not those that the judge prefers

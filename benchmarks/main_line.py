@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import machine, table
 from esol import config as configuration
 from esol.config import MAIN_LINE
-from esol.report import SOURCES
+from esol.ops.class_maps import SOURCES
 
 ROOT = Path(__file__).parents[1]
 STAGES = MAIN_LINE[: MAIN_LINE.index("localize") + 1]

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import esol.localize.random_walk as walk_module
+import esol.ops.random_walk as walk_module
 from benchmarks.common import interleaved, machine, table
-from esol.localize.pairs import boundary_affinity, pair_offsets, pair_windows
-from esol.localize.random_walk import random_walk
+from esol.ops.pairs import boundary_affinity, pair_offsets, pair_windows
+from esol.ops.random_walk import random_walk
 
 RADIUS, BETA, SQUARINGS, CLASSES = 5, 10, 8, 2
 VOC_GRID = (94, 125)  # a quarter of 375 x 500

@@ -25,29 +25,29 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import interleaved
-from esol.checkpoint import Checkpointer
+from esol.base.files import sha256
+from esol.base.progress import progress
 from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig, load
 from esol.engines import make_engine
 from esol.engines.base import Engine
 from esol.engines.watchdog import _BEAT, Watchdog
-from esol.files import sha256
-from esol.loop import StopSignal, train
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.expansion import Expansion
 from esol.models.irn_net import IrnNet
 from esol.networks import build_net
-from esol.optim import build_optimizer
-from esol.progress import progress
 from esol.tasks.affinity import Affinity
-from esol.tasks.base import Batch, Task
 from esol.tasks.classify import Classify
 from esol.tasks.expand import Expand
 from esol.tasks.irn import Irn
 from esol.tasks.segment import Segment
 from esol.tasks.shrink import Shrink
-from esol.tracking import Tracker
+from esol.tracking.tracker import Tracker
+from esol.training.checkpoint import Checkpointer
+from esol.training.loop import StopSignal, train
+from esol.training.optim import build_optimizer
+from esol.training.task import Batch, Task
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("classify", "expand", "shrink", "psa", "irn", "segment")

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.common import machine
 from esol.config import Config, DataConfig
-from esol.tracking import Tracker
+from esol.tracking.tracker import Tracker
 
 METRICS = ("loss", "lr", "grad_norm", "images_per_second", "step_seconds", "data_wait_seconds", "peak_memory_mib")
 

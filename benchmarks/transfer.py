@@ -28,21 +28,20 @@ import torch
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT, spread
 from benchmarks.transfer_sets import SCALES, SETS, TransferSet
+from esol.base.progress import progress
 from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, VOTE, CrfConfig, SeedMasksConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.judging import SAMPLED, highest
-from esol.localize.class_maps import ClassMaps, class_maps
-from esol.localize.dense_crf import mean_field, unary_from_labels
-from esol.localize.judge import WORTH, Evidence
-from esol.localize.pseudo_labels import mask_threshold, pseudo_mask
-from esol.localize.thresholds import auto_threshold
-from esol.metrics import VOID, Counts, confusion_matrix, score
 from esol.networks import trained_cam
+from esol.ops.class_maps import SOURCES, ClassMaps, class_maps
+from esol.ops.dense_crf import mean_field, unary_from_labels
+from esol.ops.metrics import VOID, Counts, confusion_matrix, score
+from esol.ops.pseudo_labels import mask_threshold, pseudo_mask
+from esol.ops.thresholds import auto_threshold
 from esol.pipeline import store
-from esol.progress import progress
-from esol.report import SOURCES
+from esol.pipeline.judging import SAMPLED, highest
+from esol.report.judge import WORTH, Evidence
 from shards.writer import create
 
 STAGES = (*MAIN_LINE, *PSA, *IRN, *VOTE)

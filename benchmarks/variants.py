@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from esol.config import ExpandConfig, ShrinkConfig
 from esol.models.cam_net import CamNet, pool
 from esol.models.expansion import Decision, Expansion, Shrinkage
-from esol.tasks.base import Batch, ParameterGroup
-from esol.tasks.head import HeadTask
-from esol.tasks.losses import classification_and_area, classification_loss
 from esol.tasks.shrink import Shrink
+from esol.training.head import HeadTask
+from esol.training.losses import classification_and_area, classification_loss
+from esol.training.task import Batch, ParameterGroup
 
 
 class Readout(HeadTask):

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esol.context import Context, Results
-from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import save_sheet
-from esol.localize import pseudo_labels
-from esol.metrics import VOID
-from esol.report import paint
+from esol.ops import pseudo_labels
+from esol.ops.metrics import VOID
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
+from esol.report.pictures import paint
 from shards.samples import encode_mask
 
 Synthesis = Callable[[Tensor, Tensor, Tensor], Tensor]

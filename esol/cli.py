@@ -6,37 +6,38 @@ import argparse
 import sys
 from pathlib import Path
 
-from esol import exits
+from esol.base import exits
 
 
 def _report(args: argparse.Namespace) -> int:
-    from esol.report import results_table
+    from esol.report.tables import results_table
 
     print(results_table(args.run_dir))
     return 0
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from esol.predict import predict
+    from esol.deploy.predict import predict
 
     return predict(args.model, args.photos, args.out, cam=args.cam, fast=args.fast, batch=args.batch)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from esol.export import export
+    from esol.deploy.export import export
 
     export(args.run_dir, args.out)
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from esol import config, doctor
+    from esol import config
+    from esol.pipeline import doctor
 
     return doctor.run(config.load(args.config, args.overrides))
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from esol.tracking import replay
+    from esol.tracking.follower import replay
 
     return 1 if replay(args.run_dir, args.uri) else 0
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from esol.errors import ConfigError
-from esol.schema import build, key
+from esol.base.errors import ConfigError
+from esol.base.schema import build, key
 
 MAIN_LINE = ("classify", "decide", "expand", "shrink", "localize", "seed_masks")
 PSA = ("psa_labels", "psa", "psa_masks")
@@ -146,7 +146,7 @@ class ShrinkConfig(LabelConfig):
     kernel: Literal["identity", "copy", "box"] = key("box")  # where W2 starts
     learn_kernel: bool = key(True)
     learn_classifier: bool = key(True)
-    area_term: Literal["mean", "max", "decide"] = key("mean")  # of the normalised maps: see esol/tasks/losses.py
+    area_term: Literal["mean", "max", "decide"] = key("mean")  # of the normalised maps: see esol/training/losses.py
 
 
 @dataclass(frozen=True)

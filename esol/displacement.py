@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from esol.context import Context, Results
-from esol.files import atomic_write
-from esol.inference import Members, Tally, over_shards, photo
+from esol.base.files import atomic_write
+from esol.deploy.segmenter import WEIGHTS
 from esol.models.irn_net import STRIDE
 from esol.models.regrid import on_grid
 from esol.networks import trained_irn_net
-from esol.segmenter import WEIGHTS
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, Tally, over_shards, photo
 
 
 @torch.no_grad()

@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esol.config import MASK_STAGES
-from esol.context import Context, Results
-from esol.inference import Members, StageShards, Tally, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, stands_on
-from esol.localize.dense_crf import mean_field, unary_from_probabilities
-from esol.localize.judge import Evidence, Label
-from esol.localize.segmentation import probabilities
-from esol.metrics import confusion_matrix, score
 from esol.models.deeplab import DeepLab
 from esol.networks import trained_deeplab
+from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.metrics import confusion_matrix, score
+from esol.ops.segmentation import probabilities
 from esol.pipeline import store
-from esol.report import paint
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, StageShards, Tally, over_shards, photo, pictured, truth_of
+from esol.report.judge import Evidence, Label
+from esol.report.pictures import paint
 from shards.samples import encode_mask
 
 

@@ -14,17 +14,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from esol import localization
-from esol.checkpoint import Checkpointer
+from esol.base.files import atomic_write
+from esol.base.progress import progress
 from esol.config import Duration, LabelConfig, PairConfig, TrainConfig
-from esol.context import Context, Results
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
-from esol.files import atomic_write
-from esol.inference import StageShards, TrueMasks, photo
-from esol.judging import mask_source
-from esol.loop import train
+from esol.deploy.segmenter import WEIGHTS, ModelInfo, write_model
 from esol.models.backbones import Backbone
 from esol.networks import (
     affinity_net,
@@ -37,18 +34,21 @@ from esol.networks import (
     trained_expansion,
     trained_net,
 )
-from esol.optim import build_optimizer
-from esol.progress import progress
-from esol.segmenter import WEIGHTS, ModelInfo, write_model
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import StageShards, TrueMasks, photo
+from esol.pipeline.judging import mask_source
 from esol.tasks.affinity import Affinity
-from esol.tasks.base import Task
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.irn import Irn
-from esol.tasks.losses import absence_weights
 from esol.tasks.segment import Segment
 from esol.tasks.shrink import Shrink
+from esol.training.checkpoint import Checkpointer
+from esol.training.loop import train
+from esol.training.losses import absence_weights
+from esol.training.optim import build_optimizer
+from esol.training.task import Task
 
 Target = Callable[[int], NDArray[np.uint8]]
 

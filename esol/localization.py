@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from esol.base.files import atomic_write
+from esol.base.schema import finite
 from esol.config import BackboneConfig, LocalizeConfig
-from esol.context import Context, Results
 from esol.data.transforms import decode_mask
-from esol.files import atomic_write
-from esol.inference import Members, Tally, mask_splits, over_shards, photo, pictured, truth_of
-from esol.judging import add_seeds, all_ranks, map_source, sampled_photos
-from esol.localize.class_maps import ClassMaps, class_maps
-from esol.localize.judge import Evidence
-from esol.localize.seeds import best_class, seed
-from esol.metrics import VOID, Score, ThresholdCurve
 from esol.networks import CamNets, initial_weights, trained_cam
-from esol.report import SOURCES, heat, paint, sheet
-from esol.schema import finite
+from esol.ops.class_maps import SOURCES, ClassMaps, class_maps
+from esol.ops.metrics import VOID, Score, ThresholdCurve
+from esol.ops.seeds import best_class, seed
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, Tally, mask_splits, over_shards, photo, pictured, truth_of
+from esol.pipeline.judging import add_seeds, all_ranks, map_source, sampled_photos
+from esol.report.judge import Evidence
+from esol.report.pictures import heat, paint, sheet
 
 PAPER_THRESHOLD = 0.15  # IRN's evaluation threshold: reported beside the best one
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body

@@ -11,21 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from esol.base.errors import DataError
 from esol.config import MaskConfig
-from esol.context import Context, Results
 from esol.data.transforms import decode_gray
-from esol.errors import DataError
-from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
 from esol.localization import entries, save_sheet, stands_on, write_curves
-from esol.localize.judge import Evidence, Label
-from esol.localize.pseudo_labels import irn_scores, psa_scores, pseudo_mask
-from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
-from esol.localize.seeds import best_class
-from esol.metrics import VOID, Score, ThresholdCurve, confusion_matrix, score
 from esol.models import affinity_net, irn_net
 from esol.models.regrid import on_grid
 from esol.networks import trained_affinity_net, trained_irn_net
-from esol.report import heat, paint
+from esol.ops.metrics import VOID, Score, ThresholdCurve, confusion_matrix, score
+from esol.ops.pseudo_labels import irn_scores, psa_scores, pseudo_mask
+from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
+from esol.ops.seeds import best_class
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
+from esol.report.judge import Evidence, Label
+from esol.report.pictures import heat, paint
 from shards.samples import encode_mask
 
 Scores = Callable[[Tensor, dict[str, NDArray[np.generic]]], Tensor]

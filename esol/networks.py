@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from esol.base.errors import CheckpointError
+from esol.base.files import sha256
 from esol.config import BackboneConfig, Config, ModelConfig
-from esol.errors import CheckpointError
-from esol.files import sha256
+from esol.deploy.segmenter import WEIGHTS
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.deeplab import DeepLab
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.irn_net import IrnNet
-from esol.segmenter import WEIGHTS
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

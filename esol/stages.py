@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from esol import affinity_labels, displacement, evaluation, fit, localization, masks, vote
+from esol.base.errors import CheckpointError, ConfigError, DataError
+from esol.base.schema import semantic
 from esol.config import MASK_STAGES, VOTERS, Config
-from esol.context import Context
 from esol.data.index import Index
 from esol.engines.base import gather_text
-from esol.errors import CheckpointError, ConfigError, DataError
-from esol.judging import remarks
+from esol.ops.class_maps import SOURCES
+from esol.pipeline.context import Context
+from esol.pipeline.judging import remarks
 from esol.pipeline.registry import Stage
 from esol.pipeline.store import MANIFEST, Store
 from esol.pipeline.store import results as store_results
-from esol.report import SOURCES
-from esol.schema import semantic
 
 HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds"}
 HEADLINE |= {f"{source}_miou" for source in SOURCES}

@@ -22,8 +22,8 @@ if __name__ == "__main__":  # launchers put esol/ first on the path, where its m
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from esol import config as configuration
-from esol import exits
-from esol.errors import LaunchError
+from esol.base import exits
+from esol.base.errors import LaunchError
 
 AGAIN = "finished stages, shards and checkpoints are kept, go on with --resume"
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
     from esol.data.index import Index
     from esol.engines import make_engine
     from esol.pipeline import store
-    from esol.report import summary
+    from esol.report.tables import summary
     from esol.stages import check_splits, chosen
 
     chosen(config, only)
@@ -92,15 +92,15 @@ def _run(config: configuration.Config, only: list[str] | None, resume: bool) -> 
 
 def _work(config: configuration.Config, only: list[str] | None, resume: bool, engine: Engine, index: Index) -> int:
     """Accepts the run, holds its directory and goes through its stages."""
-    from esol.context import Context
+    from esol.base.files import atomic_write, hold, writable
     from esol.data.reader import ShardReader
     from esol.engines.base import gather_text
-    from esol.files import atomic_write, hold, writable
-    from esol.loop import Stopped, StopSignal
     from esol.pipeline import needs
+    from esol.pipeline.context import Context
     from esol.pipeline.store import Store
     from esol.stages import STAGES, chosen, run_stages
-    from esol.tracking import Tracker
+    from esol.tracking.tracker import Tracker
+    from esol.training.loop import Stopped, StopSignal
 
     run_dir = Path(config.run_dir)
     stages = Store(config, STAGES, index.hash, engine.beat)

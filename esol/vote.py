@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from esol.config import VOTERS
-from esol.context import Context, Results
-from esol.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
-from esol.judging import judged_masks
 from esol.localization import entries, save_sheet
-from esol.localize.judge import Evidence, Label
 from esol.masks import by_class, stand_in
-from esol.metrics import VOID, confusion_matrix, score
+from esol.ops.metrics import VOID, confusion_matrix, score
 from esol.pipeline import store
-from esol.report import paint
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import Members, StageShards, Tally, mask_splits, over_shards, photo, pictured, truth_of
+from esol.pipeline.judging import judged_masks
+from esol.report.judge import Evidence, Label
+from esol.report.pictures import paint
 from shards.samples import encode_mask
 
 

@@ -2,7 +2,7 @@
 # Runs any launcher for a scheduler that looks at exit codes: launch/entrypoint.sh torchrun ... esol/train.py ... --resume
 # Launchers replace a process's exit code by 1, and USR1 kills torchrun. This passes TERM and USR1 on as TERM, Ctrl-C as
 # INT, and ends with the code of the machine's first process: 0 done, 2 yours to mend, 70 and 75 start me again, 130
-# Ctrl-C (esol/exits.py).
+# Ctrl-C (esol/base/exits.py).
 ESOL_EXIT_FILE=$(mktemp)
 export ESOL_EXIT_FILE
 trap 'kill -TERM -- "-$launcher" 2>/dev/null' TERM USR1

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from esol.base.errors import DataError
 from esol.data.transforms import decode_mask
-from esol.errors import DataError
 from shards.samples import VOID
 
 

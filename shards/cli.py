@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esol import exits
+from esol.base import exits
 
 if TYPE_CHECKING:
     from shards.samples import Source

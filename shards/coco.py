@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards.coco_file import CocoFile, CocoImage, classes_of, read_coco
 from shards.coco_shapes import has_shape, inside, within_one
 from shards.inputs import list_files, read_bytes

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards.inputs import read_bytes
 from shards.names import fold, is_background, similar, tidy
 

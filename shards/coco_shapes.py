@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 
 _LONGEST = 4_000_000  # pixels of a polygon's outline: pycocotools takes 80 bytes for each
 

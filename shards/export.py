@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from esol.base.errors import DataError
+from esol.base.files import atomic_write
+from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index
 from esol.data.reader import ShardReader
-from esol.errors import DataError
-from esol.files import atomic_write
-from esol.progress import progress
 from shards.samples import encode_mask, listing, open_mask
 
 UNSAFE = r"[./\\\s]"  # what becomes an underscore, as in shards.names.safe_key

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
+from esol.base.errors import DataError
 from esol.data.photos import photo_format
-from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_head, read_lines
 from shards.labels import Row, name_labels, read_rows
 from shards.names import FileNames, is_background, safe_key

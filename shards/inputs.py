@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from esol.base.errors import DataError
 from esol.data.index import filesystem, is_local
 from esol.data.photos import HEAD
-from esol.errors import DataError
 
 
 def read_bytes(path: str) -> bytes:

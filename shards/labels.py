@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards.inputs import read_text
 from shards.names import check_count, fold, foreground, is_background, matcher, similar, tidy
 

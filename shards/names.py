@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
+from esol.base.errors import DataError
 from esol.data.index import MOST_CLASSES
-from esol.errors import DataError
 
 _KEY_BYTES = 80  # tar headers hold 100, extension included
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "„": "“", "‘": "’", "«": "»"}

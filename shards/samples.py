@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from esol.base.errors import DataError
+from esol.base.palette import voc_palette
 from esol.data.photos import check_png, photo_format, upright_rgb, upright_size
-from esol.errors import DataError
-from esol.palette import voc_palette
 
 VOID = 255
 PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it

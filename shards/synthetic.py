@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards.samples import Source, encode_jpeg, encode_mask, encode_png, pack
 
 CLASSES = ("cactus", "fish", "mushroom", "rocket", "snail")

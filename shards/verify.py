@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from esol.base.errors import DataError
+from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
 from esol.data.photos import upright_size
-from esol.errors import DataError
-from esol.progress import progress
 from shards.census import Census
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import foreground

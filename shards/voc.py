@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from esol.base.errors import DataError
 from esol.data.index import PHOTO_EXTENSIONS
-from esol.errors import DataError
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import FileNames, safe_key
 from shards.samples import VOID, Source, check_labels, encode_mask, negatives, open_mask, pack

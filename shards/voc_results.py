@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from esol.base.errors import DataError
+from esol.base.files import atomic_write
+from esol.base.progress import progress
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.errors import DataError
-from esol.files import atomic_write
-from esol.progress import progress
 from shards.samples import VOID, encode_mask, open_mask
 from shards.voc import CLASSES
 

@@ -7,7 +7,7 @@ import re
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards.inputs import read_bytes
 from shards.names import matcher, tidy
 from shards.samples import check_labels

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from esol.base.errors import DataError
+from esol.base.files import sync_folder
+from esol.base.progress import progress
 from esol.data.index import filesystem, is_local, scan_shard, write_index
-from esol.errors import DataError
-from esol.files import sync_folder
-from esol.progress import progress
 from shards.census import Census
 from shards.samples import Source, listing
 from shards.turn import cannot_write, storage, turn

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.base.schema import build
 from esol.config import IrnConfig, ModelConfig, PsaConfig
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.irn_net import IrnNet
 from esol.models.phased import PhasedConv2d
 from esol.models.regrid import fuse, regrid
-from esol.optim import build_optimizer
-from esol.schema import build
 from esol.tasks.affinity import Affinity
-from esol.tasks.base import Batch, Task
 from esol.tasks.irn import Irn, displacement_loss
+from esol.training.optim import build_optimizer
+from esol.training.task import Batch, Task
 
 LITE0 = "timm:tf_efficientnet_lite0"
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from esol.base.errors import ConfigError, WeightsError
+from esol.base.schema import build
 from esol.config import ModelConfig
-from esol.errors import ConfigError, WeightsError
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.cam_net import CamNet
-from esol.schema import build
 
 
 def backbone(**model: Any) -> Backbone:

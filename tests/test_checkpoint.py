@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esol.checkpoint import Checkpointer, Resumed
-from esol.errors import CheckpointError
+from esol.base.errors import CheckpointError
+from esol.training.checkpoint import Checkpointer, Resumed
 
 
 class Counter:

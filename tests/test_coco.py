@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from esol.base.errors import DataError
 from esol.data.index import Index
-from esol.errors import DataError
 from shards import cli
 from shards.coco import coco_source
 from shards.samples import Source

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from esol import config
-from esol.errors import ConfigError
-from esol.schema import fingerprint
+from esol.base.errors import ConfigError
+from esol.base.schema import fingerprint
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

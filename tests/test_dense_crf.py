@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.localize import dense_crf
-from esol.localize.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
+from esol.ops import dense_crf
+from esol.ops.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
 
 PARAMETERS: dict[str, tuple[int, dict[str, float]]] = {  # labels, kernels
     "irn": (3, {}),

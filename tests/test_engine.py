@@ -12,11 +12,11 @@ import torch
 from distributed.toy import CONFIG, Toy, batch, batches
 from torch import nn
 
+from esol.base.errors import CheckpointError, DivergenceError, LaunchError
 from esol.config import EngineConfig
 from esol.engines import make_engine
 from esol.engines.base import Engine
-from esol.errors import CheckpointError, DivergenceError, LaunchError
-from esol.optim import build_optimizer
+from esol.training.optim import build_optimizer
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from esol import cli, exits
-from esol.errors import DataError, LostRankError
+from esol import cli
+from esol.base import exits
+from esol.base.errors import DataError, LostRankError
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
-from esol import exits, interrupts
-from esol.interrupts import Interrupts
+from esol.base import exits, interrupts
+from esol.base.interrupts import Interrupts
 interrupts.GRACE = 1.0
 
 def say(text):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from esol.base.palette import voc_palette
 from esol.data.index import Index, write_index
 from esol.data.reader import ShardReader
-from esol.palette import voc_palette
 from shards import cli
 from shards.export import PARTS
 from shards.samples import encode_mask, encode_png

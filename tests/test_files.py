@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from esol.base.errors import ConfigError, DataError
+from esol.base.files import hold, holder, writable
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.errors import ConfigError, DataError
-from esol.files import hold, holder, writable
 
-HOLDER = "import sys; from pathlib import Path; from esol.files import hold\nlock = hold(Path(sys.argv[1]), 0)\n"
+HOLDER = "import sys; from pathlib import Path; from esol.base.files import hold\nlock = hold(Path(sys.argv[1]), 0)\n"
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from esol.base.errors import DataError
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode_mask
-from esol.errors import DataError
 from shards import cli
 from shards.folder import folder_source
 from shards.samples import encode_png

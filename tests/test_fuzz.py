@@ -14,10 +14,10 @@ from torchvision.io import ImageReadMode, decode_image
 
 from benchmarks.fuzz import BAD, KINDS, Case, cases, judge, run, summary
 from benchmarks.fuzz_kinds import NAME, make_set
+from esol.base.errors import DataError
 from esol.data.index import Index, write_index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.errors import DataError
 from shards.samples import encode_png
 from shards.verify import verify
 from shards.writer import write_mirror_shard

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from esol.errors import EsolError
-from esol.gather import MARK, UNFINISHED, Gathered, gather, output_names, texts
+from esol.base.errors import EsolError
+from esol.deploy.gather import MARK, UNFINISHED, Gathered, gather, output_names, texts
 
 
 def picture(kind: str = "JPEG") -> bytes:

@@ -9,9 +9,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from esol.base.errors import DataError
 from esol.data.index import Index, scan_shard, write_index
 from esol.data.reader import ShardReader
-from esol.errors import DataError
 from shards.synthetic import CLASSES
 
 

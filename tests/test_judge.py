@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from esol.base.schema import build
 from esol.config import Config
-from esol.judging import highest, judged_masks, map_source, remarks
-from esol.localize.judge import WORTH, Evidence, boundary_contrast
 from esol.masks import stand_in
-from esol.schema import build
+from esol.pipeline.judging import highest, judged_masks, map_source, remarks
+from esol.report.judge import WORTH, Evidence, boundary_contrast
 
 SQUARE = np.zeros((30, 40), np.uint8)
 SQUARE[8:22, 10:30] = 1

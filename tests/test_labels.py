@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esol.errors import DataError
+from esol.base.errors import DataError
 from shards import cli
 from shards.folder import folder_source
 from shards.names import FileNames, safe_key, similar

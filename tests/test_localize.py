@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.base.schema import build
 from esol.config import DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
-from esol.localize.class_maps import class_maps
-from esol.localize.seeds import best_class, seed
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
-from esol.schema import build
+from esol.ops.class_maps import class_maps
+from esol.ops.seeds import best_class, seed
 
 
 def networks() -> tuple[CamNet, Decision, Expansion, Shrinkage]:

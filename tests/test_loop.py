@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from esol import exits
+from esol.base import exits
+from esol.base.errors import DivergenceError
 from esol.config import TrainConfig
 from esol.engines.base import StepResult
-from esol.errors import DivergenceError
-from esol.loop import MAX_SKIPPED, Stopped, StopSignal, train
-from esol.optim import learning_rate
+from esol.training.loop import MAX_SKIPPED, Stopped, StopSignal, train
+from esol.training.optim import learning_rate
 
 CONFIG = TrainConfig(lr=0.1)
 

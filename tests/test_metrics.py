@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from esol.metrics import VOID, ThresholdCurve, confusion_matrix, score
+from esol.ops.metrics import VOID, ThresholdCurve, confusion_matrix, score
 
 RNG = np.random.default_rng(0)
 

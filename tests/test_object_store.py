@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from esol.base.errors import DataError
 from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
-from esol.errors import DataError
 from shards import cli
 from shards.verify import verify
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from esol.config import TrainConfig
-from esol.optim import build_optimizer, learning_rate
-from esol.tasks.base import ParameterGroup, Task
+from esol.training.optim import build_optimizer, learning_rate
+from esol.training.task import ParameterGroup, Task
 
 
 class Groups(Task):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from benchmarks.phased import unphase
+from esol.base.schema import build
 from esol.config import ModelConfig
 from esol.models.backbones import build_backbone
 from esol.models.phased import PhasedConv2d, phase_wide_dilations
-from esol.schema import build
 
 
 @pytest.mark.parametrize(("side", "dilation", "size"), [(5, 4, (28, 28)), (3, 8, (9, 30)), (7, 4, (3, 1))])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from esol.base.errors import DataError
 from esol.data.photos import photo_format, upright_rgb
 from esol.data.transforms import decode, decode_mask
-from esol.errors import DataError
 from shards.samples import encode_mask, open_image, pack
 from shards.verify import check_sample
 

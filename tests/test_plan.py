@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from esol.base.errors import ConfigError, DataError
 from esol.data.plan import Plan, share_of
-from esol.errors import ConfigError, DataError
 
 LAYOUTS = [(ranks, workers) for ranks in (1, 2, 3, 4) for workers in (1, 2)]  # 0 workers read like 1
 

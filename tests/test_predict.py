@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from esol import cli
+from esol.base.errors import CheckpointError, EsolError
+from esol.base.files import atomic_write
+from esol.base.palette import voc_palette
 from esol.config import BackboneConfig, CrfConfig, EvaluateConfig
-from esol.errors import CheckpointError, EsolError
-from esol.files import atomic_write
-from esol.localize.segmentation import enlarged_labels
+from esol.deploy.predict import Predictor, predict
+from esol.deploy.segmenter import ModelInfo, load_model, read_info, write_model
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.palette import voc_palette
-from esol.predict import Predictor, predict
-from esol.segmenter import ModelInfo, load_model, read_info, write_model
+from esol.ops.segmentation import enlarged_labels
 
 GRAY, RED, BLUE = (128, 128, 128), (220, 20, 20), (20, 20, 220)
 INFO = ModelInfo(
@@ -182,7 +182,7 @@ def test_odd_names_and_a_file_system_that_refuses_one_end_no_job(
             raise OSError(errno.EILSEQ, "Illegal byte sequence")
         atomic_write(path, data)
 
-    monkeypatch.setattr("esol.predict.atomic_write", write)
+    monkeypatch.setattr("esol.deploy.predict.atomic_write", write)
     for _ in range(2):  # the second time out is inside of what is looked at
         assert predict(model, photos, out, fast=True) == 1
         report = json.loads((out / "predictions.json").read_bytes())
@@ -206,7 +206,7 @@ def test_a_full_disk_ends_the_job_in_one_line(model: Path, tmp_path: Path, monke
     def full(path: Path, data: bytes | str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("esol.predict.encode_mask", lambda labels: full(Path("masks/a.png"), b""))
+    monkeypatch.setattr("esol.deploy.predict.encode_mask", lambda labels: full(Path("masks/a.png"), b""))
     with pytest.raises(EsolError, match=r"^cannot write masks/a\.png: No space left on device$"):
         predict(model, tmp_path / "a.png", tmp_path / "out", fast=True)
     assert not (tmp_path / "out/predictions.json").exists()  # the earlier one no longer says what is there
@@ -245,7 +245,7 @@ def test_large_photos_are_seen_at_the_size_that_was_learned_and_answered_at_thei
 
 
 def test_enlarged_labels_are_the_argmax_of_the_enlarged_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esol.localize.segmentation.STRIP", 2000)  # bands of a few rows
+    monkeypatch.setattr("esol.ops.segmentation.STRIP", 2000)  # bands of a few rows
     found = torch.rand(4, 13, 21, generator=torch.Generator().manual_seed(0))
     for size in ((50, 97), (13, 21), (14, 200), (7, 9)):
         whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
@@ -298,7 +298,7 @@ def test_served_photos_are_answered_like_predicted_ones(model: Path, tmp_path: P
     pandas = pytest.importorskip("pandas", reason="comes with mlflow")
     from base64 import b64decode
 
-    from esol.serving import _load_pyfunc
+    from esol.deploy.serving import _load_pyfunc
 
     scene(120, 90).save(tmp_path / "a.png")
     assert predict(model, tmp_path / "a.png", tmp_path / "out") == 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from esol.config import CrfConfig, IrnLabelsConfig, IrnMasksConfig, PsaLabelsConfig, PsaMasksConfig, SeedMasksConfig
-from esol.localize.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask, walk_steps
-from esol.localize.thresholds import auto_threshold, background_power, power_threshold
+from esol.ops.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask, walk_steps
+from esol.ops.thresholds import auto_threshold, background_power, power_threshold
 
 OFF = CrfConfig(iterations=0)
 GRAY = torch.full((3, 1, 4), 128, dtype=torch.uint8)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import esol.localize.random_walk as walk_module
-from esol.localize.pairs import boundary_affinity, feature_affinity, pair_labels, pair_offsets
-from esol.localize.random_walk import random_walk
+import esol.ops.random_walk as walk_module
+from esol.ops.pairs import boundary_affinity, feature_affinity, pair_labels, pair_offsets
+from esol.ops.random_walk import random_walk
 
 SMALL = [(1, 1), (1, 7), (7, 1), (3, 2)]  # smaller than the radius
 SIZES = [*SMALL, (13, 17)]

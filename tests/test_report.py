@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esol.errors import EsolError
-from esol.inference import advice_on_shards
-from esol.palette import voc_palette
+from esol.base.errors import EsolError
+from esol.base.palette import voc_palette
 from esol.pipeline import store
-from esol.report import heat, paint, results_table, sheet, verdicts
+from esol.pipeline.inference import advice_on_shards
+from esol.report.pictures import heat, paint, sheet
+from esol.report.tables import results_table, verdicts
 
 SEEDS = {
     **{f"{s}_{m}": 0.5 for s in ("cam", "expand", "shrink") for m in ("threshold", "precision", "recall")},

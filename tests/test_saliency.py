@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from esol.base.errors import ConfigError, DataError
 from esol.config import CrfConfig, MaskConfig
 from esol.data.transforms import decode_gray
-from esol.errors import ConfigError, DataError
-from esol.localize.pseudo_labels import pseudo_mask
-from esol.localize.saliency import saliency_channels, saliency_labels, spectral_residual
+from esol.ops.pseudo_labels import pseudo_mask
+from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
 
 
 def pixels(*columns: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.base.errors import ConfigError
+from esol.base.schema import build
 from esol.config import BackboneConfig, Config, SegmentConfig
-from esol.errors import ConfigError
-from esol.localize.segmentation import probabilities
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import to_grid
-from esol.optim import build_optimizer
-from esol.schema import build
+from esol.ops.segmentation import probabilities
 from esol.stages import STAGES, chosen
-from esol.tasks.base import Batch
-from esol.tasks.losses import segmentation_loss
 from esol.tasks.segment import Segment, labels_on
+from esol.training.losses import segmentation_loss
+from esol.training.optim import build_optimizer
+from esol.training.task import Batch
 
 
 def deeplab(name: str = "small", freeze: str = "none") -> DeepLab:

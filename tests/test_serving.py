@@ -6,8 +6,8 @@ from urllib.parse import quote, quote_from_bytes
 import pandas
 import pytest
 
-from esol.errors import DataError
-from esol.serving import ServedModel, photo_bytes
+from esol.base.errors import DataError
+from esol.deploy.serving import ServedModel, photo_bytes
 
 PHOTO = bytes(range(256)) + b"\xfb\xff"  # its base64 has + and /, and padding
 TEXT = base64.b64encode(PHOTO).decode()

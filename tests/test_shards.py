@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from webdataset import WebDataset
 
+from esol.base.errors import DataError
 from esol.data.index import Index, write_index
-from esol.errors import DataError
 from shards import cli
 from shards.samples import Source, encode_mask, pack
 from shards.synthetic import CLASSES, MORE_CLASSES, draw_scene, synthetic_source

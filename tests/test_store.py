@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from esol.base.errors import CheckpointError, EsolError
 from esol.config import Config, DataConfig, SaliencyConfig, build
-from esol.errors import CheckpointError, EsolError
 from esol.pipeline import store
 from esol.pipeline.registry import Stage
 from esol.pipeline.store import Store
-from esol.report import results_table
+from esol.report.tables import results_table
 
 CHAIN = ("classify", "expand", "localize", "seed_masks")  # each reads the one before it
 

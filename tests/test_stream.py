@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from esol.base.errors import DataError
 from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode, training_crop
-from esol.errors import DataError
-from esol.tasks.base import Batch
+from esol.training.task import Batch
 
 FILL = (10, 20, 30)
 

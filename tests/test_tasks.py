@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
+from esol.base.errors import ConfigError
+from esol.base.schema import build
 from esol.config import ClassifyConfig, DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
-from esol.errors import ConfigError
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage, clip_features
-from esol.schema import build
-from esol.tasks.base import Batch, Task
 from esol.tasks.classify import Classify
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
-from esol.tasks.losses import absence_weights, area_loss, classification_loss
 from esol.tasks.shrink import Shrink
+from esol.training.losses import absence_weights, area_loss, classification_loss
+from esol.training.task import Batch, Task
 
 
 def cam_net(freeze: str = "none", kernel_channels: int = 16) -> CamNet:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from esol.base.errors import EsolError
 from esol.config import ClassifyConfig, Config, DataConfig, TrackingConfig
-from esol.errors import EsolError
-from esol.loop import Stopped
-from esol.tracking import Tracker, mlflow_name, replay
+from esol.tracking.follower import mlflow_name, replay
+from esol.tracking.tracker import Tracker
+from esol.training.loop import Stopped
 
 
 def make(
@@ -186,7 +187,7 @@ def test_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_training_process_never_imports_mlflow() -> None:
-    code = "import sys, esol.tracking; assert not {'mlflow', 'torch'} & set(sys.modules), 'imported'"
+    code = "import sys, esol.tracking.follower; assert not {'mlflow', 'torch'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from esol.errors import DataError
-from esol.files import atomic_write, holder
+from esol.base.errors import DataError
+from esol.base.files import atomic_write, holder
 
 FORMAT = "esol-shards 1"
 UNFINISHED = "creation-unfinished"  # stands in a folder while shards are written that no index vouches for yet

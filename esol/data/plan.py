@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from esol.errors import ConfigError, DataError
+from esol.base.errors import ConfigError, DataError
 
 BLOCK = 16  # shards whose samples are shuffled together: 2,048 samples at the default shard size
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from esol.base.errors import DataError
+from esol.base.files import hold
 from esol.data.index import Index, Shard, filesystem
-from esol.errors import DataError
-from esol.files import hold
 
 OPEN_FILES = 128  # per process, least recently used closed first
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard

@@ -21,12 +21,12 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from esol.base.errors import DataError, EsolError
 from esol.config import DataConfig
 from esol.data.plan import Plan, Share, sample_rng
 from esol.data.reader import ShardReader
 from esol.data.transforms import Crop, decode, training_crop
-from esol.errors import DataError, EsolError
-from esol.tasks.base import Batch
+from esol.training.task import Batch
 
 LOADER_MINUTES = 10  # a micro-batch that takes longer than this is an error, not a wait
 PREFETCH = 2  # micro-batches that each data worker is ahead

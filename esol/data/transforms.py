@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 
+from esol.base.errors import DataError
 from esol.data.photos import check_png, orientation, photo_format, upright_rgb
-from esol.errors import DataError
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # the decoder only reads it
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # moved out after torchvision 0.30

@@ -20,11 +20,11 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from esol.base.errors import CheckpointError, LaunchError
 from esol.config import EngineConfig
 from esol.engines.base import StepResult
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
-from esol.errors import CheckpointError, LaunchError
-from esol.tasks.base import Batch, Task
+from esol.training.task import Batch, Task
 
 
 class AccelerateEngine(Ranks):

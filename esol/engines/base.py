@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from esol.tasks.base import Batch, Task
+from esol.training.task import Batch, Task
 
 
 @dataclass(frozen=True)

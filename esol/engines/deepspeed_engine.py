@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esol.base.errors import CheckpointError, ConfigError
 from esol.config import DeepSpeedConfig, EngineConfig
 from esol.engines.base import StepResult
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
-from esol.errors import CheckpointError, ConfigError
-from esol.tasks.base import Batch, Task
+from esol.training.task import Batch, Task
 
 _OURS = {  # DeepSpeed's keys that our config decides, and where
     "train_batch_size": "<stage>.global_batch",

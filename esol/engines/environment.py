@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from esol.errors import LaunchError
+from esol.base.errors import LaunchError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

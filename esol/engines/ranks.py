@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esol import exits
+from esol.base import exits
+from esol.base.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
+from esol.base.files import atomic_write
 from esol.config import EngineConfig
 from esol.engines.base import Engine, gather_text
 from esol.engines.environment import check_environment, given
 from esol.engines.watchdog import Watchdog
-from esol.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
-from esol.files import atomic_write
-from esol.tasks.base import Batch
+from esol.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

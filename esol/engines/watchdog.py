@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from esol import exits
+from esol.base import exits
 
 _BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from esol.base.errors import ConfigError, WeightsError
 from esol.config import BackboneConfig
-from esol.errors import ConfigError, WeightsError
 from esol.models.phased import phase_wide_dilations
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

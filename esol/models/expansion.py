@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esol.base.errors import ConfigError
 from esol.config import DecideConfig, ExpandConfig, ShrinkConfig
-from esol.errors import ConfigError
 from esol.models.cam_net import CamNet, classify
 from esol.models.sampler import OffsetBranch, deform_conv
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from esol.base.errors import CheckpointError, ConfigError, DataError, EsolError, WeightsError
 from esol.config import MASK_STAGES, BackboneConfig, Config, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
 from esol.engines.base import Engine, gather_text
-from esol.errors import CheckpointError, ConfigError, DataError, EsolError, WeightsError
 from esol.models.backbones import build_backbone
 
 _KINDS = (CheckpointError, ConfigError, DataError, WeightsError)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esol.config import Config
-from esol.context import Context, Results
+from esol.pipeline.context import Context, Results
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esol.base.errors import CheckpointError, ConfigError, EsolError
+from esol.base.files import atomic_write, sha256
+from esol.base.progress import progress
+from esol.base.schema import build, differing, fingerprint, finite
 from esol.config import IRN, MAIN_LINE, PSA, SEGMENT, VOTE, Config
-from esol.errors import CheckpointError, ConfigError, EsolError
-from esol.files import atomic_write, sha256
-from esol.progress import progress
-from esol.schema import build, differing, fingerprint, finite
 
 if TYPE_CHECKING:
     from esol.pipeline.registry import Stage

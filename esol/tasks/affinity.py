@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from esol.config import PsaConfig
-from esol.localize.pairs import feature_affinity, pair_labels
 from esol.models.affinity_net import STRIDE, AffinityNet
-from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.ops.pairs import feature_affinity, pair_labels
+from esol.training.task import Batch, ParameterGroup, Task
 
 
 class Affinity(Task):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from esol.config import ClassifyConfig
 from esol.models.cam_net import CamNet
-from esol.tasks.base import Batch, ParameterGroup, Task
-from esol.tasks.losses import classification_loss
+from esol.training.losses import classification_loss
+from esol.training.task import Batch, ParameterGroup, Task
 
 
 class Classify(Task):

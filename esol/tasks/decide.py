@@ -7,9 +7,9 @@ from torch import Tensor
 from esol.config import DecideConfig
 from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision
-from esol.tasks.base import Batch, ParameterGroup
-from esol.tasks.head import HeadTask
-from esol.tasks.losses import classification_and_area
+from esol.training.head import HeadTask
+from esol.training.losses import classification_and_area
+from esol.training.task import Batch, ParameterGroup
 
 
 class Decide(HeadTask):

@@ -8,9 +8,9 @@ from torch import Tensor
 from esol.config import ExpandConfig
 from esol.models.cam_net import CamNet, pool
 from esol.models.expansion import Decision, Expansion
-from esol.tasks.base import Batch, ParameterGroup
-from esol.tasks.head import HeadTask
-from esol.tasks.losses import classification_loss
+from esol.training.head import HeadTask
+from esol.training.losses import classification_loss
+from esol.training.task import Batch, ParameterGroup
 
 
 class Expand(HeadTask):

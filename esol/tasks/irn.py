@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esol.config import IrnConfig
-from esol.localize.pairs import boundary_affinity, pair_labels, pair_offsets, pair_windows
 from esol.models.irn_net import STRIDE, IrnNet
+from esol.ops.pairs import boundary_affinity, pair_labels, pair_offsets, pair_windows
 from esol.tasks.affinity import affinity_losses
-from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.training.task import Batch, ParameterGroup, Task
 
 
 class Irn(Task):

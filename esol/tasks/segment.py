@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.config import SegmentConfig
-from esol.metrics import VOID
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import to_grid
-from esol.tasks.base import Batch, ParameterGroup, Task
-from esol.tasks.losses import segmentation_loss
+from esol.ops.metrics import VOID
+from esol.training.losses import segmentation_loss
+from esol.training.task import Batch, ParameterGroup, Task
 
 
 class Segment(Task):

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # one process imports torch, the ranks are forked from it
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "esol.loop", "esol.checkpoint", "esol.engines.accelerate_engine"])
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "esol.training.loop", "esol.training.checkpoint", "esol.engines.accelerate_engine"]
+)
 
 
 @dataclass

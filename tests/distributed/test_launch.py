@@ -13,8 +13,8 @@ import psutil  # accelerate brings it
 import pytest
 from ranks import _free_port
 
+from esol.base.errors import LaunchError
 from esol.engines.environment import VARIABLES, check_environment
-from esol.errors import LaunchError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -22,7 +22,7 @@ import os, sys, torch
 sys.path.insert(0, {root!r})
 from esol.config import EngineConfig
 from esol.engines import make_engine
-from esol.errors import LaunchError
+from esol.base.errors import LaunchError
 try:
     engine = make_engine(EngineConfig(name=sys.argv[-1], threads=1, timeout=1), seed=0)
 except LaunchError as error:

@@ -10,7 +10,7 @@ import torch
 import toy
 from ranks import run_ranks
 
-from esol import exits
+from esol.base import exits
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import toy
 from ranks import run_ranks
 
-from esol import exits
+from esol.base import exits
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from esol import doctor, exits
-from esol.checkpoint import Checkpointer
+from esol.base import exits
+from esol.base.errors import CheckpointError, DivergenceError, LaunchError
+from esol.base.schema import build
 from esol.config import Config, DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
@@ -28,11 +29,11 @@ from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
-from esol.errors import CheckpointError, DivergenceError, LaunchError
-from esol.loop import Stopped, StopSignal, train
-from esol.optim import build_optimizer
-from esol.schema import build
-from esol.tasks.base import Batch, ParameterGroup, Task
+from esol.pipeline import doctor
+from esol.training.checkpoint import Checkpointer
+from esol.training.loop import Stopped, StopSignal, train
+from esol.training.optim import build_optimizer
+from esol.training.task import Batch, ParameterGroup, Task
 
 CONFIG = TrainConfig(lr=0.05, momentum=0.9, weight_decay=1e-3, global_batch=8, clip_norm=1.0, warmup=2)
 

@@ -11,10 +11,10 @@ from test_dense_crf import PARAMETERS, energies, photo
 from tiny import PLAIN, STAGES, TRAINING, launch
 from torch import Tensor
 
-from esol.localize.dense_crf import DenseCrf
-from esol.localize.pairs import boundary_affinity, feature_affinity, pair_offsets
-from esol.localize.random_walk import random_walk
 from esol.models.sampler import deform_conv
+from esol.ops.dense_crf import DenseCrf
+from esol.ops.pairs import boundary_affinity, feature_affinity, pair_offsets
+from esol.ops.random_walk import random_walk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

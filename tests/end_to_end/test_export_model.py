@@ -22,11 +22,11 @@ from esol.config import BackboneConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.export import TOLERANCE, Graph, _with_fixed_padding
-from esol.localize.segmentation import probabilities
+from esol.deploy.export import TOLERANCE, Graph, _with_fixed_padding
+from esol.deploy.segmenter import load_model
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.segmenter import load_model
+from esol.ops.segmentation import probabilities
 
 
 def esol(*words: str | Path) -> subprocess.CompletedProcess[str]:

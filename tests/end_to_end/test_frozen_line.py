@@ -15,13 +15,13 @@ from benchmarks.ablations import CONTROLS, POINTS, Found, read
 from benchmarks.frozen_line import REACH, Evidence, FrozenLine, unseen
 from benchmarks.variants import FieldPerClass, Further
 from esol import config as configuration
-from esol.localize.class_maps import ClassMaps
 from esol.models.expansion import Expansion
 from esol.networks import trained_decision, trained_expansion, trained_net, trained_shrinkage
-from esol.tasks.base import Batch
+from esol.ops.class_maps import ClassMaps
 from esol.tasks.decide import Decide
 from esol.tasks.expand import Expand
 from esol.tasks.shrink import Shrink
+from esol.training.task import Batch
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from esol.base.errors import EsolError
 from esol.data.photos import HEAD, photo_format
-from esol.errors import EsolError
 
 OUTPUTS = ("masks", "overlays", "cams")  # the folders that predict writes into
 REPORT = "predictions.json"

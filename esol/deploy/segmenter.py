@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from esol.base.errors import CheckpointError, ConfigError
+from esol.base.files import atomic_write
+from esol.base.schema import build
 from esol.config import BackboneConfig, EvaluateConfig
-from esol.errors import CheckpointError, ConfigError
-from esol.files import atomic_write
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.pipeline import store
-from esol.schema import build
 
 FORMAT = "esol-deeplab 2"
 WEIGHTS = "model.safetensors"

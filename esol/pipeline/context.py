@@ -10,8 +10,8 @@ from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.engines.base import Engine
-from esol.loop import StopSignal
-from esol.tracking import Tracker
+from esol.tracking.tracker import Tracker
+from esol.training.loop import StopSignal
 
 Results = dict[str, Any]
 """Numbers by name, and words such as the initial weights'."""

@@ -1,14 +1,7 @@
-"""Tracking: metrics.jsonl in the run directory, and a second process that carries it into MLflow.
+"""The process that carries metrics.jsonl into MLflow: `python -m esol.tracking.follower RUN_DIR URI EXPERIMENT`.
 
-The training process only appends lines to a file. `python -m esol.tracking` follows the file and makes every MLflow
-call; so MLflow (seconds of import and migrations, servers that die or never answer) can neither stop nor slow training,
-memory stays bounded, a server that comes back gets what it missed, and what is left is sent by `esol replay`.
-
-Records, one JSON object a line, all with "time" (seconds since the epoch):
-{"stage", "step", "metrics": {name: value}}; {"event": "run", "params", "tags", "identity"}; {"event": "begin", "stage",
-"resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values", "words"};
-{"event": "artifact", "stage", "path", "folder"} with a path relative to the run directory. After a resume, steps past
-the checkpoint stand there twice; the later line counts.
+It reads what esol.tracking.tracker writes, as long as "end" has not come over its standard input, and remembers how far
+it came. `esol replay` sends what is left when it could not.
 """
 
 from __future__ import annotations
@@ -19,18 +12,12 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import select
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,126 +26,16 @@ from urllib.request import url2pathname
 
 import yaml
 
-from esol.config import Config
-from esol.errors import EsolError
-from esol.files import atomic_write, hold
-from esol.schema import fingerprint, finite
+from esol.base.errors import EsolError
+from esol.base.files import atomic_write, hold
+from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
-_JSONL, _STATE, _MLFLOW_LOG = "metrics.jsonl", "mlflow.json", "mlflow.log"
+_STATE = "mlflow.json"
 _PERIOD = 5.0  # seconds between two looks at the file
 _BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 _NAME, _PARAM, _TAG = 250, 6000, 8000  # MLflow's limits, in characters
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
-
-
-class Tracker:
-    """Notes what a run does, on the main rank; on the others every call does nothing. Used as a context manager.
-
-    index_hash: identity of the data; resume: interrupted stages go on in their MLflow runs; flush: seconds that the end
-    of the run waits for MLflow at most. No call raises because of MLflow or a full disk.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        is_main: bool,
-        index_hash: str,
-        world_size: int,
-        resume: bool = False,
-        flush: float = 30.0,
-    ) -> None:
-        self._config, self._active, self._resume, self._flush = config, is_main, resume, flush
-        self._tags = {"data_index": index_hash, "world_size": str(world_size)}
-        self._run_dir = Path(config.run_dir)
-        self._stage: str | None = None
-        self._status = "FINISHED"  # of the last stage
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Tracker:
-        if not self._active:
-            return self
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._run_dir / _JSONL, "ab+")
-        if self._file.tell():
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a killed process left half a line
-                self._file.write(b"\n")
-        params = {key: str(value) for key, value in _flat(asdict(self._config))}
-        tags = {**self._tags, **_versions(), **_git()}
-        self._write({"event": "run", "params": params, "tags": tags, "identity": fingerprint(self._config)})
-        if self._config.tracking.uri != "none":
-            self._process = _start_follower(self._run_dir, self._config.tracking.uri, self._config.tracking.experiment)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._active:
-            return
-        self._write({"event": "end", "stage": None, "status": _status(error) if error else self._status})
-        self._file.close()
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.write(b"end\n")
-            process.stdin.close()
-        try:
-            process.wait(self._flush)
-        except (
-            subprocess.TimeoutExpired,
-            KeyboardInterrupt,
-        ):  # Ctrl-C: nobody wants to wait any longer
-            process.kill()
-            process.wait()
-        if process.returncode:
-            text = f"MLflow did not take everything of this run (see {self._run_dir / _MLFLOW_LOG}); nothing is lost. "
-            text += f"Send the rest when it answers again: esol replay {self._run_dir}"
-            print(text, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What is noted inside belongs to this stage's child run."""
-        self._stage = name
-        self._write({"event": "begin", "stage": name, "resume": self._resume})
-        self._status = "FINISHED"
-        try:
-            yield
-        except BaseException as error:
-            self._status = _status(error)
-            raise
-        finally:
-            self._write({"event": "end", "stage": name, "status": self._status})
-            self._stage = None
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Values of the running stage after optimizer step `step` (or at another whole-number position of a curve)."""
-        self._write({"stage": self._stage, "step": step, "metrics": _finite(values)})
-
-    def results(self, values: dict[str, Any]) -> None:
-        """What the running stage came to; shown at the parent run as <stage>/<name> as well. Words become tags."""
-        words = {name: value for name, value in values.items() if isinstance(value, str)}
-        numbers = _finite({name: value for name, value in values.items() if name not in words})
-        self._write({"event": "results", "stage": self._stage, "values": numbers, "words": words})
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file inside the run directory, put into `folder` of the running stage's artifacts."""
-        if self._active:
-            relative = str(Path(path).resolve().relative_to(self._run_dir.resolve()))
-            self._write({"event": "artifact", "stage": self._stage, "path": relative, "folder": folder})
-
-    def picture(self, path: Path) -> None:
-        """A picture file inside the run directory."""
-        self.artifact(path, "pictures")
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if not self._active:
-            return
-        try:
-            self._file.write(json.dumps({"time": round(time.time(), 3), **record}).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            _LOG.warning("cannot write %s, this record is lost: %s", self._run_dir / _JSONL, error)
 
 
 def replay(run_dir: Path, uri: str = "") -> int:
@@ -166,8 +43,8 @@ def replay(run_dir: Path, uri: str = "") -> int:
 
     EsolError where MLflow cannot be reached; what has been sent by then is not sent again.
     """
-    if not (run_dir / _JSONL).is_file():
-        raise EsolError(f"{run_dir} holds no {_JSONL}: give the run_dir of a run")
+    if not (run_dir / JSONL).is_file():
+        raise EsolError(f"{run_dir} holds no {JSONL}: give the run_dir of a run")
     experiment = "esol"
     with contextlib.suppress(OSError, KeyError, TypeError, yaml.YAMLError):
         settings = yaml.safe_load((run_dir / "resolved.yaml").read_text())["tracking"]
@@ -179,54 +56,8 @@ def replay(run_dir: Path, uri: str = "") -> int:
         raise EsolError(f"MLflow at {follower.uri} failed, try again: {_first_line(error)}") from error
     print(f"sent {sent} records of {run_dir} to {follower.uri}")
     if follower.refused:
-        print(f"MLflow refused {follower.refused} more for good; {run_dir / _JSONL} has them", file=sys.stderr)
+        print(f"MLflow refused {follower.refused} more for good; {run_dir / JSONL} has them", file=sys.stderr)
     return follower.refused
-
-
-def save_mlflow_model(folder: Path, weights: Path) -> None:
-    """Writes a python_function model that `mlflow models serve` serves without this project being installed.
-
-    weights: a file that segmenter.load_model reads. The code goes along, requirements are what is installed here.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    root = Path(__file__).resolve().parents[1]
-    needed = ("mlflow", "numpy", "pandas", "pillow", "pyyaml", "rich", "safetensors", "timm", "torch", "torchvision")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has no example of an input
-        mlflow.pyfunc.save_model(
-            folder,
-            loader_module="esol.serving",
-            data_path=str(weights),
-            code_paths=[str(root / "esol"), str(root / "shards")],
-            signature=ModelSignature(
-                inputs=Schema([ColSpec(AnyType(), "image")]),  # bytes, or base64 that esol.serving decodes
-                outputs=Schema([ColSpec("string", "mask"), ColSpec("string", "shares")]),
-            ),
-            pip_requirements=[f"{name}=={version(name)}" for name in needed],
-        )
-
-
-def _start_follower(run_dir: Path, uri: str, experiment: str) -> subprocess.Popen[bytes] | None:
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    try:
-        with open(run_dir / _MLFLOW_LOG, "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "esol.tracking", str(run_dir.resolve()), uri, experiment],
-                stdin=subprocess.PIPE,
-                stdout=2,  # its warnings are the user's to see; MLflow's chatter goes into the log
-                stderr=log,
-                start_new_session=True,  # a signal to the job must not cut it off
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )
-    except OSError as error:
-        _LOG.warning("no MLflow tracking, %s has everything: %s", run_dir / _JSONL, error)
-        return None
 
 
 class _Follower:
@@ -250,7 +81,7 @@ class _Follower:
         """
         if self._client is None:
             self._connect()
-        with open(self._run_dir / _JSONL, "rb") as file:
+        with open(self._run_dir / JSONL, "rb") as file:
             file.seek(self._state["offset"])
             data = file.read()
         sent = 0
@@ -495,7 +326,7 @@ def _follow(run_dir: Path, uri: str, experiment: str) -> int:
                 if not warned:
                     warned = True
                     print(
-                        f"MLflow at {follower.uri} fails ({_first_line(error)}); training goes on, {run_dir / _JSONL} "
+                        f"MLflow at {follower.uri} fails ({_first_line(error)}); training goes on, {run_dir / JSONL} "
                         "has everything",
                         flush=True,
                     )
@@ -504,48 +335,6 @@ def _follow(run_dir: Path, uri: str, experiment: str) -> int:
             ended = bool(select.select([sys.stdin], [], [], _PERIOD)[0])
             if ended:
                 signal.alarm(60)  # nobody may be left to end a call that never returns
-
-
-def _status(error: BaseException) -> str:
-    """MLflow's run status after leaving with an exception: KILLED where the user or a scheduler stopped the run."""
-    return "KILLED" if type(error).__name__ in ("Stopped", "KeyboardInterrupt") else "FAILED"
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    found: dict[str, float | None] = finite({name: float(value) for name, value in values.items()})
-    return found
-
-
-def _flat(tree: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        path = f"{where}.{key}" if where else key
-        if isinstance(value, dict):
-            yield from _flat(value, path)
-        else:
-            yield path, value
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("esol", "torch", "torchvision", "accelerate", "numpy", "webdataset", "mlflow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return {f"version.{name}": value for name, value in found.items()}
-
-
-def _git() -> dict[str, str]:
-    """Commit of the source tree, "-dirty" where tracked files were changed; empty where esol does not run from one."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # else it is installed inside somebody else's repository
-        return {"git_commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
-    except (OSError, subprocess.SubprocessError):
-        return {}
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.config import Auto, IrnLabelsConfig, IrnMasksConfig, MaskConfig, PsaLabelsConfig, PsaMasksConfig, WalkConfig
-from esol.localize.dense_crf import mean_field, unary_from_labels, unary_from_probabilities
-from esol.localize.pairs import boundary_affinity, feature_affinity
-from esol.localize.random_walk import random_walk
-from esol.localize.thresholds import auto_threshold, background_power, power_threshold
-from esol.metrics import VOID
+from esol.ops.dense_crf import mean_field, unary_from_labels, unary_from_probabilities
+from esol.ops.metrics import VOID
+from esol.ops.pairs import boundary_affinity, feature_affinity
+from esol.ops.random_walk import random_walk
+from esol.ops.thresholds import auto_threshold, background_power, power_threshold
 
 PSA_PIXELS, IRN_PIXELS = 16, 48  # of the grid for each step: at VOC's photos about the 256 steps of PSA and IRN
 

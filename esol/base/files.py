@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from esol.errors import ConfigError
+from esol.base.errors import ConfigError
 
 
 def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:

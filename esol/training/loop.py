@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esol import exits
+from esol.base import exits
+from esol.base.errors import DivergenceError
+from esol.base.interrupts import LAUNCHED, Interrupts
 from esol.config import TrainConfig
 from esol.engines.base import Engine
-from esol.errors import DivergenceError
-from esol.interrupts import LAUNCHED, Interrupts
-from esol.optim import learning_rate
-from esol.tasks.base import Batch
+from esol.training.optim import learning_rate
+from esol.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class StopSignal:
     """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered; signals may come twice (torchrun sends them so).
 
     The death of the launcher counts as one: nobody else would ever end its processes. A second Ctrl-C is not waited for
-    here: where the entry point has entered esol.interrupts, that ends the process at once.
+    here: where the entry point has entered esol.base.interrupts, that ends the process at once.
     """
 
     def __init__(self) -> None:

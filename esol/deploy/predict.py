@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from esol.base.errors import DataError, EsolError
+from esol.base.files import atomic_write
+from esol.base.progress import progress
 from esol.data.transforms import decode, resize
-from esol.errors import DataError, EsolError
-from esol.files import atomic_write
-from esol.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
-from esol.localize.class_maps import class_maps
-from esol.localize.dense_crf import mean_field, unary_from_probabilities
-from esol.localize.segmentation import enlarged_labels, probabilities
+from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
+from esol.deploy.segmenter import load_model
 from esol.networks import trained_cam
+from esol.ops.class_maps import class_maps
+from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.segmentation import enlarged_labels, probabilities
 from esol.pipeline import store
-from esol.progress import progress
-from esol.report import heat, paint
-from esol.segmenter import load_model
+from esol.report.pictures import heat, paint
 from shards.samples import encode_mask
 
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from esol.errors import EsolError, LostRankError
-from esol.interrupts import Interrupts, end_children
+from esol.base.errors import EsolError, LostRankError
+from esol.base.interrupts import Interrupts, end_children
 
 PARENT = os.getppid()
 """Who started this process, noted early: a launcher may be gone by the time that torch is imported."""

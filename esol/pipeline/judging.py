@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from esol.config import MASK_STAGES, WALKS, Config, SeedMasksConfig
-from esol.context import Context, Results
 from esol.engines.base import gather_text
-from esol.inference import mask_splits, photo
-from esol.localize.class_maps import ClassMaps
-from esol.localize.judge import Evidence
-from esol.localize.pseudo_labels import pseudo_mask
+from esol.ops.class_maps import ClassMaps
+from esol.ops.pseudo_labels import pseudo_mask
 from esol.pipeline import store
+from esol.pipeline.context import Context, Results
+from esol.pipeline.inference import mask_splits, photo
+from esol.report.judge import Evidence
 
 SAMPLED = 64  # photos by which localize.write = auto chooses: maps of all stages and their CRF cost a second a photo
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esol.models.cam_net import CamNet
-from esol.tasks.base import Batch, Task
+from esol.training.task import Batch, Task
 
 
 class HeadTask(Task):

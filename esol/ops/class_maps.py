@@ -13,6 +13,8 @@ from esol.models.cam_net import CamNet
 from esol.models.expansion import Decision, Expansion, Shrinkage
 from esol.models.regrid import to_grid
 
+SOURCES = ("cam", "decide", "expand", "shrink")  # whose maps there are, in the order of the stages
+
 
 @dataclass(frozen=True)
 class ClassMaps:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from esol.base.errors import CheckpointError
+from esol.base.files import atomic_write, sha256, sync_folder
+from esol.base.schema import differing, finite
 from esol.engines.base import Engine, gather_text
-from esol.errors import CheckpointError
-from esol.files import atomic_write, sha256, sync_folder
-from esol.schema import differing, finite
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "esol-checkpoint 1"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from esol.localize.pairs import pair_offsets, pair_windows
+from esol.ops.pairs import pair_offsets, pair_windows
 
 TAIL = 1e-7  # sum of the coefficients that are left out, at most
 ROOM = 2**25  # floats of neighbours at a time on a GPU

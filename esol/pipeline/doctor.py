@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from esol.base.errors import DataError
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode
 from esol.engines.base import Engine, gather_text
-from esol.errors import DataError
 from esol.pipeline.needs import missing
 
 PACKAGES = ("esol", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "webdataset", "mlflow", "timm")

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esol.errors import EsolError
-from esol.files import atomic_write
-from esol.model_card import model_card
+from esol.base.errors import EsolError
+from esol.base.files import atomic_write
+from esol.deploy.model_card import model_card
+from esol.deploy.segmenter import WEIGHTS, describe, load_model, write_model
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import pad_to_grid
 from esol.pipeline import store
-from esol.segmenter import WEIGHTS, describe, load_model, write_model
-from esol.tracking import save_mlflow_model
+from esol.tracking.mlflow_model import save_mlflow_model
 
 TOLERANCE = 1e-3  # largest difference of a probability between ONNX Runtime and PyTorch
 _EXAMPLE, _OTHERS = (2, 60, 91), ((1, 96, 129), (3, 33, 50))  # photos, height, width

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esol.base.errors import CheckpointError
 from esol.config import Config, EvaluateConfig
-from esol.errors import CheckpointError
+from esol.deploy.segmenter import ModelInfo
 from esol.pipeline import store
-from esol.report import per_class, summary
-from esol.segmenter import ModelInfo
+from esol.report.tables import per_class, summary
 
 FILES = {
-    "model.safetensors": "weights; the header says how to build the network (esol.segmenter.load_model)",
+    "model.safetensors": "weights; the header says how to build the network (esol.deploy.segmenter.load_model)",
     "config.json": "the header again, for people",
     "model.pt2": "torch.export: uint8 photos (B, 3, H, W), RGB, sides of at least 9 -> probabilities (B, labels, H, W)",
     "model.onnx": "the same for ONNX Runtime: `image` -> `probabilities`",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from esol.config import TrainConfig
-from esol.tasks.base import Task
+from esol.training.task import Task
 
 
 def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esol.context import Context
+from esol.base.errors import DataError
+from esol.base.files import atomic_write, sha256
+from esol.base.progress import progress
 from esol.data.index import Index, scan_shard, write_index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, decode_mask
-from esol.errors import DataError
-from esol.files import atomic_write, sha256
-from esol.progress import progress
+from esol.pipeline.context import Context
 from shards.writer import write_mirror_shard
 
 Tally = dict[str, NDArray[Any]]

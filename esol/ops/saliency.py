@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esol.errors import ConfigError
-from esol.metrics import VOID
+from esol.base.errors import ConfigError
+from esol.ops.metrics import VOID
 
 
 def saliency_labels(scores: Tensor, saliency: Tensor, floor: float = 0.2, conflict: float = 0.9) -> Tensor:

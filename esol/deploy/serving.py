@@ -7,9 +7,9 @@ import json
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+from esol.base.errors import DataError
 from esol.data.transforms import decode
-from esol.errors import DataError
-from esol.predict import Predictor
+from esol.deploy.predict import Predictor
 from shards.samples import encode_mask
 
 
