@@ -27,16 +27,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine, table
-from esol.config import BackboneConfig, SegmentConfig
+from esol.config import BackboneConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, sample_rng
 from esol.data.reader import ShardReader
-from esol.data.transforms import Crop, decode, decode_mask, training_crop
+from esol.data.samples import Batch, decode_mask
+from esol.data.transforms import Crop, decode, training_crop
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.tasks.segment import Segment
+from esol.stages.segment import SegmentConfig, SegmentTask
 from esol.training.optim import build_optimizer, learning_rate
-from esol.training.task import Batch
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         config = replace(config, lr=config.lr / 100)
     model = BackboneConfig("resnet101", args.weights, output_stride=8, freeze="none")
     index = Index.load(args.data)
-    task = Segment(DeepLab(build_backbone(model), len(index.classes) + 1, config.rates), config).to(device).train()
+    task = SegmentTask(DeepLab(build_backbone(model), len(index.classes) + 1, config.rates), config).to(device).train()
     batches = _batches(index, args.split, config, args.photos // args.batch)
     if args.weights == "none":
         _make_random_start_sound(task.handover.backbone, torch.cat([b["image"] for b in batches])[:8].to(device))

@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.common import machine, table
 from benchmarks.main_line import ROOT
-from esol import config as configuration
 from esol.data.index import Index, scan_shard, write_index
+from esol.pipeline import config_file
 
 SIZES = (100, 2000)
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
-    index = Index.load(configuration.load(args.config, args.overrides).data.root)
+    index = Index.load(config_file.load(args.config, args.overrides).data.root)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for photos in SIZES:

@@ -48,10 +48,10 @@ from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
-from esol.data.transforms import Crop, decode, decode_mask
+from esol.data.samples import decode_mask, encode_mask, encode_png
+from esol.data.transforms import Crop, decode
 from esol.ops.metrics import confusion_matrix
 from esol.ops.pairs import pair_labels, pair_offsets
-from shards.samples import encode_mask, encode_png
 from shards.verify import verify
 
 SECONDS = 30.0  # for one case; they take a tenth of one

@@ -19,9 +19,10 @@ from PIL import Image
 
 from esol.data.index import Index, write_index
 from esol.data.reader import ShardReader
-from shards.samples import Source, encode_mask, encode_png, pack
+from esol.data.samples import encode_mask, encode_png, write_mirror_shard
+from shards.samples import Source, pack
 from shards.synthetic import CLASSES, draw_scene
-from shards.writer import create, write_mirror_shard
+from shards.writer import create
 
 NAME = "damaged-set"  # the folder's name, by which a report may name the set
 Rng = np.random.Generator

@@ -32,10 +32,9 @@ from benchmarks.fuzz_kinds import (
     shift_number,
     truncate,
 )
-from esol.config import EvaluateConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from shards.samples import encode_mask
+from esol.data.samples import encode_mask
 from shards.synthetic import CLASSES, draw_scene
 
 PHOTOS = 6
@@ -308,14 +307,14 @@ def _model(folder: Path) -> Path:
     """A DeepLab of random weights that is small enough for a case."""
     import torch
 
-    from esol.config import BackboneConfig, CrfConfig
-    from esol.deploy.segmenter import ModelInfo, write_model
+    from esol.config import BackboneConfig, CrfConfig, PredictionConfig
     from esol.models.backbones import build_backbone
     from esol.models.deeplab import DeepLab
+    from esol.pipeline.model_file import ModelInfo, write_model
 
     torch.manual_seed(0)
     net = DeepLab(build_backbone(BackboneConfig("small", "none", output_stride=8)), len(CLASSES) + 1, (6, 12))
-    evaluate = EvaluateConfig(scales=(1.0,), flip=False, crf=CrfConfig(iterations=0))
+    evaluate = PredictionConfig(scales=(1.0,), flip=False, crf=CrfConfig(iterations=0))
     path = folder / "model.safetensors"
     write_model(path, net.state_dict(), ModelInfo(CLASSES, "small", (6, 12), evaluate, 56, "seed_masks", "random"))
     return path

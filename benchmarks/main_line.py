@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, table
-from esol import config as configuration
-from esol.config import MAIN_LINE
-from esol.ops.class_maps import SOURCES
+from esol.pipeline import config_file
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("cam", "decide", "expand", "shrink")
+MAIN_LINE = ("classify", "decide", "expand", "shrink", "localize", "seed_masks")
 STAGES = MAIN_LINE[: MAIN_LINE.index("localize") + 1]
 COLUMNS = ("miou", "precision", "recall", "threshold", "at_cam_precision", "at_cam_recall", "body_recall")
 
@@ -53,13 +53,13 @@ def accelerate(processes: int) -> list[str]:
 
 def folder_of(config: str, seed: int, overrides: list[str], suffix: str = "") -> Path:
     """The run directory of one seed."""
-    return Path(configuration.load(config, of_seed(config, seed, overrides, suffix)).run_dir)
+    return Path(config_file.load(config, of_seed(config, seed, overrides, suffix)).run_dir)
 
 
 def of_seed(config: str, seed: int, overrides: list[str], suffix: str = "") -> list[str]:
     """The overrides with which one seed runs, in a run directory of its own; {seed} in them becomes its number."""
     overrides = [text.replace("{seed}", str(seed)) for text in overrides]
-    run_dir = f"{configuration.load(config, overrides).run_dir}{suffix}-seed{seed}"
+    run_dir = f"{config_file.load(config, overrides).run_dir}{suffix}-seed{seed}"
     return [*overrides, f"seed={seed}", f"run_dir={run_dir}"]
 
 

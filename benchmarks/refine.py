@@ -9,11 +9,64 @@ kept), then prints the table. Each row states its threshold; the last column is 
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.common import machine, table
-from benchmarks.gain_kept import ROWS, confusions, miou
 from benchmarks.main_line import accelerate, arguments, folder_of, run, spread
+from esol.base.palette import VOID
+from esol.config import Config
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.samples import decode_mask
+from esol.ops.metrics import Counts, confusion_matrix, score
+from esol.pipeline import config_file
 
 MEASURES = ("miou", "precision", "recall")
+
+ROWS = (
+    ("seeds", "seed_masks"),
+    ("PSA", "psa_masks"),
+    ("IRN", "irn_masks"),
+    ("vote", "vote_masks"),
+    ("DeepLab", "evaluate"),
+)
+
+
+def unseen(config: Config, index: Index) -> NDArray[np.int64]:
+    """Ordinals of data.mask_split outside data.score_split that have a true mask.
+
+    Settings are chosen by score_split's numbers; by these photos nothing was.
+    """
+    others = np.setdiff1d(index.split(config.data.mask_split), index.split(config.data.score_split))
+    return others[index.members["mask.png"][others, 0] >= 0] if "mask.png" in index.members else others[:0]
+
+
+def confusions(run_dir: Path, stage: str) -> dict[str, Counts]:
+    """Of a stage's final masks, a matrix for each photo (N, C+1, C+1), by the set that the photos belong to."""
+    config = config_file.load(str(run_dir / "resolved.yaml"))
+    data, masks = ShardReader(Index.load(config.data.root)), ShardReader(Index.load(run_dir / stage))
+    place = {str(key): i for i, key in enumerate(masks.index.keys)}
+    labels, names = len(data.index.classes) + 1, config.data
+
+    def of(ordinal: int) -> Counts:
+        own = place[str(data.index.keys[ordinal])]
+        said = decode_mask(masks.read(own, "mask.png"), masks.name(own))
+        truth = decode_mask(data.read(ordinal, "mask.png"), data.name(ordinal))
+        return confusion_matrix(truth, np.where(said == VOID, 0, said), labels)  # void is background, as in the stages
+
+    if stage == "evaluate":
+        parts = {names.eval_split: data.index.split(names.eval_split)}
+    else:
+        parts = {names.score_split: data.index.split(names.score_split)}
+        parts[f"{names.mask_split}, unseen"] = unseen(config, data.index)
+    return {name: np.array([of(i) for i in part.tolist()]) for name, part in parts.items() if len(part)}
+
+
+def miou(confusion: Counts) -> float:
+    return 100 * score(confusion).miou
 
 
 def main() -> None:

@@ -27,27 +27,28 @@ import torch.distributed as dist
 from benchmarks.common import interleaved
 from esol.base.files import sha256
 from esol.base.progress import progress
-from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig, load
+from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
+from esol.data.samples import Batch
 from esol.engines import make_engine
 from esol.engines.base import Engine
 from esol.engines.watchdog import _BEAT, Watchdog
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.models.expansion import Expansion
 from esol.models.irn_net import IrnNet
-from esol.networks import build_net
-from esol.tasks.affinity import Affinity
-from esol.tasks.classify import Classify
-from esol.tasks.expand import Expand
-from esol.tasks.irn import Irn
-from esol.tasks.segment import Segment
-from esol.tasks.shrink import Shrink
+from esol.pipeline.cam import new_net
+from esol.pipeline.config_file import load
+from esol.stages.classify import ClassifyTask
+from esol.stages.expand import ExpandTask, expansion
+from esol.stages.irn import IrnTask
+from esol.stages.psa import PsaTask
+from esol.stages.segment import SegmentTask
+from esol.stages.shrink import ShrinkTask
 from esol.tracking.tracker import Tracker
 from esol.training.checkpoint import Checkpointer
 from esol.training.loop import StopSignal, train
 from esol.training.optim import build_optimizer
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("classify", "expand", "shrink", "psa", "irn", "segment")
@@ -61,22 +62,22 @@ def settings(*overrides: str) -> Config:
 
 
 def build_task(name: str, config: Config) -> Task:
-    """A training stage as esol.fit builds it, but with nothing handed over by an earlier one: weights are random."""
+    """A stage's task as the pipeline builds it, but with nothing handed over by an earlier one: weights are random."""
     model = config.model
     if name == "psa":
         backbone = build_backbone(replace(model, output_stride=8), pretrained=False)
-        return Affinity(AffinityNet(backbone), config.psa)
+        return PsaTask(AffinityNet(backbone), config.psa)
     if name == "irn":
-        return Irn(IrnNet(build_backbone(replace(model, freeze="all"), pretrained=False)), config.irn)
+        return IrnTask(IrnNet(build_backbone(replace(model, freeze="all"), pretrained=False)), config.irn)
     if name == "segment":
         backbone = build_backbone(config.segment.model, pretrained=False)
-        return Segment(DeepLab(backbone, CLASSES + 1, config.segment.rates), config.segment)
-    net = build_net(config, CLASSES, pretrained=False)
+        return SegmentTask(DeepLab(backbone, CLASSES + 1, config.segment.rates), config.segment)
+    net = new_net(config, CLASSES, pretrained=False)
     if name == "classify":
-        return Classify(net, config.classify)
+        return ClassifyTask(net, config.classify)
     if name == "expand":
-        return Expand(net, config.expand)
-    return Shrink(net, Expansion(net, config.expand), config.shrink)
+        return ExpandTask(net, config.expand)
+    return ShrinkTask(net, expansion(net, config.expand), config.shrink)
 
 
 def crop_of(name: str, config: Config) -> int:
@@ -272,7 +273,7 @@ def overhead(
     """Blocks of steps, in turn: without the agreement, with it, in the whole loop; seconds per step, and this thread's.
 
     The agreement is the all-reduce of "a loss is not finite" and "stop". The loop adds batches, learning rate, beats
-    under a watchdog, meter, values every tracking.every steps, metrics.jsonl and progress, as esol.fit has them.
+    under a watchdog, meter, values every tracking.every steps, metrics.jsonl and progress, as the pipeline has them.
     """
     config = settings(f"run_dir={folder}", "tracking.uri=none", *overrides)
     job = _engine()

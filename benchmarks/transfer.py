@@ -26,25 +26,29 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine, table
-from benchmarks.main_line import ROOT, spread
+from benchmarks.main_line import MAIN_LINE, ROOT, SOURCES, spread
 from benchmarks.transfer_sets import SCALES, SETS, TransferSet
+from esol.base.palette import VOID
 from esol.base.progress import progress
-from esol.config import IRN, MAIN_LINE, MASK_STAGES, PSA, VOTE, CrfConfig, SeedMasksConfig
+from esol.config import CrfConfig, MaskConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode, decode_mask
-from esol.networks import trained_cam
-from esol.ops.class_maps import SOURCES, ClassMaps, class_maps
+from esol.data.samples import decode_mask
+from esol.data.transforms import decode
+from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.dense_crf import mean_field, unary_from_labels
-from esol.ops.metrics import VOID, Counts, confusion_matrix, score
+from esol.ops.metrics import Counts, confusion_matrix, score
 from esol.ops.pseudo_labels import mask_threshold, pseudo_mask
 from esol.ops.thresholds import auto_threshold
 from esol.pipeline import store
-from esol.pipeline.judging import SAMPLED, highest
+from esol.pipeline.cam import trained_heads
+from esol.pipeline.masks import highest
 from esol.report.judge import WORTH, Evidence
+from esol.stages.localize import SAMPLED
 from shards.writer import create
 
-STAGES = (*MAIN_LINE, *PSA, *IRN, *VOTE)
+MASK_STAGES = ("seed_masks", "psa_masks", "irn_masks", "vote_masks")
+STAGES = (*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_masks", "vote_masks")
 SCORED = 60  # photos by which seeds with the CRF are scored, and the final masks against them
 TIMED = 10  # photos by which the time of auto and the judge is measured
 WORTHS = [  # candidates for what a stage is worth, of which the other sets' pairs choose
@@ -105,7 +109,7 @@ def _share_of_time(
     for image, maps, seconds in timed:
         evidence = Evidence.empty(1 + max(int(own.classes.max()) for own in maps.values()))
         begun = time.perf_counter()
-        masks = [pseudo_mask(image, own.full, own.classes, SeedMasksConfig())[1].numpy() for own in maps.values()]
+        masks = [pseudo_mask(image, own.full, own.classes, MaskConfig())[1].numpy() for own in maps.values()]
         middle = time.perf_counter()
         for mask in masks:
             evidence.add(image.numpy(), mask, maps["cam"].classes.tolist(), seeds=mask)
@@ -129,7 +133,7 @@ def _on_some_photos(run_dir: Path, results: Row) -> Row:
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     index = Index.load(config.data.root)
     reader, width = ShardReader(index), len(index.classes) + 1
-    nets = trained_cam(config, len(index.classes), torch.device("cpu"))
+    heads = trained_heads(config, len(index.classes)).eval()
     made = {stage: ShardReader(Index.load(run_dir / stage)) for stage in MASK_STAGES}
     place = {stage: {str(key): i for i, key in enumerate(own.index.keys)} for stage, own in made.items()}
     counts: dict[tuple[str, float | str], Counts] = defaultdict(lambda: np.zeros((width, width), np.int64))
@@ -146,12 +150,12 @@ def _on_some_photos(run_dir: Path, results: Row) -> Row:
             begun = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
                 scales, flip = config.localize.scales, config.localize.flip
-                own = class_maps(image[None], labels[None], *nets, scales=scales, flip=flip)[0]
+                own = class_maps(image[None], labels[None], heads, scales=scales, flip=flip)[0]
             if labels.any() and len(timed) < TIMED:
                 timed.append((image, own, time.perf_counter() - begun))
             for source, maps in own.items():
                 thresholds: dict[float | str, float] = {t: t for t in GRID if source in ("cam", written)}
-                thresholds["auto"] = mask_threshold(SeedMasksConfig(), maps.full)
+                thresholds["auto"] = mask_threshold(MaskConfig(), maps.full)
                 for which, label in _masks(image, maps.full, maps.classes, thresholds).items():
                     counts[source, which] += confusion_matrix(truth, label, width)
             for stage, masks in made.items():

@@ -30,10 +30,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from esol import config
     from esol.pipeline import doctor
+    from esol.pipeline.config_file import load
 
-    return doctor.run(config.load(args.config, args.overrides))
+    return doctor.run(load(args.config, args.overrides))
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def _main() -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("run", help="run the stages of a config in this process")
+    command = commands.add_parser("run", help="run the stages of a config in this process", add_help=False)
     train.add_arguments(command)
     command.set_defaults(run=train.run)
 

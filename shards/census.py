@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from esol.base.errors import DataError
-from esol.data.transforms import decode_mask
-from shards.samples import VOID
+from esol.base.palette import VOID
+from esol.data.samples import decode_mask
 
 
 class Census:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from esol.base import exits
-
-if TYPE_CHECKING:
-    from shards.samples import Source
+from esol.base.plugins import load_plugins
+from shards.kind import KINDS, load_kinds, natural, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 Ctrl-C."""
 
     def command() -> int:
-        options = _parser().parse_args(arguments)
+        load_kinds()
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given[:1] == ["create"]:
+            before = argparse.ArgumentParser(add_help=False)
+            before.add_argument("--plugin", action="append", default=[])
+            load_plugins(before.parse_known_args(given)[0].plugin)
+        options = _parser().parse_args(given)
         return int(options.run(options))
 
     return exits.entry(command, "nothing was finished, run the command again")
@@ -33,9 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         "Make a shard set from VOC, COCO, your own folder, or procedural scenes.",
         "esol-shards create voc VOCdevkit/VOC2012 --masks SegmentationClassAug --out data/voc12",
     )
+    create.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module with more kinds")
     kinds = create.add_subparsers(required=True, metavar="KIND")
-    for kind in (_add_voc, _add_coco, _add_folder, _add_synthetic):
-        _add_output(kind(kinds))
+    for name, kind in KINDS.items():
+        own = _command(kinds, name, kind.summary, kind.example)
+        kind().arguments(own)
+        _add_output(own)
+        own.set_defaults(run=_create, kind=kind())
     _add_index(commands)
     _add_verify(commands)
     _add_export(commands)
@@ -56,10 +64,8 @@ def _command(commands: argparse._SubParsersAction, name: str, summary: str, exam
 def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder or URL (s3://...) to write to")
-    add(
-        "--samples-per-shard", type=_positive, default=128, metavar="N", help="at most (default: 128; see docs/data.md)"
-    )
-    add("--seed", type=_natural, default=0, metavar="N", help="of the order of the samples (default: 0)")
+    add("--samples-per-shard", type=positive, default=128, metavar="N", help="at most (default: 128; see docs/data.md)")
+    add("--seed", type=natural, default=0, metavar="N", help="of the order of the samples (default: 0)")
     add("--overwrite", action="store_true", help="first remove the shard set that DIR holds")
     add(
         "--drop-damaged",
@@ -68,182 +74,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _drop_unlabelled(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--drop-unlabelled",
-        action="store_true",
-        help="leave out images without a label (default: they are photos without any object of the classes)",
-    )
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
-    return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _add_voc(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = _command(
-        kinds,
-        "voc",
-        "PASCAL VOC 2012. Labels are all objects of Annotations, difficult ones too (as in IRN).",
-        "esol-shards create voc VOCdevkit/VOC2012 --masks SegmentationClassAug --out data/voc12",
-    )
-    add = parser.add_argument
-    add("root", metavar="ROOT", help="folder or URL with JPEGImages, Annotations, ImageSets")
-    add(
-        "--split",
-        action="append",
-        default=[],
-        metavar="NAME[=FILE]",
-        help="a split, listed in FILE or in NAME.txt of the ids; repeatable (default: train, train_aug, val if there)",
-    )
-    add("--ids-dir", default="", metavar="DIR", help="where NAME.txt is (default: ROOT/ImageSets/Segmentation)")
-    add(
-        "--classes",
-        type=_names,
-        metavar="A,B",
-        help="only these, in this order; the rest is background (default: all 20)",
-    )
-    add("--labels", default="", metavar="FILE", help="IRN's cls_labels.npy instead of Annotations; no code in it runs")
-    add(
-        "--masks",
-        default="SegmentationClass",
-        metavar="FOLDER",
-        help='also: SegmentationClassAug, or "" for none; an image may lack its mask (default: SegmentationClass)',
-    )
-    add(
-        "--long-side",
-        type=_positive,
-        default=0,
-        metavar="N",
-        help="re-encode larger photos to N pixels (default: never)",
-    )
-    _drop_unlabelled(parser)
-    add(
-        "--no-labels",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a split without Annotations, such as test, to predict only; repeatable",
-    )
-    parser.set_defaults(run=_voc)
-    return parser
-
-
-def _voc(options: argparse.Namespace) -> int:
-    from shards import voc
-
-    source = voc.voc_source(
-        options.root,
-        splits=options.split,
-        classes=voc.CLASSES if options.classes is None else options.classes,
-        labels=options.labels,
-        masks=options.masks,
-        ids_dir=options.ids_dir,
-        long_side=options.long_side,
-        drop_unlabelled=options.drop_unlabelled,
-        no_labels=options.no_labels,
-    )
-    return _create(source, options)
-
-
-def _add_coco(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = _command(
-        kinds,
-        "coco",
-        "MS COCO instances. Crowd regions are left out; where objects overlap, the later annotation counts.",
-        "esol-shards create coco --images train2014 --annotations annotations/instances_train2014.json --split train\n"
-        "    --images val2014 --annotations annotations/instances_val2014.json --split val --out data/coco14",
-    )
-    add = parser.add_argument
-    add(
-        "--images",
-        action="append",
-        required=True,
-        metavar="DIR",
-        help="photos of the annotations; one DIR serves for all",
-    )
-    add("--annotations", action="append", required=True, metavar="FILE", help="instances json; repeatable")
-    add("--split", action="append", required=True, metavar="NAME", help="name of the split, one for each FILE")
-    add(
-        "--keep-unannotated",
-        action="store_true",
-        help="keep images without annotations: 82,783/40,504 of COCO 2014 (default: drop them, 82,081/40,137)",
-    )
-    parser.set_defaults(run=_coco)
-    return parser
-
-
-def _coco(options: argparse.Namespace) -> int:
-    from shards.coco import coco_source
-
-    source = coco_source(options.images, options.annotations, options.split, options.keep_unannotated)
-    return _create(source, options)
-
-
-def _add_folder(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = _command(
-        kinds,
-        "folder",
-        "Your own photos: ROOT/images, ROOT/labels.csv (image,labels[,split]; labels joined by ;),\n"
-        "and where you have them ROOT/masks/NAME.png and ROOT/classes.txt.",
-        "esol-shards create folder my-photos --out data/my-photos",
-    )
-    parser.add_argument("root", metavar="ROOT", help="folder or URL")
-    parser.add_argument(
-        "--long-side", type=_positive, default=0, metavar="N", help="re-encode larger photos to N pixels"
-    )
-    _drop_unlabelled(parser)
-    parser.set_defaults(run=_folder)
-    return parser
-
-
-def _folder(options: argparse.Namespace) -> int:
-    from shards.folder import folder_source
-
-    return _create(folder_source(options.root, options.long_side, options.drop_unlabelled), options)
-
-
-def _add_synthetic(kinds: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = _command(
-        kinds,
-        "synthetic",
-        "Procedural scenes with exact masks: each class has a small telling part and a plainer body.",
-        "esol-shards create synthetic --train 1000 --val 200 --out data/synthetic",
-    )
-    parser.add_argument("--train", type=_natural, default=1000, metavar="N", help="training images (default: 1000)")
-    parser.add_argument("--val", type=_natural, default=200, metavar="N", help="validation images (default: 200)")
-    parser.add_argument(
-        "--size", type=_positive, default=96, metavar="N", help="pixels of a side, from 32 (default: 96)"
-    )
-    parser.add_argument(
-        "--classes", type=_positive, default=5, metavar="N", help="how many kinds of objects, to 20 (default: 5)"
-    )
-    parser.set_defaults(run=_synthetic)
-    return parser
-
-
-def _synthetic(options: argparse.Namespace) -> int:
-    from shards.synthetic import synthetic_source
-
-    return _create(synthetic_source(options.train, options.val, options.size, options.seed, options.classes), options)
-
-
-def _create(source: Source, options: argparse.Namespace) -> int:
+def _create(options: argparse.Namespace) -> int:
     from shards.samples import listing
     from shards.writer import create
 
+    source = options.kind.source(options)
     for note in source.notes:
         print(note)
     census, dropped = create(

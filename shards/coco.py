@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from esol.base.errors import DataError
+from esol.data.samples import encode_mask
 from shards.coco_file import CocoFile, CocoImage, classes_of, read_coco
 from shards.coco_shapes import has_shape, inside, within_one
 from shards.inputs import list_files, read_bytes
 from shards.names import FileNames, check_count, safe_key
-from shards.samples import Source, encode_mask, listing, open_image, pack, upright_size
+from shards.samples import Source, listing, open_image, pack, upright_size
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from esol.base.files import atomic_write
 from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index
 from esol.data.reader import ShardReader
-from shards.samples import encode_mask, listing, open_mask
+from esol.data.samples import decode_mask, encode_mask
+from shards.samples import listing
 
 UNSAFE = r"[./\\\s]"  # what becomes an underscore, as in shards.names.safe_key
 PARTS = ("labels.csv", "classes.txt", "images", "masks")  # all that export writes, and that --overwrite removes
@@ -109,7 +110,7 @@ def _sample(reader: ShardReader, ordinal: int, name: str, table: bool) -> tuple[
         labels = [index.classes[i] for i in np.flatnonzero(reader.labels(ordinal))]
     if "mask.png" in index.members and index.members["mask.png"][ordinal, 0] >= 0:
         data = reader.read(ordinal, "mask.png")
-        levels = open_mask(data, f"{reader.name(ordinal)}: mask.png", None, len(index.classes), "")
+        levels = decode_mask(data, f"{reader.name(ordinal)}: mask.png", len(index.classes))
         with Image.open(io.BytesIO(data)) as png:
             files[f"masks/{name}.png"] = data if png.mode == "P" else encode_mask(levels)
     return files, labels

@@ -11,11 +11,13 @@ import numpy as np
 from PIL import Image
 
 from esol.base.errors import DataError
+from esol.base.palette import VOID
 from esol.data.photos import photo_format
+from esol.data.samples import encode_mask
 from shards.inputs import list_files, read_bytes, read_head, read_lines
 from shards.labels import Row, name_labels, read_rows
 from shards.names import FileNames, is_background, safe_key
-from shards.samples import VOID, Source, check_labels, encode_mask, listing, negatives, pack
+from shards.samples import Source, check_labels, listing, negatives, pack
 
 _SPLITS = ("train", "val", "test")  # names of splits, whatever the classes are called
 _PICTURES = frozenset(

@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from esol.base.errors import DataError
-from esol.base.palette import voc_palette
 from esol.data.photos import check_png, photo_format, upright_rgb, upright_size
+from esol.data.samples import decode_mask, encode_jpeg, encode_mask
 
-VOID = 255
 PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
 
 
@@ -56,7 +55,10 @@ def pack(
         raise DataError(f"{name}: {image.format} is not supported; convert it to JPEG, PNG or WebP")
     width, height = upright_size(image)
     labels = check_labels(labels, classes, name)
-    levels = None if mask is None else open_mask(mask, mask_name, (width, height), len(classes), name)
+    levels = None if mask is None else decode_mask(mask, mask_name, len(classes))
+    if levels is not None and levels.shape != (height, width):
+        size = _text((levels.shape[1], levels.shape[0]))
+        raise DataError(f"{mask_name} is {size} pixels, but its photo {name} is {_text((width, height))}")
     if 0 < long_side < max(width, height):
         scale = long_side / max(width, height)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -111,44 +113,6 @@ def open_image(data: bytes, name: str) -> Image.Image:
     except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
         raise DataError(f"{name}: unreadable image ({error}); {len(data)} bytes") from error
     return image
-
-
-def open_mask(data: bytes, name: str, size: tuple[int, int] | None, classes: int, photo: str) -> np.ndarray:
-    """uint8 (H, W) of an 8-bit PNG with 0 background, 1..classes, 255 void; DataError names mask and photo."""
-    image = open_image(data, name)
-    if image.format != "PNG" or image.mode not in ("P", "L"):
-        raise DataError(
-            f"{name}: a mask must be an 8-bit palette or gray PNG of class numbers, not {image.format} {image.mode}"
-        )
-    if size is not None and image.size != size:
-        raise DataError(f"{name} is {_text(image.size)} pixels, but its photo {photo} is {_text(size)}")
-    levels = np.asarray(image)
-    used = np.flatnonzero(np.bincount(levels.ravel(), minlength=256))
-    unknown = used[(used > classes) & (used != VOID)]
-    if len(unknown):
-        raise DataError(
-            f"{name}: value {unknown[0]} is no class; 0 is background, 1..{classes} are classes, {VOID} is void"
-        )
-    return levels
-
-
-def encode_mask(levels: np.ndarray) -> bytes:
-    """PNG with VOC's colours as palette, from uint8 (H, W)."""
-    image = Image.fromarray(np.ascontiguousarray(levels))
-    image.putpalette(voc_palette().tobytes())
-    return encode_png(image)
-
-
-def encode_png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
-def encode_jpeg(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=95)
-    return out.getvalue()
 
 
 def _smaller(image: Image.Image, size: tuple[int, int]) -> bytes:

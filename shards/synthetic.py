@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from esol.base.errors import DataError
-from shards.samples import Source, encode_jpeg, encode_mask, encode_png, pack
+from esol.data.samples import encode_jpeg, encode_mask, encode_png
+from shards.samples import Source, pack
 
 CLASSES = ("cactus", "fish", "mushroom", "rocket", "snail")
 _SHAPES, _PATTERNS = ("disc", "square", "triangle", "cross", "crescent"), ("striped", "checked", "ringed")

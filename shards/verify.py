@@ -14,10 +14,11 @@ from esol.base.errors import DataError
 from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
 from esol.data.photos import upright_size
+from esol.data.samples import decode_mask
 from shards.census import Census
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import foreground
-from shards.samples import PHOTO_FORMATS, check_labels, listing, open_image, open_mask
+from shards.samples import PHOTO_FORMATS, check_labels, listing, open_image
 
 
 def verify(root: str, say: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -163,7 +164,10 @@ def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: st
             )
     if "mask.png" in members:
         try:
-            open_mask(members["mask.png"], f"{where}, member mask.png", size, len(classes), "in the same sample")
+            levels = decode_mask(members["mask.png"], f"{where}, member mask.png", len(classes))
+            if size is not None and levels.shape != size[::-1]:
+                own = f"{levels.shape[1]}x{levels.shape[0]}"
+                problems.append(f"{where}: member mask.png is {own} pixels, the photo {size[0]}x{size[1]}")
         except DataError as error:
             problems.append(str(error))
     return problems

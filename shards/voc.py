@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from esol.base.errors import DataError
+from esol.base.palette import VOID
 from esol.data.index import PHOTO_EXTENSIONS
+from esol.data.samples import decode_mask, encode_mask
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import FileNames, safe_key
-from shards.samples import VOID, Source, check_labels, encode_mask, negatives, open_mask, pack
+from shards.samples import Source, check_labels, negatives, pack
 from shards.voc_xml import CLASSES, labels_of
 
 SPLITS = ("train", "train_aug", "val")
@@ -156,7 +158,7 @@ def _labels_in(vectors: dict[Any, np.ndarray], key: str, file: str) -> set[str]:
 
 
 def _renumber(mask: bytes, name: str, table: np.ndarray) -> bytes:
-    levels = open_mask(mask, name, None, len(CLASSES), "")
+    levels = decode_mask(mask, name, len(CLASSES))
     return encode_mask(table[levels])
 
 

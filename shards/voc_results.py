@@ -9,10 +9,11 @@ import numpy as np
 
 from esol.base.errors import DataError
 from esol.base.files import atomic_write
+from esol.base.palette import VOID
 from esol.base.progress import progress
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from shards.samples import VOID, encode_mask, open_mask
+from esol.data.samples import decode_mask, encode_mask
 from shards.voc import CLASSES
 
 
@@ -45,7 +46,7 @@ def export_voc_results(root: str, out: str, competition: str, split: str = "") -
                 key = str(index.keys[ordinal])
                 if key != Path(key).name:
                     raise DataError(f"{name}: {key!r} is no id of VOC's")
-                levels = open_mask(reader.read(ordinal, "mask.png"), name, None, len(index.classes), "")
+                levels = decode_mask(reader.read(ordinal, "mask.png"), name, len(index.classes))
                 if (levels == VOID).any():
                     raise DataError(f"{name} holds void (255), which the server refuses: give predictions")
                 atomic_write(place / f"{key}.png", encode_mask(numbers[levels]))

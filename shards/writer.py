@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from esol.base.errors import DataError
-from esol.base.files import sync_folder
 from esol.base.progress import progress
-from esol.data.index import filesystem, is_local, scan_shard, write_index
+from esol.data.index import write_index
+from esol.data.samples import write_mirror_shard
 from shards.census import Census
 from shards.samples import Source, listing
 from shards.turn import cannot_write, storage, turn
@@ -94,55 +93,13 @@ def _write_all(
                     census.add(str(sample["__key__"]), sample)
             if samples and (drop or not problems):
                 check()
-                records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
+                with storage(out) if "://" in out else nullcontext():
+                    records.append(write_mirror_shard(out, f"shard-{number:06d}.tar", samples))
     if problems and not (drop and records):
         headline = f"{len(problems)} images cannot be used; nothing was finished"
         more = "" if drop else "; --drop-damaged leaves them out"
         raise DataError(listing(headline + more, sorted(problems)))
     return records, sorted(problems)
-
-
-def write_mirror_shard(
-    out_dir: str | os.PathLike[str], shard_name: str, samples: Iterable[dict[str, Any]]
-) -> dict[str, Any]:
-    """Writes one tar file, whole or not at all, and returns its record for write_index.
-
-    samples: {"__key__": key, extension: bytes, ...}, e.g. "cam.npy". An inference stage gives its input's shard name
-    and keys, in order, so that its output mirrors the input. Same samples, same bytes. A file of that name is replaced.
-    """
-    fs, path = filesystem(os.fspath(out_dir))
-    if is_local(fs):
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{shard_name}.tmp"
-        try:
-            _write_tar(temporary, samples)
-            record = scan_shard(folder, temporary.name) | {"name": shard_name}
-            os.replace(temporary, folder / shard_name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(folder)
-        return record
-    with tempfile.TemporaryDirectory() as scratch:
-        _write_tar(Path(scratch, shard_name), samples)
-        record = scan_shard(scratch, shard_name)
-        with storage(os.fspath(out_dir)):
-            fs.put_file(str(Path(scratch, shard_name)), f"{path}/{shard_name}")  # whole objects or none
-    return record
-
-
-def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    os.environ.setdefault("WDS_SECURE", "1")
-    from webdataset.writer import TarWriter  # imports torch: not at the top, so that --help is quick
-
-    with open(path, "wb") as file:
-        # mtime is the only thing of TarWriter's headers that changes from run to run
-        with TarWriter(file, encoder=False, mtime=0) as tar:
-            for sample in samples:
-                tar.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_keys(keys: list[str]) -> None:

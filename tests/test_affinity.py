@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.base.schema import build
-from esol.config import IrnConfig, ModelConfig, PsaConfig
+from esol.config import ModelConfig
+from esol.data.samples import Batch
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.irn_net import IrnNet
 from esol.models.phased import PhasedConv2d
 from esol.models.regrid import fuse, regrid
-from esol.tasks.affinity import Affinity
-from esol.tasks.irn import Irn, displacement_loss
+from esol.stages.irn import IrnConfig, IrnTask, displacement_loss
+from esol.stages.psa import PsaConfig, PsaTask
 from esol.training.optim import build_optimizer
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 LITE0 = "timm:tf_efficientnet_lite0"
 
@@ -29,12 +30,12 @@ def backbone(name: str = "small", stride: int = 16, freeze: str = "all") -> Back
     return build_backbone(build(ModelConfig, model))
 
 
-def psa(freeze: str = "none", **options: Any) -> Affinity:
-    return Affinity(AffinityNet(backbone(stride=8, freeze=freeze)), build(PsaConfig, {"radius": 3, **options}))
+def psa(freeze: str = "none", **options: Any) -> PsaTask:
+    return PsaTask(AffinityNet(backbone(stride=8, freeze=freeze)), build(PsaConfig, {"radius": 3, **options}))
 
 
-def irn(**options: Any) -> Irn:
-    return Irn(IrnNet(backbone()), build(IrnConfig, {"radius": 4, **options}))
+def irn(**options: Any) -> IrnTask:
+    return IrnTask(IrnNet(backbone()), build(IrnConfig, {"radius": 4, **options}))
 
 
 TASKS = {"psa": psa, "irn": irn}

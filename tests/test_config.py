@@ -4,18 +4,20 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from config_page import page
 
-from esol import config
 from esol.base.errors import ConfigError
 from esol.base.schema import fingerprint
+from esol.config import Config, Duration
+from esol.pipeline import config_file
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
-def load(tmp_path: Path, text: str, *overrides: str) -> config.Config:
+def load(tmp_path: Path, text: str, *overrides: str) -> Config:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    return config.load(path, ["run_dir=r", "data.root=d", *overrides])
+    return config_file.load(path, ["run_dir=r", "data.root=d", *overrides])
 
 
 def test_values_ranges_and_numbers(tmp_path: Path) -> None:
@@ -30,8 +32,8 @@ def test_values_ranges_and_numbers(tmp_path: Path) -> None:
 def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
     made = load(tmp_path, "expand: {duration: 30 steps}", "localize.scales=[1.0, 1.5]", "tracking.uri=none")
     path = tmp_path / "resolved.yaml"
-    path.write_text(config.to_yaml(made))
-    assert config.load(path) == made
+    path.write_text(config_file.to_yaml(made))
+    assert config_file.load(path) == made
 
 
 @pytest.mark.parametrize(
@@ -79,13 +81,13 @@ def test_mistakes_name_the_key_and_the_remedy(tmp_path: Path, text: str, overrid
 
 def test_missing_file_and_missing_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config .*nowhere.yaml"):
-        config.load(tmp_path / "nowhere.yaml")
+        config_file.load(tmp_path / "nowhere.yaml")
     (tmp_path / "old.yaml").write_bytes("run_dir: r\n# café\n".encode("cp1252"))
     with pytest.raises(ConfigError, match=r"old.yaml is not UTF-8 text \(line 2: .*\): save it as UTF-8"):
-        config.load(tmp_path / "old.yaml")
+        config_file.load(tmp_path / "old.yaml")
     (tmp_path / "c.yaml").write_text("run_dir: r")
     with pytest.raises(ConfigError, match=r"data.root is missing: .* --set data.root="):
-        config.load(tmp_path / "c.yaml")
+        config_file.load(tmp_path / "c.yaml")
 
 
 def test_one_section_with_other_defaults_in_two_places(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_fingerprint_ignores_what_does_not_change_results(tmp_path: Path) -> Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_begin_with_their_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESOL_WEIGHTS", "w")
-    config.load(path)
+    config_file.load(path)
     first = path.read_text().splitlines()[0]
     assert first.startswith("# accelerate launch ")
     assert f"configs/{path.name}" in first
@@ -119,7 +121,7 @@ def test_shipped_configs_load_and_begin_with_their_command(path: Path, monkeypat
 
 def test_durations_are_epochs_images_or_steps_within_bounds() -> None:
     def steps(text: str, photos: int, batch: int = 16) -> int:
-        return config.Duration.parse(text, "x").steps(batch, photos // batch)
+        return Duration.parse(text, "x").steps(batch, photos // batch)
 
     assert [steps("5 epochs", 160), steps("6000 images", 160), steps("400 steps", 160)] == [50, 375, 400]
     bounds = "5 epochs, 6000 to 200000 images"
@@ -127,3 +129,10 @@ def test_durations_are_epochs_images_or_steps_within_bounds() -> None:
     # half the batch: twice the steps, so that as many images are seen
     assert [steps(bounds, photos, 8) for photos in (60, 3200, 80_000)] == [750, 2000, 25_000]
     assert steps("5 epochs, 1 to 160 images", 3200) == 10
+
+
+def test_the_page_of_all_keys_is_what_the_sections_say_and_every_key_says_what_it_is() -> None:
+    made = page()
+    shown = (CONFIGS[0].parents[1] / "docs/config.md").read_text()
+    assert shown == made, "python tests/config_page.py > docs/config.md"
+    assert [line for line in made.splitlines() if line.endswith("|  |")] == []

@@ -14,10 +14,9 @@ from PIL import Image
 from esol.base.palette import voc_palette
 from esol.data.index import Index, write_index
 from esol.data.reader import ShardReader
+from esol.data.samples import encode_mask, encode_png, write_mirror_shard
 from shards import cli
 from shards.export import PARTS
-from shards.samples import encode_mask, encode_png
-from shards.writer import write_mirror_shard
 
 CLASSES = ("big, cat", "dog")
 

@@ -11,10 +11,9 @@ from PIL import Image
 from esol.base.errors import DataError
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode_mask
+from esol.data.samples import decode_mask, encode_png
 from shards import cli
 from shards.folder import folder_source
-from shards.samples import encode_png
 from shards.writer import create
 
 NFD = unicodedata.normalize("NFD", "café")

@@ -17,10 +17,9 @@ from benchmarks.fuzz_kinds import NAME, make_set
 from esol.base.errors import DataError
 from esol.data.index import Index, write_index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode, decode_mask
-from shards.samples import encode_png
+from esol.data.samples import decode_mask, encode_png, write_mirror_shard
+from esol.data.transforms import decode
 from shards.verify import verify
-from shards.writer import write_mirror_shard
 
 ODD_MATRIX = "label map: confusion_matrix, odd"
 
@@ -128,7 +127,7 @@ def test_masks_that_are_no_class_numbers_are_errors() -> None:
         (encoded(PIXELS, "PNG"), "PNG RGB"),
         (encode_png(Image.fromarray(levels).convert("1")), "PNG 1"),
         (bytes(huge), "cannot be decoded"),
-        (encoded(PIXELS, "WEBP"), "cannot be decoded"),
+        (encoded(PIXELS, "WEBP"), "must be an 8-bit palette or gray PNG of class numbers, not WebP"),
     ):
         with pytest.raises(DataError, match=f"^x: .*{words}"):
             decode_mask(data, "x")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from esol.base.schema import build
 from esol.config import Config
-from esol.masks import stand_in
-from esol.pipeline.judging import highest, judged_masks, map_source, remarks
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.masks import highest, judged_masks, mask_remarks, stand_in
 from esol.report.judge import WORTH, Evidence, boundary_contrast
+from esol.stages.localize import map_remarks, map_source
 
 SQUARE = np.zeros((30, 40), np.uint8)
 SQUARE[8:22, 10:30] = 1
@@ -89,8 +89,7 @@ def test_seeds_stand_in_for_a_lost_class_in_the_background_alone() -> None:
 
 
 def config_of(**more: Any) -> Config:
-    config: Config = build(Config, {"run_dir": "r", "data": {"root": "d"}, **more})
-    return config
+    return from_tree({"run_dir": "r", "data": {"root": "d"}, **more})
 
 
 def test_the_highest_judge_is_taken_and_the_run_says_why() -> None:
@@ -106,14 +105,13 @@ def test_the_highest_judge_is_taken_and_the_run_says_why() -> None:
         "irn_masks": {"judge": 2.7, **judge},
     }
     assert highest(judged_masks(config_of(), results)) == "irn_masks"
-    assert remarks(config_of(), "seed_masks", results) == []
-    assert remarks(config_of(), "psa_masks", results) == [
+    assert mask_remarks(config_of(), "seed_masks", results) == []
+    assert mask_remarks(config_of(), "psa_masks", results, refines=True) == [
         "psa_masks: 53.3 % of the labels have no pixel in their photo's mask; the seeds stand in there",
         "warning: psa_masks made the masks worse than the seeds, by the judge (seed_masks 2.500, psa_masks 1.400)",
     ]
-    assert remarks(config_of(), "irn_masks", results) == []
-    maps = {"localize": {"write": "cam", "cam_judge": 2.5, "shrink_judge": 2.0}}
-    assert remarks(config_of(), "localize", maps) == [
+    assert mask_remarks(config_of(), "irn_masks", results, refines=True) == []
+    assert map_remarks({"cam": 2.5, "shrink": 2.0}, "cam") == [
         "localize: writes the maps of cam; the judge: cam 2.500, shrink 2.000",
         "warning: shrink made the maps worse than cam's, by the judge",
     ]

@@ -8,24 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.base.schema import build
-from esol.config import DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
+from esol.config import ModelConfig
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Decision, Expansion, Shrinkage
+from esol.models.heads import Decision, Expansion, Heads, Shrinkage
 from esol.ops.class_maps import class_maps
 from esol.ops.seeds import best_class, seed
 
 
-def networks() -> tuple[CamNet, Decision, Expansion, Shrinkage]:
+def networks() -> Heads:
     torch.manual_seed(0)
     net = CamNet(build_backbone(build(ModelConfig, {"backbone": "small", "output_stride": 8})), 3, 16).eval()
-    decision = Decision(net, build(DecideConfig, {"clip": 0.5}))
+    decision = Decision(net, clip=0.5)
     torch.nn.init.normal_(decision.kernel, std=0.1)
-    expansion = Expansion(decision, build(ExpandConfig, {"clip": 0.8}))
+    expansion = Expansion(decision, clip=0.8, bound=1)
     torch.nn.init.normal_(expansion.offset.conv.bias, std=0.5)  # type: ignore[arg-type]
-    shrinkage = Shrinkage(expansion, build(ShrinkConfig, {"clip": 0.6}))
+    shrinkage = Shrinkage(expansion, clip=0.6, bound=1)
     torch.nn.init.normal_(shrinkage.offset.conv.bias, std=0.5)  # type: ignore[arg-type]
-    return net, decision, expansion, shrinkage
+    heads = Heads()
+    for source, head in (("cam", net), ("decide", decision), ("expand", expansion), ("shrink", shrinkage)):
+        heads.add(source, head)
+    return heads
+
+
+def only(net: CamNet) -> Heads:
+    heads = Heads()
+    heads.add("cam", net)
+    return heads
 
 
 def image(batch: int, height: int, width: int) -> Tensor:
@@ -33,9 +42,10 @@ def image(batch: int, height: int, width: int) -> Tensor:
 
 
 def test_equals_a_loop_over_scales_and_mirror_images_of_each_stage_alone() -> None:
-    net, decision, expansion, shrinkage = networks()
+    heads = networks()
+    net, decision, expansion, shrinkage = (heads[source] for source in heads)
     photo, labels = image(1, 49, 65), torch.tensor([[1.0, 0.0, 1.0]])
-    got = class_maps(photo, labels, net, decision, expansion, shrinkage, scales=(1, 2), flip=True)[0]
+    got = class_maps(photo, labels, heads, scales=(1, 2), flip=True)[0]
     alone: dict[str, Any] = {
         "cam": net.class_maps,
         "decide": decision.class_maps,
@@ -60,24 +70,24 @@ def test_equals_a_loop_over_scales_and_mirror_images_of_each_stage_alone() -> No
 
 
 def test_a_batch_gives_what_its_images_give_alone_and_bfloat16_runs() -> None:
-    nets = networks()
+    heads = networks()
     photos, labels = image(3, 40, 56), torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 1]])
-    together = class_maps(photos, labels, *nets, scales=(1.0, 1.5))
+    together = class_maps(photos, labels, heads, scales=(1.0, 1.5))
     for i, want in enumerate(together):
-        alone = class_maps(photos[i : i + 1], labels[i : i + 1], *nets, scales=(1.0, 1.5))[0]
+        alone = class_maps(photos[i : i + 1], labels[i : i + 1], heads, scales=(1.0, 1.5))[0]
         for stage, maps in want.items():
             assert torch.equal(maps.classes, alone[stage].classes)
             torch.testing.assert_close(maps.full, alone[stage].full, atol=1e-4, rtol=0)
     assert together[1]["cam"].full.shape == (0, 40, 56)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = class_maps(photos, labels, *nets, scales=(1.0, 1.5))
+        half = class_maps(photos, labels, heads, scales=(1.0, 1.5))
     assert half[0]["shrink"].full.dtype == torch.float32
     assert (half[0]["shrink"].full - together[0]["shrink"].full).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (50, 71)])
 def test_mirrored_photo_gives_the_mirrored_map_and_a_spot_stays_in_place(size: tuple[int, int]) -> None:
-    net, *_ = networks()
+    net = networks().net
     net.kernel = None
     net.classifier = torch.nn.Parameter(torch.ones(1, 128))
     for layer in net.backbone.body.modules():
@@ -91,8 +101,8 @@ def test_mirrored_photo_gives_the_mirrored_map_and_a_spot_stays_in_place(size: t
     net.backbone.mean.zero_()
     kwargs: dict[str, Any] = {"scales": (1.0,), "flip": False}
     label = torch.ones(1, 1)
-    straight = class_maps(photo, label, net, **kwargs)[0]["cam"].full[0]
-    mirrored = class_maps(photo.flip(3), label, net, **kwargs)[0]["cam"].full[0]
+    straight = class_maps(photo, label, only(net), **kwargs)[0]["cam"].full[0]
+    mirrored = class_maps(photo.flip(3), label, only(net), **kwargs)[0]["cam"].full[0]
     assert torch.allclose(straight, mirrored.flip(1), atol=0.02)
     weight = straight / straight.sum()
     row = float((weight.sum(1) * torch.arange(size[0])).sum())
@@ -102,10 +112,10 @@ def test_mirrored_photo_gives_the_mirrored_map_and_a_spot_stays_in_place(size: t
 
 
 def test_long_side_sets_the_size_of_scale_one() -> None:
-    net, *_ = networks()
+    net = networks().net
     seen: list[tuple[int, ...]] = []
     net.backbone.body.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
-    class_maps(image(1, 60, 120), torch.ones(1, 3), net, scales=(1.0, 0.05), flip=False, long_side=240)
+    class_maps(image(1, 60, 120), torch.ones(1, 3), only(net), scales=(1.0, 0.05), flip=False, long_side=240)
     assert seen == [(121, 241), (9, 9)]
 
 

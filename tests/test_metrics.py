@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from esol.ops.metrics import VOID, ThresholdCurve, confusion_matrix, score
+from esol.base.palette import VOID
+from esol.ops.metrics import ThresholdCurve, confusion_matrix, score
 
 RNG = np.random.default_rng(0)
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from esol.config import Config, build
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.fit import odd_classes
 from esol.pipeline import needs
-from esol.stages import STAGES
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.registry import table
+from esol.stages.classify import odd_classes
 
 SMALL = {"backbone": "small", "weights": "none", "output_stride": 8, "freeze": "none"}
 Lacking = Callable[..., list[str]]
@@ -30,11 +30,11 @@ def index(shard_set: Path) -> Index:
 def lacking(index: Index, tmp_path: Path) -> Lacking:
     """What all stages lack under a config with these sections."""
 
-    def look(ranks: int = 1, stages: tuple[str, ...] = tuple(STAGES), **sections: Any) -> list[str]:
+    def look(ranks: int = 1, stages: tuple[str, ...] = tuple(table()), **sections: Any) -> list[str]:
         tree: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "data": {"root": index.root}, "model": SMALL}
         tree["segment"] = {"model": {"backbone": "small", "weights": "none"}}
-        config: Config = build(Config, tree | {"irn": {"global_batch": 8}} | sections)
-        return [str(error) for error in needs.missing(config, index, stages, ranks)]
+        config = from_tree(tree | {"irn": {"global_batch": 8}} | sections)
+        return list(dict.fromkeys(map(str, needs.missing(config, index, stages, ranks))))
 
     return look
 

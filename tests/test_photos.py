@@ -12,8 +12,9 @@ from PIL import Image
 
 from esol.base.errors import DataError
 from esol.data.photos import photo_format, upright_rgb
-from esol.data.transforms import decode, decode_mask
-from shards.samples import encode_mask, open_image, pack
+from esol.data.samples import decode_mask, encode_mask
+from esol.data.transforms import decode
+from shards.samples import open_image, pack
 from shards.verify import check_sample
 
 WIDTH, HEIGHT = 24, 16

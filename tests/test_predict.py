@@ -19,19 +19,21 @@ from esol import cli
 from esol.base.errors import CheckpointError, EsolError
 from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
-from esol.config import BackboneConfig, CrfConfig, EvaluateConfig
-from esol.deploy.predict import Predictor, predict
-from esol.deploy.segmenter import ModelInfo, load_model, read_info, write_model
+from esol.config import BackboneConfig, CrfConfig, PredictionConfig
+from esol.deploy.model import Model
+from esol.deploy.predict import predict
+from esol.deploy.segmenter import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.segmentation import enlarged_labels
+from esol.pipeline.model_file import ModelInfo, read_info, write_model
 
 GRAY, RED, BLUE = (128, 128, 128), (220, 20, 20), (20, 20, 220)
 INFO = ModelInfo(
     classes=("red", "blue"),
     backbone="small",
     rates=(1, 2),
-    evaluate=EvaluateConfig(scales=(1.0, 1.5), crf=CrfConfig(iterations=2)),
+    evaluate=PredictionConfig(scales=(1.0, 1.5), crf=CrfConfig(iterations=2)),
     photo_side=96,
     masks="truth",
     initial_weights="random",
@@ -235,7 +237,7 @@ def test_batches_change_nothing(model: Path, tmp_path: Path) -> None:
 
 
 def test_large_photos_are_seen_at_the_size_that_was_learned_and_answered_at_their_own(model: Path) -> None:
-    predictor = Predictor(model)
+    predictor = Model(model)
     large = torch.from_numpy(np.asarray(scene(400, 300)).copy()).permute(2, 0, 1)
     assert predictor.reduced(large).shape == (3, 72, 96)
     assert predictor.reduced(large[:, :50, :60]).shape == (3, 50, 60)
@@ -256,7 +258,7 @@ def test_enlarged_labels_are_the_argmax_of_the_enlarged_probabilities(monkeypatc
 
 def test_the_file_says_how_to_predict(model: Path, tmp_path: Path) -> None:
     assert read_info(model) == INFO
-    net, info = load_model(model.parent)  # a folder that holds it
+    net, info = load_network(model.parent)  # a folder that holds it
     assert not net.training
     assert info == INFO
     other = tmp_path / "other.safetensors"
@@ -265,7 +267,7 @@ def test_the_file_says_how_to_predict(model: Path, tmp_path: Path) -> None:
         assert other.read_bytes() == model.read_bytes()
     write_model(other, net.state_dict(), replace(INFO, classes=("red", "blue", "green")))
     with pytest.raises(CheckpointError, match=r"other\.safetensors cannot be used"):
-        load_model(other)
+        load_network(other)
 
 
 def test_errors_name_the_place_and_what_to_give(model: Path, tmp_path: Path) -> None:

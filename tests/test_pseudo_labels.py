@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from esol.config import CrfConfig, IrnLabelsConfig, IrnMasksConfig, PsaLabelsConfig, PsaMasksConfig, SeedMasksConfig
+from esol.config import CrfConfig
 from esol.ops.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask, walk_steps
 from esol.ops.thresholds import auto_threshold, background_power, power_threshold
+from esol.stages.irn import IrnLabelsConfig, IrnMasksConfig
+from esol.stages.psa import PsaLabelsConfig, PsaMasksConfig
+from esol.stages.seed_masks import SeedMasksConfig
 
 OFF = CrfConfig(iterations=0)
 GRAY = torch.full((3, 1, 4), 128, dtype=torch.uint8)
@@ -14,15 +17,13 @@ MAPS = torch.tensor([[[0.9, 0.2, 0.02, 0.2]], [[0.1, 0.1, 0.01, 0.3]]])
 
 
 def test_irn_labels_merge_the_two_thresholds() -> None:
-    config = IrnLabelsConfig(foreground=0.3, background=0.05, crf=OFF)
     # above .3: its class; between: void; below .05: background; at .3 exactly: not above it
-    assert irn_labels(GRAY, MAPS, CLASSES, config).tolist() == [[3, 255, 0, 255]]
+    assert irn_labels(GRAY, MAPS, CLASSES, OFF, foreground=0.3, background=0.05).tolist() == [[3, 255, 0, 255]]
 
 
 def test_psa_labels_merge_the_two_backgrounds() -> None:
-    config = PsaLabelsConfig(alpha_low=4, alpha_high=32, crf=OFF)
     # (1 - best)^4 = .0001, .41, .92, .24; ^32 = 0, .0008, .52, 0: class, void, background, class
-    assert psa_labels(GRAY, MAPS, CLASSES, config).tolist() == [[3, 255, 0, 6]]
+    assert psa_labels(GRAY, MAPS, CLASSES, OFF, alpha_low=4, alpha_high=32).tolist() == [[3, 255, 0, 6]]
 
 
 def test_masks_keep_an_edge_that_the_scores_miss() -> None:
@@ -75,8 +76,8 @@ def test_any_size_and_class_count(size: tuple[int, int], count: int) -> None:
     grid = (-(-size[0] // 4), -(-size[1] // 4))
     low = torch.nn.functional.interpolate(maps[None], grid)[0] if count else torch.zeros(0, *grid)
     for labels in (
-        psa_labels(image, maps, classes, PsaLabelsConfig()),
-        irn_labels(image, maps, classes, IrnLabelsConfig()),
+        psa_labels(image, maps, classes, PsaLabelsConfig().crf),
+        irn_labels(image, maps, classes, IrnLabelsConfig().crf),
     ):
         assert labels.dtype == torch.uint8
         assert labels.shape == size

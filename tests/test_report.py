@@ -3,24 +3,28 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from esol.base.errors import EsolError
 from esol.base.palette import voc_palette
+from esol.base.schema import finite
 from esol.pipeline import store
 from esol.pipeline.inference import advice_on_shards
+from esol.pipeline.registry import table
+from esol.pipeline.scores import Results, Scores
 from esol.report.pictures import heat, paint, sheet
 from esol.report.tables import results_table, verdicts
 
 SEEDS = {
-    **{f"{s}_{m}": 0.5 for s in ("cam", "expand", "shrink") for m in ("threshold", "precision", "recall")},
-    "cam_miou": 40.0, "expand_miou": 38.0, "shrink_miou": 42.0,
-    "cam_at_cam_recall": 50.0, "expand_at_cam_recall": 60.5, "shrink_at_cam_recall": 55.0,
-    "cam_at_cam_precision": 60.0, "expand_at_cam_precision": 45.0, "shrink_at_cam_precision": 44.0,
-}  # fmt: skip
+    "cam": Scores("val", 40.0, 0.5, 0.5, 0.5),
+    "cam_at_cam": Scores("val", 40.0, 60.0, 50.0, 0.5),
+    "expand": Scores("val", 38.0, 0.5, 0.5, 0.5),
+    "expand_at_cam": Scores("val", 38.0, 45.0, 60.5, 0.5),
+    "shrink": Scores("val", 42.0, 0.5, float("nan"), 0.5),
+    "shrink_at_cam": Scores("val", 42.0, 44.0, 55.0, 0.5),
+}
 
 
 def test_verdicts_say_what_happened_whichever_way_it_went() -> None:
@@ -29,46 +33,42 @@ def test_verdicts_say_what_happened_whichever_way_it_went() -> None:
     assert expand.endswith("It does what it is for here.")
     assert "precision down at the CAM's threshold (45.0 -> 44.0); mIoU up" in shrink
     assert shrink.endswith("It does not do what it is for here.")
-    assert verdicts({"cam_miou": 40.0}) == []
+    assert verdicts({"cam": SEEDS["cam"]}) == []
 
 
-def write(run_dir: Path, results: dict[str, Any]) -> None:
-    """A run of which only the results matter."""
-    for name, own in results.items():
-        (run_dir / name).mkdir(exist_ok=True)
-        manifest = store.Manifest(name, 1, "", {}, {}, {}, own, {}, 1, {}, "")
-        text = json.dumps({"format": store.FORMAT, **asdict(manifest)})
-        (run_dir / name / store.MANIFEST).write_text(text)
+def write(run_dir: Path, name: str, makes: str, own: Results) -> None:
+    """A stage of a run of which only the results matter."""
+    (run_dir / name).mkdir(exist_ok=True)
+    place = list(table()).index(name)
+    results, scored = finite(own.flat()), finite(own.tree())
+    manifest = store.Manifest(name, place, makes, 1, "", {}, {}, {}, results, scored, {}, 1, {}, "")
+    text = json.dumps({"format": store.FORMAT, **asdict(manifest)})
+    (run_dir / name / store.MANIFEST).write_text(text)
 
 
 def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:
-    write(tmp_path, {"classify": {"loss": 0.12345}, "localize": SEEDS | {"shrink_recall": None}})
-    table = results_table(tmp_path)
-    assert "| classify | loss | 0.1235 |" in table
-    assert "| miou | 40 | 38 | 42 |" in table
-    assert "| recall | 0.5 | 0.5 | - |" in table  # what could not be measured
-    masks: dict[str, Any] = {
-        "seed_masks": {"threshold": 0.5, "plain_miou": 50.0, "crf_miou": 55.0},
-        "irn_masks": {"threshold": 0.25, "plain_miou": 60.0},
-    }
-    for own in masks.values():
-        own |= {f"{kind}_{name}": 70.0 for kind in ("plain", "crf") for name in ("precision", "recall")}
-    evaluate = {
-        "plain_miou": 65.432,
-        "plain_precision": 80.0,
-        "plain_recall": 75.0,
-        "iou_cat": 61.0,
-        "recall_cat": 70.0,
-    }
-    evaluate |= {"masks": "irn_masks", "split": "val", "initial_weights": "ImageNet (resnet101, x.pth)"}
-    write(tmp_path, {**masks, "evaluate": evaluate})
-    table = results_table(tmp_path)
-    assert "| pseudo masks | seed_masks | irn_masks |" in table
-    assert "| plain_miou | 50 | 60 |\n| crf_miou | 55 |  |" in table
-    said = "| DeepLab, learned from irn_masks | val | 65.43 | 80.00 | 75.00 | ImageNet (resnet101, x.pth) |"
-    assert said in table.splitlines()
-    assert "| seed_masks at threshold 0.5 + CRF | " in table
-    assert "| cat | 61.00 | - | 70.00 |" in table
+    write(tmp_path, "classify", "weights", Results(others={"loss": 0.12345}))
+    write(tmp_path, "localize", "maps", Results(SEEDS))
+    said = results_table(tmp_path)
+    assert "| classify | loss | 0.1235 |" in said
+    assert "| miou | 40 | 38 | 42 |" in said
+    assert "| recall | 0.5 | 0.5 | - |" in said  # what could not be measured
+    assert "| seeds of cam, best threshold 0.50 | val | 40.00 |" in said
+    both = {"plain": Scores("val", 50.0, 70.0, 70.0, 0.5), "crf": Scores("val", 55.0, 70.0, 70.0, 0.5)}
+    write(tmp_path, "seed_masks", "masks", Results(both))
+    write(tmp_path, "irn_masks", "masks", Results({"plain": Scores("val", 60.0, 70.0, 70.0, "auto")}))
+    classes = {"cat": {"iou": 61.0, "recall": 70.0}}
+    last = {"plain": Scores("val", 65.432, 80.0, 75.0, classes=classes)}
+    about = {"masks": "irn_masks", "initial_weights": "ImageNet (resnet101, x.pth)"}
+    write(tmp_path, "evaluate", "predictions", Results(last, about, "plain"))
+    said = results_table(tmp_path)
+    assert "| pseudo masks | seed_masks | irn_masks |" in said
+    assert "| plain_miou | 50 | 60 |" in said
+    assert "| crf_miou | 55 |  |" in said
+    deeplab = "| DeepLab, learned from irn_masks | val | 65.43 | 80.00 | 75.00 | ImageNet (resnet101, x.pth) |"
+    assert deeplab in said.splitlines()
+    assert "| seed_masks at threshold 0.5 + CRF | " in said
+    assert "| cat | 61.00 | - | 70.00 |" in said
     with pytest.raises(EsolError, match=r"nowhere has no finished stage: is it the folder of a run\?"):
         results_table(tmp_path / "nowhere")
 

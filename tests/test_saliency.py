@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esol.base.errors import ConfigError, DataError
 from esol.config import CrfConfig, MaskConfig
-from esol.data.transforms import decode_gray
+from esol.data.samples import decode_gray
 from esol.ops.pseudo_labels import pseudo_mask
 from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
 

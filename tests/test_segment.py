@@ -10,16 +10,17 @@ from torch import Tensor
 
 from esol.base.errors import ConfigError
 from esol.base.schema import build
-from esol.config import BackboneConfig, Config, SegmentConfig
+from esol.config import BackboneConfig
+from esol.data.samples import Batch
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import to_grid
 from esol.ops.segmentation import probabilities
-from esol.stages import STAGES, chosen
-from esol.tasks.segment import Segment, labels_on
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.runner import chosen
+from esol.stages.segment import Segment, SegmentConfig, SegmentTask, labels_on
 from esol.training.losses import segmentation_loss
 from esol.training.optim import build_optimizer
-from esol.training.task import Batch
 
 
 def deeplab(name: str = "small", freeze: str = "none") -> DeepLab:
@@ -27,8 +28,8 @@ def deeplab(name: str = "small", freeze: str = "none") -> DeepLab:
     return DeepLab(build_backbone(BackboneConfig(name, "none", output_stride=8, freeze=freeze)), 4)
 
 
-def segment(**options: Any) -> Segment:
-    return Segment(deeplab(), build(SegmentConfig, options, "segment"))
+def segment(**options: Any) -> SegmentTask:
+    return SegmentTask(deeplab(), build(SegmentConfig, options, "segment"))
 
 
 def batch(size: int = 49) -> Batch:
@@ -92,7 +93,7 @@ def test_any_split_of_a_batch_gives_the_same_gradient() -> None:
 
 def test_batch_norm_is_frozen_and_aspp_learns_faster_its_biases_without_decay() -> None:
     config = build(SegmentConfig, {"lr": 0.01, "head_lr": 5})
-    task = Segment(deeplab("resnet50"), config)
+    task = SegmentTask(deeplab("resnet50"), config)
     before = copy.deepcopy(task.state_dict())
     optimizer = build_optimizer(task, config)
     groups = {g["name"]: g for g in optimizer.param_groups}
@@ -155,9 +156,9 @@ def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -
 def test_segment_reads_the_masks_that_the_run_has() -> None:
     def source(stages: list[str], masks: str = "auto") -> tuple[str, ...]:
         tree = {"run_dir": "r", "data": {"root": "d"}, "stages": stages, "segment": {"masks": masks}}
-        config = build(Config, tree)
+        config = from_tree(tree)
         chosen(config, None)
-        return STAGES["segment"].consumes(config)
+        return Segment.consumes(config)
 
     seeds = ["classify", "localize", "seed_masks", "segment"]
     assert source(seeds) == ("seed_masks",)

@@ -19,10 +19,11 @@ from webdataset import WebDataset
 
 from esol.base.errors import DataError
 from esol.data.index import Index, write_index
+from esol.data.samples import encode_mask, write_mirror_shard
 from shards import cli
-from shards.samples import Source, encode_mask, pack
+from shards.samples import Source, pack
 from shards.synthetic import CLASSES, MORE_CLASSES, draw_scene, synthetic_source
-from shards.writer import create, write_mirror_shard
+from shards.writer import create
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -226,7 +227,7 @@ def test_long_side_shrinks_photo_and_mask_together_and_only_when_needed() -> Non
         (photo((40, 30)), {"catt"}, None, r"k\.jpg: label 'catt' .* did you mean 'cat'\?"),
         (photo((40, 30)), {"cat"}, mask((30, 30)), r"k\.png is 30x30 pixels, but its photo k\.jpg is 40x30"),
         (photo((40, 30)), {"cat"}, mask((40, 30), 3), r"k\.png: value 3 is no class"),
-        (photo((40, 30)), {"cat"}, mask((40, 30))[:-30], r"k\.png: unreadable image"),
+        (photo((40, 30)), {"cat"}, mask((40, 30))[:-30], r"k\.png: the PNG cannot be decoded"),
         (photo((40, 30)), {"cat"}, photo((40, 30)), r"k\.png: a mask must be an 8-bit"),
     ],
 )

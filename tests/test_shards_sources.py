@@ -12,9 +12,9 @@ from PIL import Image
 
 from esol.base.errors import DataError
 from esol.data.index import Index
+from esol.data.samples import encode_mask
 from shards import cli
 from shards.folder import folder_source
-from shards.samples import encode_mask
 from shards.voc import CLASSES, read_cls_labels, voc_source
 
 

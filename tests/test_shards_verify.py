@@ -11,11 +11,10 @@ from PIL import Image
 from webdataset import ShardWriter, TarWriter
 
 from esol.data.index import Index, write_index
+from esol.data.samples import encode_mask, write_mirror_shard
 from shards import cli
-from shards.samples import encode_mask
 from shards.synthetic import CLASSES
 from shards.verify import verify
-from shards.writer import write_mirror_shard
 
 SHARD = "shard-000003.tar"
 
@@ -151,7 +150,7 @@ def about(labels: object = ("fish",), height: object = 10, width: object = 20) -
         ({"json": about([["fish"]])}, "member json: must hold labels"),
         ({"mask.png": encode_mask(np.zeros((10, 21), np.uint8))}, "member mask.png is 21x10 pixels"),
         ({"mask.png": encode_mask(np.full((10, 20), 6, np.uint8))}, "value 6 is no class"),
-        ({"mask.png": b"PNG"}, "member mask.png: unreadable image"),
+        ({"mask.png": b"PNG"}, "member mask.png: the PNG cannot be decoded"),
         ({"jpg": None}, "has no photo"),
         ({"json": None}, "has no json"),
     ],

@@ -7,34 +7,36 @@ from pathlib import Path
 import pytest
 
 from esol.base.errors import CheckpointError, EsolError
-from esol.config import Config, DataConfig, SaliencyConfig, build
+from esol.config import Config, DataConfig, SaliencyConfig
 from esol.pipeline import store
-from esol.pipeline.registry import Stage
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.registry import Stage, config_type
+from esol.pipeline.scores import Results
 from esol.pipeline.store import Store
 from esol.report.tables import results_table
 
 CHAIN = ("classify", "expand", "localize", "seed_masks")  # each reads the one before it
 
 
-def table(**versions: int) -> dict[str, Stage]:
-    def stage(number: int, name: str) -> Stage:
-        behind = CHAIN[max(0, number - 1) : number]
-        sections = (name, "saliency") if name == "seed_masks" else (name,)
-        return Stage(
-            name,
-            lambda config: behind,
-            lambda config: {section: store.fingerprint(getattr(config, section)) for section in sections},
-            lambda context, folder: {},
-            ("*.tar", "index.json"),
-            versions.get(name, 1),
-        )
+def table(**versions: int) -> dict[str, type[Stage]]:
+    def stage(number: int, name: str) -> type[Stage]:
+        row = {
+            "name": name,
+            "section": object,
+            "needs": CHAIN[max(0, number - 1) : number],
+            "shaped_by": ("saliency",) if name == "seed_masks" else (),
+            "makes": {"localize": "maps", "seed_masks": "masks"}.get(name, "weights"),
+            "produces": ("*.tar", "index.json"),
+            "version": versions.get(name, 1),
+        }
+        return type(name, (Stage,), row)
 
     return {name: stage(number, name) for number, name in enumerate(CHAIN)}
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config(run_dir=str(tmp_path / "run"), data=DataConfig(root="shards"), stages=CHAIN)
+    return config_type()(run_dir=str(tmp_path / "run"), data=DataConfig(root="shards"), stages=CHAIN)
 
 
 def make(config: Config, *names: str, content: str = "", **versions: int) -> Store:
@@ -45,7 +47,7 @@ def make(config: Config, *names: str, content: str = "", **versions: int) -> Sto
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("shard-0.tar", "shard-1.tar", "index.json"):
             (folder / file).write_text(f"{name} {file} {content}")
-        made.finish(name, {"miou": 50.0, "threshold": float("nan")}, 1)
+        made.finish(name, Results(others={"miou": 50.0, "threshold": float("nan")}), 1)
     return made
 
 
@@ -141,4 +143,4 @@ def test_damaged_and_foreign_manifests(config: Config) -> None:
 
 
 def test_the_config_in_a_manifest_reads_back_equal(config: Config) -> None:
-    assert build(Config, json.loads(json.dumps(make(config, "classify").state("classify").manifest.config))) == config
+    assert from_tree(json.loads(json.dumps(make(config, "classify").state("classify").manifest.config))) == config

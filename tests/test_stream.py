@@ -16,9 +16,9 @@ from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
+from esol.data.samples import Batch
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode, training_crop
-from esol.training.task import Batch
 
 FILL = (10, 20, 30)
 

@@ -11,16 +11,17 @@ from torchvision.ops import deform_conv2d
 
 from esol.base.errors import ConfigError
 from esol.base.schema import build
-from esol.config import ClassifyConfig, DecideConfig, ExpandConfig, ModelConfig, ShrinkConfig
+from esol.config import ModelConfig
+from esol.data.samples import Batch
 from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
-from esol.models.expansion import Decision, Expansion, Shrinkage, clip_features
-from esol.tasks.classify import Classify
-from esol.tasks.decide import Decide
-from esol.tasks.expand import Expand
-from esol.tasks.shrink import Shrink
+from esol.models.heads import Decision, Expansion, Shrinkage, clip_features
+from esol.stages.classify import ClassifyConfig, ClassifyTask
+from esol.stages.decide import DecideConfig, DecideTask
+from esol.stages.expand import ExpandConfig, ExpandTask
+from esol.stages.shrink import ShrinkConfig, ShrinkTask
 from esol.training.losses import absence_weights, area_loss, classification_loss
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 
 def cam_net(freeze: str = "none", kernel_channels: int = 16) -> CamNet:
@@ -47,14 +48,14 @@ def batch(size: int = 4) -> Batch:
 
 def tasks(kind: str, **options: Any) -> Task:
     if kind == "classify":
-        return Classify(cam_net(), build(ClassifyConfig, options))
+        return ClassifyTask(cam_net(), build(ClassifyConfig, options))
     if kind == "decide":
-        return Decide(cam_net(), build(DecideConfig, options))
-    expand = Expand(cam_net(), build(ExpandConfig, options if kind == "expand" else {}))
+        return DecideTask(cam_net(), build(DecideConfig, options))
+    expand = ExpandTask(cam_net(), build(ExpandConfig, options if kind == "expand" else {}))
     moved(expand.handover)
     if kind == "expand":
         return expand
-    shrink = Shrink(cam_net(), expand.handover, build(ShrinkConfig, options))
+    shrink = ShrinkTask(cam_net(), expand.handover, build(ShrinkConfig, options))
     moved(shrink.handover)
     return shrink
 
@@ -171,8 +172,10 @@ def test_classes_that_occur_nowhere_change_no_loss_and_no_gradient() -> None:
 
 def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_in_float64() -> None:
     b = batch()
-    expand = Expand(cam_net(), build(ExpandConfig, {"alpha": 2.0, "clip": 0.6, "bound": 1.5}))
-    shrink = Shrink(cam_net(), moved(copy.deepcopy(expand.handover)), build(ShrinkConfig, {"area": 0.3, "clip": 0.7}))
+    expand = ExpandTask(cam_net(), build(ExpandConfig, {"alpha": 2.0, "clip": 0.6, "bound": 1.5}))
+    shrink = ShrinkTask(
+        cam_net(), moved(copy.deepcopy(expand.handover)), build(ShrinkConfig, {"area": 0.3, "clip": 0.7})
+    )
     moved(expand.handover), moved(shrink.handover)
     expand.double(), shrink.double()
 
@@ -181,7 +184,7 @@ def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_i
         return r * torch.tanh(F.conv2d(x, conv.weight, conv.bias, padding=1) / r)
 
     x = expand.net.features(b["image"]).detach()
-    decide = Decide(cam_net(), build(DecideConfig, {"area": 0.7, "clip": 0.4})).double()
+    decide = DecideTask(cam_net(), build(DecideConfig, {"area": 0.7, "clip": 0.4})).double()
     d = decide.handover
     f = torch.einsum("kcij,bcijhw->bkhw", d.kernel, F.unfold(x, 3, padding=1).view(4, 128, 3, 3, *x.shape[2:])).relu()
     maps = torch.einsum("ck,bkhw->bchw", d.classifier, torch.minimum(f, 0.4 * f.amax((2, 3), True)))
@@ -219,14 +222,14 @@ def test_decide_expand_and_shrink_equal_the_formula_with_torchvisions_operator_i
 def test_stages_start_where_the_one_before_ended() -> None:
     net = cam_net()
     x = net.features(batch()["image"]).detach()
-    decision = Decision(net, build(DecideConfig, {"clip": 0}))
+    decision = Decision(net, clip=0)
     assert torch.allclose(decision.class_maps(x), net.class_maps(x), atol=1e-4)
     torch.nn.init.normal_(decision.kernel, std=0.1)
-    decided = Expand(net, build(ExpandConfig, {"clip": 0}), decision).handover
+    decided = ExpandTask(net, build(ExpandConfig, {"clip": 0}), decision).handover
     assert torch.allclose(decided.class_maps(decided.features(x)), decision.class_maps(x), atol=1e-4)
-    expansion = Expansion(net, build(ExpandConfig, {"clip": 0}))
+    expansion = Expansion(net, clip=0, bound=1)
     assert torch.allclose(expansion.class_maps(expansion.features(x)), net.class_maps(x), atol=1e-4)
-    shrinkage = Shrinkage(expansion, build(ShrinkConfig, {"kernel": "identity", "clip": 0}))
+    shrinkage = Shrinkage(expansion, clip=0, bound=1, start="identity")
     assert torch.allclose(shrinkage.class_maps(expansion.features(x)), net.class_maps(x), atol=1e-4)
 
 
@@ -251,11 +254,11 @@ def test_clipping() -> None:
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="kernel_channels"):
-        Expand(cam_net(kernel_channels=0), build(ExpandConfig, {}))
+        ExpandTask(cam_net(kernel_channels=0), build(ExpandConfig, {}))
     with pytest.raises(ConfigError, match="kernel_channels"):
-        Decide(cam_net(kernel_channels=0), build(DecideConfig, {}))
-    expansion = Expansion(cam_net(), build(ExpandConfig, {}))
+        DecideTask(cam_net(kernel_channels=0), build(DecideConfig, {}))
+    expansion = Expansion(cam_net(), clip=0.2, bound=1)
     with pytest.raises(ConfigError, match=r"shrink\.kernel = copy: W1 goes from 128 to 16"):
-        Shrinkage(expansion, build(ShrinkConfig, {"kernel": "copy"}))
-    same = Expansion(cam_net(kernel_channels=128), build(ExpandConfig, {}))
-    assert torch.equal(Shrinkage(same, build(ShrinkConfig, {"kernel": "copy"})).kernel, same.kernel)
+        Shrinkage(expansion, clip=0.1, bound=1, start="copy")
+    same = Expansion(cam_net(kernel_channels=128), clip=0.2, bound=1)
+    assert torch.equal(Shrinkage(same, clip=0.1, bound=1, start="copy").kernel, same.kernel)

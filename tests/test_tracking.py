@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from esol.base.errors import EsolError
-from esol.config import ClassifyConfig, Config, DataConfig, TrackingConfig
+from esol.config import DataConfig, TrackingConfig
+from esol.pipeline.registry import config_type
+from esol.stages.classify import ClassifyConfig
 from esol.tracking.follower import mlflow_name, replay
 from esol.tracking.tracker import Tracker
 from esol.training.loop import Stopped
@@ -23,7 +25,7 @@ from esol.training.loop import Stopped
 def make(
     runs: Path, name: str = "run", uri: str = "", resume: bool = False, flush: float = 60, lr: float = 0.1
 ) -> Tracker:
-    config = Config(
+    config = config_type()(
         run_dir=str(runs / name),
         data=DataConfig(root="x" * 7000),  # longer than any MLflow takes for a parameter
         classify=ClassifyConfig(lr=lr),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from esol.vote import majority
+from esol.stages.vote import majority
 
 
 def test_a_pixel_gets_the_label_with_most_votes_and_else_the_foremost_masks() -> None:

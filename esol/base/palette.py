@@ -1,9 +1,11 @@
-"""The colours of PASCAL VOC's masks."""
+"""The numbers and colours of PASCAL VOC's masks: 0 is background, 255 is void, which counts for nothing."""
 
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+VOID = 255
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -70,6 +71,15 @@ def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
     if hasattr(config, "check"):
         config.check(where)
     return config
+
+
+def one_of(value: str, options: Iterable[str], where: str) -> None:
+    """ConfigError, with the nearest option, unless the value is one of them. where: the config's key."""
+    options = list(options)
+    if value not in options:
+        close = difflib.get_close_matches(value, options, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(options)}{hint}")
 
 
 def _leaf(kind: Any, value: Any, spec: Any, path: str) -> Any:

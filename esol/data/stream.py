@@ -25,8 +25,8 @@ from esol.base.errors import DataError, EsolError
 from esol.config import DataConfig
 from esol.data.plan import Plan, Share, sample_rng
 from esol.data.reader import ShardReader
+from esol.data.samples import Batch
 from esol.data.transforms import Crop, decode, training_crop
-from esol.training.task import Batch
 
 LOADER_MINUTES = 10  # a micro-batch that takes longer than this is an error, not a wait
 PREFETCH = 2  # micro-batches that each data worker is ahead

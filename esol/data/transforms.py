@@ -7,11 +7,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -55,37 +53,6 @@ def turned(pixels: Tensor, orientation: int) -> Tensor:
         pixels = pixels.transpose(1, 2)
     axes = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
     return (pixels.flip(axes) if axes else pixels).contiguous()
-
-
-def decode_mask(data: bytes, name: str, classes: int = 254) -> NDArray[np.uint8]:
-    """A mask's class numbers (H, W), 0 background, 1..classes, 255 void; DataError naming `name` where it is none."""
-    mode, levels = _png(data, f"{name}: the mask")
-    if mode not in ("P", "L"):
-        raise DataError(f"{name}: a mask must be an 8-bit palette or gray PNG of class numbers, not PNG {mode}")
-    largest = levels.max(where=levels != 255, initial=0)
-    if largest > classes:
-        raise DataError(f"{name}: value {largest} is no class; 0 is background, 1..{classes} are classes, 255 is void")
-    return levels
-
-
-def decode_gray(data: bytes, name: str) -> NDArray[np.uint8]:
-    """A map of 0..255 (H, W) from a gray PNG of 1, 8 or 16 bits; one of nothing but 0 and 1 means 0 and 255."""
-    mode, values = _png(data, f"{name}: the map")
-    if mode not in ("1", "L", "P") and not mode.startswith("I"):
-        raise DataError(f"{name}: a map must be a gray PNG, not PNG {mode}")
-    if mode.startswith("I"):
-        values = values.astype(np.int64) >> 8
-    return (values * 255 if values.max(initial=0) <= 1 else values).astype(np.uint8)
-
-
-def _png(data: bytes, what: str) -> tuple[str, NDArray[Any]]:
-    """Mode and values of an undamaged PNG."""
-    try:
-        check_png(data)
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
-            return png.mode, np.array(png)
-    except Exception as error:  # PIL raises whatever a damaged file leads its parsers to
-        raise DataError(f"{what} cannot be decoded ({error})") from error
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write
 from esol.deploy.model_card import model_card
-from esol.deploy.segmenter import WEIGHTS, describe, load_model, write_model
+from esol.deploy.segmenter import load_network
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import pad_to_grid
 from esol.pipeline import store
+from esol.pipeline.model_file import describe, write_model
+from esol.pipeline.weights import WEIGHTS
 from esol.tracking.mlflow_model import save_mlflow_model
 
 TOLERANCE = 1e-3  # largest difference of a probability between ONNX Runtime and PyTorch
@@ -56,7 +58,7 @@ def export(run_dir: Path, out: Path) -> None:
     """
     if not store.is_run(run_dir):
         raise EsolError(f"{run_dir} is no run directory: give the run_dir of a run with a finished segment stage")
-    net, info = load_model(run_dir)
+    net, info = load_network(run_dir)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise EsolError(f"--out {out}: choose a new or an empty folder")
@@ -118,12 +120,27 @@ def _with_fixed_padding(net: DeepLab) -> DeepLab:
     (kernel - 1) * dilation in all; what depends on the size cannot be written by torch.export.
     """
     net = copy.deepcopy(net)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame":
-            module.__class__ = nn.Conv2d
-            sides = zip(module.kernel_size, module.dilation, strict=True)
-            module.padding = tuple((kernel - 1) * dilation // 2 for kernel, dilation in sides)
+    for parent in list(net.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame":
+                setattr(parent, name, _padded(module))
     return net
+
+
+def _padded(convolution: nn.Conv2d) -> nn.Conv2d:
+    sides = zip(convolution.kernel_size, convolution.dilation, strict=True)
+    made = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,  # type: ignore[arg-type]
+        convolution.stride,  # type: ignore[arg-type]
+        tuple((kernel - 1) * dilation // 2 for kernel, dilation in sides),  # type: ignore[arg-type]
+        convolution.dilation,  # type: ignore[arg-type]
+        convolution.groups,
+        convolution.bias is not None,
+    )
+    made.load_state_dict(convolution.state_dict())
+    return made
 
 
 def _export_onnx(program: torch.export.ExportedProgram, graph: Graph, photos: list[Tensor], path: Path) -> str:

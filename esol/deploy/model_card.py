@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from esol.base.errors import CheckpointError
-from esol.config import Config, EvaluateConfig
-from esol.deploy.segmenter import ModelInfo
+from esol.config import Config, PredictionConfig
 from esol.pipeline import store
+from esol.pipeline.cam import cam_stages
+from esol.pipeline.model_file import ModelInfo
+from esol.pipeline.store import Manifest
 from esol.report.tables import per_class, summary
+from esol.stages.segment import SegmentConfig
 
 FILES = {
-    "model.safetensors": "weights; the header says how to build the network (esol.deploy.segmenter.load_model)",
+    "model.safetensors": "weights; the header says how to build the network (esol.load_model)",
     "config.json": "the header again, for people",
     "model.pt2": "torch.export: uint8 photos (B, 3, H, W), RGB, sides of at least 9 -> probabilities (B, labels, H, W)",
     "model.onnx": "the same for ONNX Runtime: `image` -> `probabilities`",
@@ -26,12 +29,12 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
 
     checks: exported graph -> how it compares with PyTorch; pictured: whether evaluate.png lies beside the card.
     """
-    results, manifest = store.results(run_dir), store.need(run_dir, "segment")
+    found, manifest = store.finished(run_dir), store.need(run_dir, "segment")
     name, config = run_dir.resolve().name, manifest.ran_with
     stale = store.outdated(run_dir)
     if stale:
         raise CheckpointError(f"{run_dir} is not of one piece: {'; '.join(stale)}. Run it to its end, then export it")
-    learned, scores = results["segment"], results.get("evaluate", {})
+    learned, evaluated = manifest.results, found.get("evaluate")
     source = "true masks" if info.masks == "truth" else f"pseudo masks ({info.masks}) that image-level labels led to"
     parts = [
         f"# {name}: DeepLab-v2 on {info.backbone}\n\n"
@@ -40,15 +43,15 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
         f"{manifest.finished}.",
         "![photos of the evaluation split, predictions, truth](evaluate.png)" if pictured else "",
         f"## Use\n\n{_usage(checks, info.evaluate)}",
-        f"## Data\n\n{_data(config, manifest, learned, scores)}",
+        f"## Data\n\n{_data(config, manifest, learned, evaluated)}",
         f"## Recipe\n\n{_recipe(config, info, manifest)}",
-        f"## Numbers\n\n{_numbers(results, scores)}",
-        f"## Limits\n\n{_limits(info, scores)}",
+        f"## Numbers\n\n{_numbers(found, evaluated)}",
+        f"## Limits\n\n{_limits(info, evaluated)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _usage(checks: Mapping[str, str], test: EvaluateConfig) -> str:
+def _usage(checks: Mapping[str, str], test: PredictionConfig) -> str:
     graphs = ("model.pt2", "model.onnx")
     rows = [f"| {name} | {about} |" for name, about in FILES.items() if name in checks or name not in graphs]
     files = "\n".join(["| file | what it is |", "|---|---|", *rows])
@@ -62,20 +65,21 @@ def _usage(checks: Mapping[str, str], test: EvaluateConfig) -> str:
     return "\n\n".join([files, *notes, *(f"{name}: {text}." for name, text in checks.items())])
 
 
-def _data(config: Config, manifest: store.Manifest, learned: dict[str, Any], scores: dict[str, Any]) -> str:
+def _data(config: Config, manifest: Manifest, learned: dict[str, Any], evaluated: Manifest | None) -> str:
     lines = [
         f"- shard set {config.data.root}, content hash {manifest.consumed['data'][:16]}",
         f"- segment learned from {learned.get('photos', 'the')} photos of the split {config.data.mask_split}",
     ]
-    if own := [stage for stage in ("classify", "decide", "expand", "shrink") if stage in config.stages]:
+    if own := [stage.name for stage in cam_stages() if stage.name in config.stages]:
         lines.append(f"- {', '.join(own)} learned from the image-level labels of {config.data.train_split}")
-    if scores:
-        lines.append(f"- evaluated on {scores['photos']} photos of the split {scores['split']}")
+    if evaluated:
+        about = evaluated.results
+        lines.append(f"- evaluated on {about['photos']} photos of the split {about['split']}")
     return "\n".join(lines)
 
 
-def _recipe(config: Config, info: ModelInfo, manifest: store.Manifest) -> str:
-    own = config.segment
+def _recipe(config: Config, info: ModelInfo, manifest: Manifest) -> str:
+    own = config.section(SegmentConfig)
     versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
     lines = [
         f"- stages: {' -> '.join(config.stages)}",
@@ -88,17 +92,17 @@ def _recipe(config: Config, info: ModelInfo, manifest: store.Manifest) -> str:
     return "\n".join(lines)
 
 
-def _numbers(results: dict[str, dict[str, Any]], scores: dict[str, Any]) -> str:
-    parts = [summary(results)]
-    if "plain_miou" in scores:
-        last = "with the CRF" if "crf_miou" in scores else "without a CRF"
-        parts.append(f"DeepLab by class, {last}, in percent:\n\n{per_class(scores)}")
+def _numbers(found: Mapping[str, Manifest], evaluated: Manifest | None) -> str:
+    parts = [summary(found)]
+    if evaluated and evaluated.last_scores:
+        last = "with the CRF" if "crf" in evaluated.scores else "without a CRF"
+        parts.append(f"DeepLab by class, {last}, in percent:\n\n{per_class(evaluated.last_scores)}")
     else:
         parts.append("DeepLab itself was not scored: no evaluation on a split with masks.")
     return "\n\n".join(parts)
 
 
-def _limits(info: ModelInfo, scores: dict[str, Any]) -> str:
+def _limits(info: ModelInfo, evaluated: Manifest | None) -> str:
     lines = [
         "- It knows no other class: everything else is background, or the class that looks most like it.",
         f"- It learned from photos of about {info.photo_side} pixels: larger ones are made smaller before it looks at "
@@ -109,11 +113,12 @@ def _limits(info: ModelInfo, scores: dict[str, Any]) -> str:
             "- Nobody drew the masks that it learned from. What always appears together with a class (rails with "
             "trains) may be taken for it, and parts without which the class can be told may be missing."
         )
-    found = {name: iou for name in info.classes if (iou := scores.get(f"iou_{name}")) is not None}
+    classes = evaluated.last_scores.classes if evaluated and evaluated.last_scores else {}
+    found = {name: classes[name]["iou"] for name in info.classes if "iou" in classes.get(name, {})}
     if found:
         worst = min(found, key=lambda name: found[name])
         lines.append(f"- Weakest class: {worst}, IoU {found[worst]:.1f}.")
-    if scores and (absent := [name for name in info.classes if name not in found]):
+    if evaluated and (absent := [name for name in info.classes if name not in found]):
         lines.append(f"- Not scored, for want of truth: {', '.join(absent)}.")
     lines.append("- The numbers hold for the split named above; nothing was measured on other photos.")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,62 +20,22 @@ from torch import Tensor
 from esol.base.errors import DataError, EsolError
 from esol.base.files import atomic_write
 from esol.base.progress import progress
-from esol.data.transforms import decode, resize
+from esol.config import MapsConfig
+from esol.data.samples import encode_mask
+from esol.data.transforms import decode
 from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
-from esol.deploy.segmenter import load_model
-from esol.networks import trained_cam
+from esol.deploy.model import Model, within
 from esol.ops.class_maps import class_maps
-from esol.ops.dense_crf import mean_field, unary_from_probabilities
-from esol.ops.segmentation import enlarged_labels, probabilities
+from esol.ops.segmentation import enlarged_labels
 from esol.pipeline import store
+from esol.pipeline.cam import cam_stages, trained_heads
 from esol.report.pictures import heat, paint
-from shards.samples import encode_mask
 
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most
 _T = TypeVar("_T")
 _LINES = 20  # of skipped files that are printed; the report has all
 _REFUSED_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # by a file system that knows other rules
 WINDOW = 4  # batches of photos that are decoded at a time and grouped by size
-
-
-class Predictor:
-    """A model with its way to predict: photos larger than those that it learned from are made smaller first.
-
-    fast: one scale, no flip, no CRF. On a GPU where there is one. Raises what load_model raises.
-    """
-
-    def __init__(self, model: str | Path, fast: bool = False) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        net, self.info = load_model(model)
-        self.net = net.to(self.device)
-        self.config = self.info.evaluate
-        if fast:
-            crf = replace(self.config.crf, iterations=0)
-            self.config = replace(self.config, scales=(1.0,), flip=False, crf=crf)
-
-    def reduced(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) at the size that the network gets: its long side is info.photo_side at most."""
-        return _within(image, self.info.photo_side)
-
-    def probabilities(self, images: list[Tensor]) -> list[Tensor]:
-        """Reduced photos of one size -> probabilities (L, h, w) of each, after the CRF."""
-        batch, config = torch.stack(images).to(self.device), self.config
-        found = probabilities(batch, self.net, scales=config.scales, flip=config.flip, combine=config.combine)
-        if not config.crf.iterations:
-            return list(found)
-        unaries = [unary_from_probabilities(one) for one in found]
-        return [mean_field(image, [u], config.crf)[0] for image, u in zip(batch, unaries, strict=True)]
-
-    def label_map(self, image: Tensor) -> NDArray[np.uint8]:
-        """uint8 (3, H, W) of any size -> its label map (H, W)."""
-        found = self.probabilities([self.reduced(image)])[0]
-        return enlarged_labels(found, (image.shape[1], image.shape[2])).cpu().numpy()
-
-    def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
-        """The share of the pixels of each label that is there."""
-        counts = np.bincount(labels.ravel(), minlength=len(self.info.classes) + 1)
-        names = ("background", *self.info.classes)
-        return {name: round(int(n) / labels.size, 6) for name, n in zip(names, counts, strict=True) if n}
 
 
 @dataclass
@@ -99,8 +59,8 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
     if out.exists() and not out.is_dir():
         raise EsolError(f"--out {out} is a file: give a folder")
     found = gather(photos, out)
-    predictor = Predictor(model, fast)
-    maps = _Cams(model, predictor) if cam else None
+    loaded = Model(model, fast)
+    maps = _Cams(model, loaded) if cam else None
     names, skipped = output_names(found.photos), dict(found.skipped)
     images: dict[str, Any] = {}
     try:
@@ -113,16 +73,16 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
                 groups: dict[torch.Size, list[_Photo]] = defaultdict(list)
                 for path in window:
                     try:
-                        photo = _read(found.root, path, names[path], predictor)
+                        photo = _read(found.root, path, names[path], loaded)
                         groups[photo.reduced.shape].append(photo)
                     except DataError as error:
                         skipped[path] = str(error).removeprefix(f"{path}: ")
                 for group in groups.values():
                     for some in _chunks(group, batch):
-                        answers = predictor.probabilities([photo.reduced for photo in some])
+                        answers = loaded.probabilities([photo.reduced for photo in some])
                         for photo, one in zip(some, answers, strict=True):
                             try:
-                                images[photo.path] = _write(out, predictor, photo, one, maps)
+                                images[photo.path] = _write(out, loaded, photo, one, maps)
                             except OSError as error:
                                 if error.errno not in _REFUSED_NAME:
                                     raise
@@ -130,7 +90,7 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
                 done += len(window)
                 advance(done, "")
         said = texts((*images, *skipped))
-        report = {"model": texts([str(model)])[str(model)], "classes": predictor.info.classes, "fast": fast}
+        report = {"model": texts([str(model)])[str(model)], "classes": loaded.info.classes, "fast": fast}
         report["images"] = {said[path]: images[path] for path in sorted(images)}
         report["skipped"] = {said[path]: skipped[path] for path in sorted(skipped)}
         report["not_pictures"] = found.others.total()
@@ -148,17 +108,17 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
     return 1 if skipped else 0
 
 
-def _read(root: Path, path: str, name: str, predictor: Predictor) -> _Photo:
+def _read(root: Path, path: str, name: str, model: Model) -> _Photo:
     try:
         data = (root / path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     image = decode(data, path)
     size = (image.shape[1], image.shape[2])
-    return _Photo(path, name, size, predictor.reduced(image), _within(image, OVERLAY))
+    return _Photo(path, name, size, model.reduced(image), within(image, OVERLAY))
 
 
-def _write(out: Path, predictor: Predictor, photo: _Photo, found: Tensor, maps: _Cams | None) -> dict[str, Any]:
+def _write(out: Path, model: Model, photo: _Photo, found: Tensor, maps: _Cams | None) -> dict[str, Any]:
     labels = enlarged_labels(found, photo.size).cpu().numpy()
     mask = out / "masks" / f"{photo.name}.png"
     mask.parent.mkdir(parents=True, exist_ok=True)
@@ -167,29 +127,29 @@ def _write(out: Path, predictor: Predictor, photo: _Photo, found: Tensor, maps: 
     rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
     _save(paint(pixels, labels[rows][:, columns]), out / "overlays" / f"{photo.name}.jpg")
     about = {"mask": str(mask.relative_to(out)), "width": photo.size[1], "height": photo.size[0]}
-    about["shares"] = predictor.shares(labels)
+    about["shares"] = model.shares(labels)
     return about if maps is None else about | {"found": maps.write(out, photo)}
 
 
 class _Cams:
     """The class maps of a run's last stage, as localize makes them, for the classes that its network finds."""
 
-    def __init__(self, run_dir: Path, predictor: Predictor) -> None:
+    def __init__(self, run_dir: Path, model: Model) -> None:
         if not store.is_run(run_dir):
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
-        self.config = store.ran_with(run_dir, "localize", "shrink", "expand", "decide", "classify")
-        self.classes, self.device = predictor.info.classes, predictor.device
+        self.config = store.ran_with(run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
+        self.classes, self.device = model.info.classes, model.device
         plain = {name: "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:15] for name in self.classes}
         self.places = distinct({name: (text, f"{text}-{i}") for i, (name, text) in enumerate(plain.items(), 1)})
-        self.nets = trained_cam(self.config, len(self.classes), self.device)
+        self.heads = trained_heads(self.config, len(self.classes)).to(self.device).eval()
 
     @torch.no_grad()
     def write(self, out: Path, photo: _Photo) -> dict[str, float]:
         """Writes cams/NAME.CLASS.png and returns the probability of every class above one half."""
-        image, config = photo.reduced[None].to(self.device), self.config.localize
-        chance = self.nets[0](image)[0].sigmoid()
+        image, config = photo.reduced[None].to(self.device), self.config.section(MapsConfig)
+        chance = self.heads.net(image)[0].sigmoid()
         labels = (chance > 0.5)[None].float()
-        made = class_maps(image, labels, *self.nets, scales=config.scales, flip=config.flip, long_side=config.long_side)
+        made = class_maps(image, labels, self.heads, scales=config.scales, flip=config.flip, long_side=config.long_side)
         maps = list(made[0].values())[-1]
         pixels = photo.reduced.permute(1, 2, 0).numpy()
         found = {}
@@ -207,12 +167,3 @@ def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 def _save(pixels: NDArray[np.uint8], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
-
-
-def _within(image: Tensor, side: int) -> Tensor:
-    """uint8 (3, H, W), made smaller where its long side exceeds `side` pixels."""
-    longest = max(image.shape[1:])
-    if longest <= side:
-        return image
-    height, width = (max(1, round(n * side / longest)) for n in image.shape[1:])
-    return resize(image, height, width)

@@ -8,16 +8,16 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from esol.base.errors import DataError
+from esol.data.samples import encode_mask
 from esol.data.transforms import decode
-from esol.deploy.predict import Predictor
-from shards.samples import encode_mask
+from esol.deploy.model import Model
 
 
 class ServedModel:
     """predict as MLflow's python_function wants it."""
 
     def __init__(self, path: str) -> None:
-        self._predictor = Predictor(path)
+        self._model = Model(path)
 
     def predict(self, table: Any, params: dict[str, Any] | None = None) -> Any:
         """A pandas table with a column image, bytes of JPEG, PNG or WebP or their base64 -> one with mask and shares.
@@ -31,9 +31,9 @@ class ServedModel:
             raise DataError(f"the table needs a column image, not {', '.join(map(str, table))}")
         rows = []
         for number, data in enumerate(table["image"]):
-            labels = self._predictor.label_map(decode(photo_bytes(data, f"row {number}"), f"row {number}"))
+            labels = self._model.label_map(decode(photo_bytes(data, f"row {number}"), f"row {number}"))
             mask = base64.b64encode(encode_mask(labels)).decode()
-            rows.append({"mask": mask, "shares": json.dumps(self._predictor.shares(labels))})
+            rows.append({"mask": mask, "shares": json.dumps(self._model.shares(labels))})
         return pandas.DataFrame(rows, columns=["mask", "shares"])
 
 

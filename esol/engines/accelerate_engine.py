@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from esol.base.errors import CheckpointError, LaunchError
 from esol.config import EngineConfig
+from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 
 class AccelerateEngine(Ranks):

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from esol.training.task import Batch, Task
+from esol.data.samples import Batch
+from esol.training.task import Task
 
 
 @dataclass(frozen=True)

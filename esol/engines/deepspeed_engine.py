@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from esol.base.errors import CheckpointError, ConfigError
 from esol.config import DeepSpeedConfig, EngineConfig
+from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 _OURS = {  # DeepSpeed's keys that our config decides, and where
     "train_batch_size": "<stage>.global_batch",

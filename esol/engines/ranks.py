@@ -24,10 +24,10 @@ from esol.base import exits
 from esol.base.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
 from esol.base.files import atomic_write
 from esol.config import EngineConfig
+from esol.data.samples import Batch
 from esol.engines.base import Engine, gather_text
 from esol.engines.environment import check_environment, given
 from esol.engines.watchdog import Watchdog
-from esol.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from esol.base.errors import ConfigError, WeightsError
+from esol.base.named import Named
 from esol.config import BackboneConfig
 from esol.models.phased import phase_wide_dilations
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (122.675 / 255, 116.669 / 255, 104.008 / 255)  # RGB; DeepLab-v2's networks have no deviation
-PLAIN = ("resnet50", "resnet101", "resnet101-caffe", "small")
 
 
 class Chain(nn.Sequential):
@@ -145,25 +145,33 @@ def _stride(side: int, features: Tensor) -> int:
     return 2 ** math.ceil(math.log2(side / features.shape[2]))
 
 
+Build = Callable[[BackboneConfig, bool], Backbone]
+BACKBONES: Named[Build] = Named("backbone")
+"""By name, or by what stands before a colon: builds the network of a section, with its weights where the second
+argument says so; raises what build_backbone raises."""
+
+
 def build_backbone(config: BackboneConfig, pretrained: bool = True) -> Backbone:
-    """The backbone that the `model` section names: resnet50, resnet101, resnet101-caffe, small or timm:<name>.
+    """The backbone that the `model` section names: resnet50, resnet101, resnet101-caffe, small, timm:<name>, or a
+    plugin's.
 
     pretrained False leaves the weights random, for a network whose trained state is loaded right after.
     WeightsError where the weights cannot be had or do not fit; ConfigError for an unknown name.
     """
-    if config.backbone == "small":
-        if pretrained and config.weights not in ("", "none"):
-            raise WeightsError(f"model.weights = {config.weights}: the small backbone has no weights; use none")
-        return Backbone(
-            small(config.output_stride), config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4."))
-        )
-    if config.backbone in ("resnet50", "resnet101"):
-        return _resnet(config, pretrained)
-    if config.backbone == "resnet101-caffe":
-        return _caffe_resnet(config, pretrained)
-    if config.backbone.startswith("timm:"):
-        return _timm(config, pretrained)
-    raise ConfigError(f"model.backbone = {config.backbone!r}: must be one of {', '.join(PLAIN)} or timm:<name>")
+    name, colon, _ = config.backbone.partition(":")
+    if colon and f"{name}:" in BACKBONES:
+        name += ":"
+    elif config.backbone not in BACKBONES:
+        known = [f"{own}<name>" if own.endswith(":") else own for own in BACKBONES]
+        raise ConfigError(f"model.backbone = {config.backbone!r}: must be one of {', '.join(known)}")
+    return BACKBONES[name](config, pretrained)
+
+
+@BACKBONES.add("small")
+def _small(config: BackboneConfig, pretrained: bool) -> Backbone:
+    if pretrained and config.weights not in ("", "none"):
+        raise WeightsError(f"model.weights = {config.weights}: the small backbone has no weights; use none")
+    return Backbone(small(config.output_stride), config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4.")))
 
 
 def small(output_stride: int) -> Chain:
@@ -179,6 +187,8 @@ def small(output_stride: int) -> Chain:
     return Chain(named, tuple(str(i) for i in range(2, len(layers), 3)))
 
 
+@BACKBONES.add("resnet50")
+@BACKBONES.add("resnet101")
 def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     from torchvision import models
 
@@ -197,6 +207,7 @@ def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
 
 
+@BACKBONES.add("resnet101-caffe")
 def _caffe_resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     """DeepLab-v2's ResNet-101, what files "with COCO initialisation" are for.
 
@@ -255,6 +266,7 @@ def _from_caffe(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+@BACKBONES.add("timm:")
 def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
     import timm
 

@@ -36,6 +36,10 @@ class CamNet(nn.Module):
         hidden = features if self.kernel is None else F.relu(F.conv2d(features, self.kernel, padding=1))
         return classify(hidden, self.classifier)
 
+    def head_maps(self, x: Tensor, made: dict[str, Tensor]) -> Tensor:
+        """As esol.models.heads.Head has it."""
+        return self.class_maps(x)
+
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> logits (B, C), float32."""
         return pool(self.class_maps(self.features(image)))

@@ -11,18 +11,43 @@ from torch import Tensor, nn
 TAPS = 9  # of a 3x3 kernel, row by row
 
 
-def deform_conv(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+class Taps:
+    """The nine 1x1 kernels of a 3x3 one, kept as long as that does not learn: they are strided to make."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Weight (Cout, Cin, 3, 3) -> (9 * Cout, Cin, 1, 1), in the type that the convolution computes in."""
+        device = weight.device.type
+        casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
+        kind = torch.get_autocast_dtype(device) if casts else weight.dtype
+        if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and weight.requires_grad):
+            return _apart(weight).to(kind)
+        stamp = (weight.data_ptr(), weight._version, weight.device, kind)
+        if self._kept is None or self._kept[0] != stamp:
+            same = weight.detach()  # held, so that its memory is no other's while the stamp names it
+            self._kept = (stamp, _apart(same).to(kind), same)
+        return self._kept[1]
+
+    def __deepcopy__(self, memo: object) -> Taps:
+        """A copied module's weight is another."""
+        return Taps()
+
+
+def deform_conv(x: Tensor, weight: Tensor, offset: Tensor, taps: Taps | None = None) -> Tensor:
     """3x3 deformable convolution, stride 1, padding 1, no bias: sum_k sample(W_k x, p + p_k + offset_k).
 
     x (B, Cin, h, w); weight (Cout, Cin, 3, 3); offset (B, 18, h, w) in grid pixels, channels dy0, dx0, dy1, dx1, ...
     Returns (B, Cout, h, w) in the type of the projection W_k x; positions and sampling are float32 or wider.
     Equals torchvision.ops.deform_conv2d, also at borders (bilinear, zero outside) and in the offset gradient at whole
     positions. Bilinear sampling is linear, so projecting first (nine 1x1 products, Cin -> Cout) gives the same numbers
-    and samples Cout channels instead of Cin. What does not require a gradient costs none.
+    and samples Cout channels instead of Cin. What does not require a gradient costs none. taps: of this weight, kept
+    from call to call.
     """
     batch, _, height, width = x.shape
     channels = weight.shape[0]
-    projected = F.conv2d(x, _taps(weight))
+    projected = F.conv2d(x, (taps or Taps()).of(weight))
     with torch.autocast(x.device.type, enabled=False):
         kind = torch.float64 if projected.dtype == torch.float64 else torch.float32
         wide = projected.to(kind, memory_format=torch.contiguous_format)  # convolutions like another one
@@ -31,25 +56,6 @@ def deform_conv(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
         sampled = F.grid_sample(wide, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         result = sampled.reshape(batch, TAPS, channels, height, width).sum(1)
     return result.to(projected.dtype)
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """The nine 1x1 kernels of a 3x3 one, (9 * Cout, Cin, 1, 1), in the type that the convolution computes in.
-
-    Those of a weight that does not learn are kept with it: they are the same for every photo, and strided to make.
-    """
-    device = weight.device.type
-    casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
-    kind = torch.get_autocast_dtype(device) if casts else weight.dtype
-    if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and weight.requires_grad):
-        return _apart(weight).to(kind)
-    stamp = (weight.data_ptr(), weight._version, weight.device, kind)
-    kept: tuple[Any, Tensor, Tensor] | None = getattr(weight, "_esol_taps", None)
-    if kept is None or kept[0] != stamp:
-        same = weight.detach()  # held, so that its memory is no other's while the stamp names it
-        kept = (stamp, _apart(same).to(kind), same)
-        weight._esol_taps = kept  # type: ignore[attr-defined]
-    return kept[1]
 
 
 def _apart(weight: Tensor) -> Tensor:

@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.models.cam_net import CamNet
-from esol.models.expansion import Decision, Expansion, Shrinkage
+from esol.models.heads import Heads
 from esol.models.regrid import to_grid
-
-SOURCES = ("cam", "decide", "expand", "shrink")  # whose maps there are, in the order of the stages
 
 
 @dataclass(frozen=True)
@@ -32,60 +29,43 @@ class ClassMaps:
 def class_maps(
     image: Tensor,
     labels: Tensor,
-    net: CamNet,
-    decision: Decision | None = None,
-    expansion: Expansion | None = None,
-    shrinkage: Shrinkage | None = None,
+    heads: Heads,
     *,
     scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
     flip: bool = True,
     long_side: int = 0,
 ) -> list[dict[str, ClassMaps]]:
-    """Class maps of the stages that are given, {"cam": ..., "decide": ..., ...} for each image.
+    """Class maps of every head, {"cam": ..., "decide": ..., ...} for each image.
 
     image uint8 (B, 3, H, W); labels (B, C) multi-hot; long_side: of scale 1 in pixels, 0 = the image's own. relu,
     summed over scales and flip, absent classes dropped, divided by the maximum + 1e-5 (IRN). One backbone pass a scale.
     """
     height, width = image.shape[2:]
+    stride = heads.net.backbone.stride
     sizes = {"low": (-(-height // 4), -(-width // 4)), "full": (height, width)}
     present = [row.nonzero()[:, 0] for row in labels]
     sums: list[dict[str, dict[str, Tensor]]] = [{} for _ in present]
     for scale in scales:
-        inputs = to_grid(image, scale * (long_side / max(height, width) if long_side else 1), net.backbone.stride)
+        inputs = to_grid(image, scale * (long_side / max(height, width) if long_side else 1), stride)
         aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
-        for stage, maps in stage_maps(inputs, net, decision, expansion, shrinkage, flip).items():
+        for source, maps in _of_one_scale(inputs, heads, flip).items():
             # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.
-            corners = ((maps.shape[2] - 1) * net.backbone.stride, (maps.shape[3] - 1) * net.backbone.stride) == aligned
+            corners = ((maps.shape[2] - 1) * stride, (maps.shape[3] - 1) * stride) == aligned
             for own, chosen, one in zip(sums, present, maps, strict=True):
-                total = own.setdefault(stage, {})
+                total = own.setdefault(source, {})
                 for name, size in sizes.items():
                     up = _enlarge(one[chosen], size, corners)
                     total[name] = total[name] + up if name in total else up
     return [
-        {stage: ClassMaps(chosen, **{k: _normalise(v) for k, v in total.items()}) for stage, total in own.items()}
+        {source: ClassMaps(chosen, **{k: _normalise(v) for k, v in total.items()}) for source, total in own.items()}
         for own, chosen in zip(sums, present, strict=True)
     ]
 
 
-def stage_maps(
-    image: Tensor,
-    net: CamNet,
-    decision: Decision | None,
-    expansion: Expansion | None,
-    shrinkage: Shrinkage | None,
-    flip: bool,
-) -> dict[str, Tensor]:
-    """relu'd maps of one scale by stage, float32 (B, C, h, w), summed over the image and its mirror image."""
-    x = net.features(torch.cat((image, image.flip(3))) if flip else image)
-    maps = {"cam": net.class_maps(x)}
-    if decision is not None:
-        maps["decide"] = decision.class_maps(x)
-    if expansion is not None:
-        features = expansion.features(x)
-        maps["expand"] = expansion.class_maps(features)
-        if shrinkage is not None:
-            maps["shrink"] = shrinkage.class_maps(features)
-    return {stage: _unflip(F.relu(m.float())) if flip else F.relu(m.float()) for stage, m in maps.items()}
+def _of_one_scale(image: Tensor, heads: Heads, flip: bool) -> dict[str, Tensor]:
+    """relu'd maps of every head, float32 (B, C, h, w), summed over the image and its mirror image."""
+    found = heads.class_maps(torch.cat((image, image.flip(3))) if flip else image)
+    return {source: _unflip(F.relu(m.float())) if flip else F.relu(m.float()) for source, m in found.items()}
 
 
 def _unflip(maps: Tensor) -> Tensor:

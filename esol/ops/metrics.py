@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-VOID = 255
+from esol.base.named import Named
+from esol.base.palette import VOID
+
 Counts = NDArray[np.int64]
 Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One more number of label maps, besides mIoU, precision and recall.
+
+    count(truth, mask, labels): whole numbers that add up over photos, of uint8 (H, W) twice, 255 in the truth being
+    void; value(counts): their sum as a number, in percent.
+    """
+
+    count: Callable[[NDArray[np.uint8], NDArray[np.uint8], int], Counts]
+    value: Callable[[Counts], float]
+
+
+METRICS: Named[Metric] = Named("metric")  # by name; each is measured of all masks and predictions
 
 
 @dataclass(frozen=True)

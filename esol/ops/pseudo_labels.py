@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esol.config import Auto, IrnLabelsConfig, IrnMasksConfig, MaskConfig, PsaLabelsConfig, PsaMasksConfig, WalkConfig
+from esol.base.palette import VOID
+from esol.config import Auto, CrfConfig, MaskConfig, WalkConfig
 from esol.ops.dense_crf import mean_field, unary_from_labels, unary_from_probabilities
-from esol.ops.metrics import VOID
 from esol.ops.pairs import boundary_affinity, feature_affinity
 from esol.ops.random_walk import random_walk
 from esol.ops.thresholds import auto_threshold, background_power, power_threshold
@@ -16,7 +16,14 @@ from esol.ops.thresholds import auto_threshold, background_power, power_threshol
 PSA_PIXELS, IRN_PIXELS = 16, 48  # of the grid for each step: at VOC's photos about the 256 steps of PSA and IRN
 
 
-def psa_labels(image: Tensor, maps: Tensor, classes: Tensor, config: PsaLabelsConfig) -> Tensor:
+def psa_labels(
+    image: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    crf: CrfConfig,
+    alpha_low: float | Auto = "auto",
+    alpha_high: float | Auto = "auto",
+) -> Tensor:
     """PSA's label synthesis: class where it wins over the low-alpha background, 0 where the high-alpha one wins.
 
     auto: the low background meets the best map at the photo's own threshold, the high alpha is 8 times the low, as in
@@ -27,15 +34,21 @@ def psa_labels(image: Tensor, maps: Tensor, classes: Tensor, config: PsaLabelsCo
     """
     best = _best(maps)
     alpha = background_power(auto_threshold(best))
-    alphas = (
-        alpha * times if given == "auto" else given for times, given in ((1, config.alpha_low), (8, config.alpha_high))
-    )
+    alphas = (alpha * times if given == "auto" else given for times, given in ((1, alpha_low), (8, alpha_high)))
     unaries = [unary_from_probabilities(torch.cat(((1 - best)[None] ** a, maps))) for a in alphas]
-    low, high = (q.argmax(0) for q in mean_field(image, unaries, config.crf))
+    low, high = (q.argmax(0) for q in mean_field(image, unaries, crf))
     return _merge(low, high, classes)
 
 
-def irn_labels(image: Tensor, maps: Tensor, classes: Tensor, config: IrnLabelsConfig) -> Tensor:
+def irn_labels(
+    image: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    crf: CrfConfig,
+    foreground: float | Auto = "auto",
+    background: float | Auto = "auto",
+    certainty: float = 0.7,
+) -> Tensor:
     """IRN's label synthesis: class where the foreground threshold's seeds have one, 0 where neither threshold's do.
 
     auto: where backgrounds of .6 and 5 times the alpha of the photo's own threshold meet the best map, which for a CAM
@@ -46,10 +59,10 @@ def irn_labels(image: Tensor, maps: Tensor, classes: Tensor, config: IrnLabelsCo
     alpha = background_power(auto_threshold(_best(maps)))
     thresholds = (
         power_threshold(times * alpha) if given == "auto" else given
-        for times, given in ((0.6, config.foreground), (5, config.background))
+        for times, given in ((0.6, foreground), (5, background))
     )
-    unaries = [unary_from_labels(_winner(maps, t), len(maps) + 1, config.certainty) for t in thresholds]
-    low, high = (q.argmax(0) for q in mean_field(image, unaries, config.crf))
+    unaries = [unary_from_labels(_winner(maps, t), len(maps) + 1, certainty) for t in thresholds]
+    low, high = (q.argmax(0) for q in mean_field(image, unaries, crf))
     return _merge(low, high, classes)
 
 
@@ -89,7 +102,7 @@ def mask_threshold(config: MaskConfig, scores: Tensor) -> float:
     return 0.5 if isinstance(config, WalkConfig) and config.alpha else auto_threshold(_best(scores))
 
 
-def psa_scores(maps: Tensor, features: Tensor, size: tuple[int, int], config: PsaMasksConfig) -> Tensor:
+def psa_scores(maps: Tensor, features: Tensor, size: tuple[int, int], config: WalkConfig) -> Tensor:
     """Class maps and their background walked on AffinityNet's affinities: class / (best + background), (n, H, W).
 
     maps (n, h', w') in 0..1, any grid over the whole image; features (C, h, w), stride 8. Source: PSA, infer_aff.py.
@@ -105,7 +118,7 @@ def psa_scores(maps: Tensor, features: Tensor, size: tuple[int, int], config: Ps
     return _over_background(_enlarge(walked[0], size))
 
 
-def irn_scores(maps: Tensor, edge: Tensor, size: tuple[int, int], config: IrnMasksConfig) -> Tensor:
+def irn_scores(maps: Tensor, edge: Tensor, size: tuple[int, int], config: WalkConfig) -> Tensor:
     """Class maps and their background walked between boundaries: class / (best + background), (n, H, W).
 
     maps (n, h, w) in 0..1; edge (h, w) in 0..1, both of stride 4. alpha 0: no background walks, and scores are divided

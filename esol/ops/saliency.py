@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esol.base.errors import ConfigError
-from esol.ops.metrics import VOID
+from esol.base.palette import VOID
 
 
 def saliency_labels(scores: Tensor, saliency: Tensor, floor: float = 0.2, conflict: float = 0.9) -> Tensor:

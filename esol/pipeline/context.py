@@ -13,9 +13,6 @@ from esol.engines.base import Engine
 from esol.tracking.tracker import Tracker
 from esol.training.loop import StopSignal
 
-Results = dict[str, Any]
-"""Numbers by name, and words such as the initial weights'."""
-
 
 @dataclass
 class Context:

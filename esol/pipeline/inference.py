@@ -1,4 +1,4 @@
-"""Inference over a split: one shard is one unit of work, done by one rank, its output a shard of the same name.
+"""A stage that goes over shards: one shard is one unit of work, done by one rank, its output a shard of the same name.
 
 Beside <shard>, written whole or not at all, lies <shard>.counts.npz: whole numbers that add up over shards in any
 order, so that scores do not depend on who did what, and the hash of the shard. What a killed job has finished is kept
@@ -11,13 +11,15 @@ import io
 import json
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,34 +28,128 @@ from esol.base.files import atomic_write, sha256
 from esol.base.progress import progress
 from esol.data.index import Index, scan_shard, write_index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode, decode_mask
+from esol.data.samples import decode_mask, write_mirror_shard
+from esol.data.transforms import decode
 from esol.pipeline.context import Context
-from shards.writer import write_mirror_shard
+from esol.pipeline.registry import Stage
+from esol.pipeline.scores import Results
+from esol.report.pictures import Pixels, paint, sheet
 
 Tally = dict[str, NDArray[Any]]
 Members = dict[str, bytes]
 _SHARD = "shard sha256"  # of the counts: what the shard beside them holds
-Work = Callable[[NDArray[np.int64], Tally], Iterable[tuple[int, Members]]]
+Made = TypeVar("Made")
 
 
-def mask_splits(context: Context) -> tuple[str, str]:
-    """The splits that maps, labels and pseudo masks are made for."""
-    return context.config.data.mask_split, context.config.data.score_split
+@dataclass(frozen=True)
+class Sample:
+    """One photo of the shards, as inference stages get it.
 
-
-def over_shards(
-    context: Context, name: str, folder: Path, splits: Sequence[str], work: Work, writes: bool = True
-) -> Tally:
-    """Runs work(ordinals, tally) on every shard's samples of the splits; returns the sum of all tallies on every rank.
-
-    work yields (ordinal, members of the output sample) in any order and leaves its counts in tally at the end; writes
-    False: nothing but the counts is kept. Stopped after a signal, when all ranks have finished a shard.
+    ordinal: its place in the index; key; name: of shard and key, for messages; image: uint8 (3, H, W), on the CPU;
+    labels: float32 (C,), multi-hot; truth: its true mask (H, W), where it is scored and has one.
     """
+
+    ordinal: int
+    key: str
+    name: str
+    image: Tensor
+    labels: NDArray[np.float32]
+    truth: NDArray[np.uint8] | None
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that it is labelled with, without background."""
+        return np.flatnonzero(self.labels).tolist()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image.shape[1], self.image.shape[2]
+
+    @property
+    def pixels(self) -> Pixels:
+        """uint8 (H, W, 3), for pictures."""
+        return self.image.permute(1, 2, 0).numpy()
+
+
+class InferenceStage(Stage, Generic[Made]):
+    """A stage that makes something of every photo of some splits; what it makes of one is a `Made`.
+
+    splits: keys below `data` that name the splits; scored: the key of the split whose truth it is held against;
+    labelled: whether it needs every photo's labels, so that one without any record of them is an error; writes: whether
+    what it makes is kept as shards, or the counts alone.
+    """
+
+    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar")
+    splits: ClassVar[tuple[str, ...]] = ("mask_split", "score_split")
+    shaped_by: ClassVar[tuple[str, ...]] = ("data.mask_split", "data.score_split")
+    scored: ClassVar[str] = "score_split"
+    labelled: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
+
+    def open(self) -> None:
+        """Loads networks and earlier stages' shards; every rank does, so that it may hold collectives."""
+
+    @property
+    def batch(self) -> int:
+        """How many photos of one size `make` gets at most; 1: one after the other."""
+        return 1
+
+    def make(self, samples: Sequence[Sample]) -> list[Made]:
+        """What it makes of photos of one size; without gradients."""
+        raise NotImplementedError
+
+    def members(self, sample: Sample, made: Made) -> Members:
+        """What is written of it: extension -> bytes."""
+        return {}
+
+    def count(self, sample: Sample, made: Made) -> Tally:
+        """Numbers that add up over all photos."""
+        return {}
+
+    def tiles(self, sample: Sample, made: Made) -> dict[str, Pixels]:
+        """Its pictures by heading, to stand between the photo and its truth."""
+        return {}
+
+    def results(self, tally: Tally) -> Results:
+        """What all counts come to; on the main rank."""
+        return Results()
+
+    def run(self) -> Results:
+        """Goes over the shards, draws some photos, and returns the results."""
+        self.open()
+        tally = over_shards(self)
+        if not self.context.engine.is_main:
+            return Results()
+        found = self.results(tally)
+        if self.writes:
+            draw(self, self.name)
+        return found
+
+    def sample(self, ordinal: int) -> Sample:
+        """A photo of the data by its place in the index; DataError where it cannot be read."""
+        context, reader = self.context, self.context.reader
+        context.engine.beat(f"the photo {context.index.keys[ordinal]}")  # a picture's too, while other ranks wait
+        image = decode(reader.image(ordinal), reader.name(ordinal))
+        known = self.labelled or context.index.labels is not None
+        labels = reader.labels(ordinal) if known else np.zeros(len(context.index.classes), np.float32)
+        truth = truth_of(context, ordinal, (image.shape[1], image.shape[2]), getattr(context.config.data, self.scored))
+        return Sample(ordinal, str(context.index.keys[ordinal]), reader.name(ordinal), image, labels, truth)
+
+
+@torch.no_grad()
+def over_shards(stage: InferenceStage[Any]) -> Tally:
+    """Makes every photo of the stage's splits; returns the sum of all counts on every rank.
+
+    Stopped after a signal, between two photos: the shards that are finished by then are kept.
+    """
+    context, name, folder = stage.context, stage.name, stage.folder
     engine, index = context.engine, context.index
+    splits = list(dict.fromkeys(getattr(context.config.data, key) for key in stage.splits))
     ordinals = np.unique(np.concatenate([index.split(split) for split in splits]))
     shard_of = index.shard_of[ordinals]
     shards = np.unique(shard_of)
-    _discard_foreign(context, name, folder)
+    _discard_foreign(stage)
     if advice := advice_on_shards(name, len(shards), len(ordinals), engine.world_size):
         context.say(advice)
     mine = shards[engine.rank :: engine.world_size]
@@ -62,18 +158,18 @@ def over_shards(
         for shard in mine:
             spec = index.shards[shard].name
             members = ordinals[shard_of == shard]
-            context.engine.beat(f"the check of {folder / spec}")
-            if not _finished(folder, spec, writes):
-                _one_shard(context, name, folder, spec, members, work, partial(_advance, advance, done, spec), writes)
-            done += len(members)
-            advance(done, spec)
+            engine.beat(f"the check of {folder / spec}")
+            if not _finished(folder, spec, stage.writes):
+                _one_shard(stage, spec, members, partial(_advance, advance, done, spec))
             if context.stop:
                 break
+            done += len(members)
+            advance(done, spec)
     if engine.any(bool(context.stop)):
-        raise context.stop.stopped(engine, f"{name} stopped after whole shards")
+        raise context.stop.stopped(engine, f"{name} stopped, its finished shards are kept")
     engine.barrier(f"the shards of {name} from all ranks")
     names = [index.shards[s].name for s in shards]
-    if engine.is_main and writes:
+    if engine.is_main and stage.writes:
         places = {s: np.searchsorted(ordinals, index.split(s)) for s in splits}
         records = []
         for shard_name in names:
@@ -97,8 +193,9 @@ def advice_on_shards(name: str, shards: int, samples: int, world_size: int) -> s
     )
 
 
-def _discard_foreign(context: Context, name: str, folder: Path) -> None:
+def _discard_foreign(stage: InferenceStage[Any]) -> None:
     """Removes what a run with other settings left in the folder."""
+    context, folder = stage.context, stage.folder
     mark = folder / "fingerprint.json"  # of the settings that the shards beside it were made with
     if context.engine.is_main:
         stamp = json.dumps({"fingerprint": context.fingerprint})
@@ -107,37 +204,48 @@ def _discard_foreign(context: Context, name: str, folder: Path) -> None:
                 if path.is_file():
                     path.unlink(missing_ok=True)
             atomic_write(mark, stamp)
-    context.engine.barrier(f"the main rank to clear the folder of {name}")
+    context.engine.barrier(f"the main rank to clear the folder of {stage.name}")
 
 
 def _one_shard(
-    context: Context,
-    name: str,
-    folder: Path,
-    spec: str,
-    ordinals: NDArray[np.int64],
-    work: Work,
-    advance: Callable[[int], None],
-    writes: bool,
+    stage: InferenceStage[Any], spec: str, ordinals: NDArray[np.int64], advance: Callable[[int], None]
 ) -> None:
-    """One shard's samples in order, then its two files, the counts last."""
+    """One shard's samples, then its two files in the order of the samples, the counts last; nothing after a signal."""
     tally: Tally = {}
-    samples: dict[int, Members] = {}
+    written: dict[int, Members] = {}
     try:
-        for ordinal, members in work(ordinals, tally):
-            context.engine.beat(f"{name} behind sample {context.index.keys[ordinal]} of {spec}")
-            samples[ordinal] = members
-            advance(len(samples))
+        for group in _groups(map(stage.sample, ordinals.tolist()), stage.batch):
+            for sample, made in zip(group, stage.make(group), strict=True):
+                for key, counts in stage.count(sample, made).items():
+                    tally[key] = tally[key] + counts if key in tally else counts
+                written[sample.ordinal] = stage.members(sample, made)
+                stage.context.engine.beat(f"{stage.name} behind sample {sample.key} of {spec}")
+                advance(len(written))
+            if stage.context.stop:
+                return
     except DataError as error:
-        raise DataError(f"{error}; {name} needs every sample of its split") from error
-    written = ""
-    if writes:
-        keys = context.index.keys
-        mirrored = ({"__key__": str(keys[o]), **samples[int(o)]} for o in ordinals)
-        written = write_mirror_shard(folder, spec, mirrored)["sha256"]
+        raise DataError(f"{error}; {stage.name} needs every sample of its split") from error
+    digest = ""
+    if stage.writes:
+        keys = stage.context.index.keys
+        mirrored = ({"__key__": str(keys[o]), **written[o]} for o in ordinals.tolist())
+        digest = write_mirror_shard(stage.folder, spec, mirrored)["sha256"]
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **tally, **{_SHARD: np.array(written)})  # type: ignore[arg-type]
-    atomic_write(folder / f"{spec}.counts.npz", buffer.getvalue())
+    np.savez_compressed(buffer, **tally, **{_SHARD: np.array(digest)})  # type: ignore[arg-type]
+    atomic_write(stage.folder / f"{spec}.counts.npz", buffer.getvalue())
+
+
+def _groups(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
+    """One after the other, or up to `batch` of one size together."""
+    if batch == 1:
+        yield from ([sample] for sample in samples)
+        return
+    sizes: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        sizes[sample.size].append(sample)
+    for same in sizes.values():
+        for start in range(0, len(same), batch):
+            yield same[start : start + batch]
 
 
 def _finished(folder: Path, spec: str, writes: bool) -> bool:
@@ -159,6 +267,29 @@ def _sum(paths: Iterator[Path]) -> Tally:
                     continue
                 total[key] = total[key] + counts[key] if key in total else counts[key]
     return total
+
+
+@torch.no_grad()
+def draw(stage: InferenceStage[Any], name: str) -> None:
+    """pictures/<name>.png, in MLflow as well: some photos of the scored split, what the stage makes of them, truth."""
+    context = stage.context
+    members = context.index.split(getattr(context.config.data, stage.scored))
+    count = min(context.config.tracking.pictures, len(members))
+    rows: list[tuple[str, list[Pixels]]] = []
+    headings: list[str] = []
+    for ordinal in members[np.linspace(0, len(members) - 1, count).astype(int)].tolist():  # evenly spread
+        sample = stage.sample(ordinal)
+        tiles = {"photo": sample.pixels, **stage.tiles(sample, stage.make([sample])[0])}
+        if sample.truth is not None:
+            tiles["truth"] = paint(sample.pixels, sample.truth)
+        shown = ", ".join(context.index.classes[c] for c in sample.classes)
+        rows.append((f"{sample.key}: {shown}" if shown else sample.key, list(tiles.values())))
+        headings = max(headings, list(tiles), key=len)
+    if rows:
+        path = context.run_dir / "pictures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet(rows, headings).save(path)
+        context.tracker.picture(path)
 
 
 class StageShards:
@@ -194,12 +325,6 @@ class StageShards:
         return decode_mask(self.read(ordinal, member), name, len(self._reader.index.classes))
 
 
-def photo(context: Context, ordinal: int) -> Tensor:
-    """The sample's photo, uint8 (3, H, W), on the CPU."""
-    context.engine.beat(f"the photo {context.index.keys[ordinal]}")  # pictures of the main rank too, while others wait
-    return decode(context.reader.image(ordinal), context.reader.name(ordinal))
-
-
 @dataclass(frozen=True)
 class TrueMasks:
     """The samples' own masks (H, W); DataError where the shards have none or it is damaged. For data workers too."""
@@ -211,13 +336,13 @@ class TrueMasks:
         return decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal), len(reader.index.classes))
 
 
-def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str = "") -> NDArray[np.uint8] | None:
-    """The sample's mask, if the split (data.score_split) has it and the shard a mask; DataError where not of size.
+def truth_of(context: Context, ordinal: int, size: tuple[int, int], split: str) -> NDArray[np.uint8] | None:
+    """The sample's mask, if the split has it and the shard a mask; DataError where it is not of this size.
 
     A photo that is labelled as showing nothing is all background, where the split has masks at all.
     """
     index = context.index
-    members = index.split(split or context.config.data.score_split)
+    members = index.split(split)
     place = int(np.searchsorted(members, ordinal))
     if place == len(members) or members[place] != ordinal:
         return None
@@ -231,10 +356,3 @@ def truth_of(context: Context, ordinal: int, size: tuple[int, ...], split: str =
     if truth.shape != size:
         raise DataError(f"{context.reader.name(ordinal)}: the mask is {truth.shape}, the image {size} (height, width)")
     return truth
-
-
-def pictured(context: Context, split: str = "") -> list[int]:
-    """The samples of the split (data.score_split) that pictures show, evenly spread."""
-    members = context.index.split(split or context.config.data.score_split)
-    count = min(context.config.tracking.pictures, len(members))
-    return members[np.linspace(0, len(members) - 1, count).astype(int)].tolist()

@@ -1,29 +1,151 @@
-"""What a stage is: one row of the table in esol/stages.py."""
+"""What a stage is, which stages there are, and the plugins that add more of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import field, make_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from esol.config import Config
-from esol.pipeline.context import Context, Results
+from esol.base.errors import ConfigError, EsolError
+from esol.base.named import Named
+from esol.base.plugins import load_plugins
+from esol.base.schema import key, semantic
+from esol.config import BackboneConfig, Config
+
+if TYPE_CHECKING:
+    from esol.data.index import Index
+    from esol.pipeline.context import Context
+    from esol.pipeline.scores import Results
+
+BUILT_IN = "esol.stages"  # the package whose modules hold the project's own stages
 
 
-@dataclass(frozen=True)
 class Stage:
-    """One row of the table.
+    """One step of a run. A subclass is its row in the table of stages; an instance does the work, on every rank.
 
-    consumes: the earlier stages that it reads under a config; settings: what of the config shapes its result;
-    run(context, folder): does the work on every rank, writes its outputs and returns its results (the main rank's
-    count); produces: patterns of the files below its folder that are its result; version: raised by hand when the
-    stage's code gives another result from the same inputs, so that what an earlier version made is made again.
+    name: of the stage, of its section in the config and of its folder in the run; after: the stage behind which it
+    stands; section: the dataclass of its settings; version: raised by hand when its code gives another result from the
+    same inputs, so that what an earlier version made is made again; default: whether runs whose config names no stages
+    have it; needs, uses: the stages that it always reads, and those that it reads where the run has them; shaped_by:
+    keys of the config, besides its own section, that shape its result ("data.crop", "model"), what is not named being
+    no reason to run again; makes: what its result is ("weights", "maps", "labels", "masks", "predictions");
+    produces: patterns of the files below its folder that are its result.
     """
 
-    name: str
-    consumes: Callable[[Config], tuple[str, ...]]
-    settings: Callable[[Config], dict[str, Any]]
-    run: Callable[[Context, Path], Results]
-    produces: tuple[str, ...]
-    version: int = 1
+    name: ClassVar[str]
+    after: ClassVar[str] = ""
+    section: ClassVar[type[Any] | None] = None
+    version: ClassVar[int] = 1
+    default: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
+    shaped_by: ClassVar[tuple[str, ...]] = ()
+    makes: ClassVar[str] = ""
+    produces: ClassVar[tuple[str, ...]] = ()
+
+    config: Any  # its section of the config; subclasses narrow the type
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.folder = context.run_dir / self.name
+        self.config = context.config.named(self.name) if self.section else None
+
+    def run(self) -> Results:
+        """Does the work on every rank, writes the outputs and returns the results, of which the main rank's count."""
+        raise NotImplementedError
+
+    def remarks(self, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Sentences to print when it has finished; results: of all stages, its own among them. On the main rank."""
+        return []
+
+    @classmethod
+    def consumes(cls, config: Config) -> tuple[str, ...]:
+        """The stages that it reads under a config."""
+        return (*cls.needs, *(name for name in cls.uses if name in config.stages))
+
+    @classmethod
+    def settings(cls, config: Config) -> dict[str, Any]:
+        """What of the config shapes its result: seed, engine, its own section, and what `shaped_by` names."""
+        found: dict[str, Any] = {"data": {}, "seed": config.seed, "engine": semantic(config.engine)}
+        for name in (*cls.shaped_by, *((cls.name,) if cls.section else ())):
+            if name.startswith("data."):
+                found["data"][name.removeprefix("data.")] = semantic(getattr(config.data, name.removeprefix("data.")))
+            else:
+                found[name] = semantic(config.named(name))
+        return found
+
+    @classmethod
+    def weights(cls, config: Config) -> tuple[str, BackboneConfig] | None:
+        """Where it starts from published weights: the key of their section, and the section."""
+        return None
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """ConfigError where its settings do not go together with the rest of the config."""
+
+    @classmethod
+    def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
+        """An error for each thing that it will want of config, data and processes, and that is not there."""
+        return iter(())
+
+
+STAGES: Named[type[Stage]] = Named("stage")
+_S = TypeVar("_S", bound=type[Stage])
+
+
+def register(stage: _S) -> _S:
+    """A class decorator: adds a stage to the table."""
+    STAGES.add(stage.name)(stage)
+    return stage
+
+
+def table() -> dict[str, type[Stage]]:
+    """All stages that are known, in the order in which a run goes through them; ConfigError for a lost predecessor."""
+    _load_own()
+    load_plugins()
+    behind: dict[str, list[str]] = {}
+    for stage in STAGES.values():
+        if stage.after and stage.after not in STAGES:
+            raise ConfigError(f"stage {stage.name} stands after {stage.after!r}, and there is no such stage")
+        behind.setdefault(stage.after, []).append(stage.name)
+
+    def walk(name: str) -> list[str]:
+        # what nothing else stands behind comes first, so that a plugin's stage is next to the one that it names
+        branches = sorted((walk(other) for other in behind.get(name, ())), key=lambda names: (len(names), names))
+        return [*([name] if name else []), *(n for names in branches for n in names)]
+
+    return {name: STAGES[name] for name in walk("")}
+
+
+@cache
+def _load_own() -> None:
+    package = importlib.import_module(BUILT_IN)
+    for part in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{BUILT_IN}.{part.name}")
+
+
+def known_stage(name: str) -> type[Stage]:
+    """The stage of that name; ConfigError, with the nearest name, where there is none."""
+    return Named.need(_named(table()), name, "stages")
+
+
+def _named(stages: dict[str, type[Stage]]) -> Named[type[Stage]]:
+    found: Named[type[Stage]] = Named("stage")
+    found.update(stages)
+    return found
+
+
+def config_type() -> type[Config]:
+    """The dataclass of a whole config: Config with a section for every stage, in the order of the table."""
+    return _config_type(tuple(table().values()))
+
+
+@cache
+def _config_type(stages: tuple[type[Stage], ...]) -> type[Config]:
+    default = tuple(stage.name for stage in stages if stage.default)
+    own: list[Any] = [("stages", tuple[str, ...], key(default, runtime=True))]
+    own += [(stage.name, stage.section, field(default_factory=stage.section)) for stage in stages if stage.section]
+    return make_dataclass("Config", own, bases=(Config,), frozen=True)

@@ -15,36 +15,43 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esol.base.errors import CheckpointError, ConfigError, EsolError
 from esol.base.files import atomic_write, sha256
 from esol.base.progress import progress
-from esol.base.schema import build, differing, fingerprint, finite
-from esol.config import IRN, MAIN_LINE, PSA, SEGMENT, VOTE, Config
+from esol.base.schema import differing, fingerprint, finite
+from esol.config import Config
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.registry import Stage
+from esol.pipeline.scores import Results, Scores, scores_from
 
-if TYPE_CHECKING:
-    from esol.pipeline.registry import Stage
-
-FORMAT = "esol-stage 2"
+FORMAT = "esol-stage 3"
 MANIFEST = "manifest.json"
 RESULTS = "results.json"
-_ORDER = (*MAIN_LINE, *PSA, *IRN, *VOTE, *SEGMENT)
 _MANY = 100  # files whose check may take more than a few seconds
 _hashes: dict[tuple[str, int, int, int], str] = {}  # path, inode, size, nanoseconds of the last change -> sha256
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself; outputs: path below its folder -> {"bytes", "sha256"}."""
+    """What a finished stage says of itself.
+
+    place: among the stages that its program knew, in their order; makes: as the stage has it; outputs: path below its
+    folder -> {"bytes", "sha256"}; results: all of them, flat; scored: its scores in their own form, and which of them
+    is that of what it wrote.
+    """
 
     stage: str
+    place: int
+    makes: str
     version: int
     fingerprint: str
     settings: dict[str, Any]
     consumed: dict[str, str]
     outputs: dict[str, dict[str, Any]]
     results: dict[str, Any]
+    scored: dict[str, Any]
     config: dict[str, Any]
     world_size: int
     versions: dict[str, str]
@@ -60,9 +67,19 @@ class Manifest:
     def ran_with(self) -> Config:
         """The config of the run that made it; CheckpointError where this program cannot read that any more."""
         try:
-            return build(Config, self.config)
+            return from_tree(self.config)
         except ConfigError as error:
             raise CheckpointError(f"the config in the manifest of {self.stage} cannot be read: {error}") from error
+
+    @property
+    def scores(self) -> dict[str, Scores]:
+        """Its scores by name, such as "cam", "plain" and "crf"."""
+        return scores_from(self.scored, f"the manifest of {self.stage}")
+
+    @property
+    def last_scores(self) -> Scores | None:
+        """The scores of the label maps that it wrote; None where they were not scored."""
+        return self.scores.get(self.scored["last"])
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ class Store:
     def __init__(
         self,
         config: Config,
-        stages: Mapping[str, Stage],
+        stages: Mapping[str, type[Stage]],
         data_hash: str,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
@@ -92,9 +109,9 @@ class Store:
     def settings(self, name: str) -> dict[str, Any]:
         """What of the config shapes the stage's result, as plain JSON; initial weights count by content."""
         settings = self._stages[name].settings(self._config)
-        if name in ("classify", "psa", "irn", "segment"):
-            model = self._config.segment.model if name == "segment" else self._config.model
-            settings["weights"] = _sha256(Path(model.weights)) if Path(model.weights).is_file() else model.weights
+        if weights := self._stages[name].weights(self._config):
+            path = weights[1].weights
+            settings["weights"] = _sha256(Path(path)) if Path(path).is_file() else path
         return json.loads(json.dumps(settings))
 
     def consumed(self, name: str) -> dict[str, str]:
@@ -150,7 +167,7 @@ class Store:
                 )
         return runs
 
-    def finish(self, name: str, results: dict[str, Any], world_size: int) -> None:
+    def finish(self, name: str, results: Results, world_size: int) -> None:
         """Writes the stage's manifest, and results.json with it."""
         folder = self.run_dir / name
         outputs = {}
@@ -159,12 +176,15 @@ class Store:
             outputs[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         manifest = Manifest(
             stage=name,
+            place=list(self._stages).index(name),
+            makes=self._stages[name].makes,
             version=self._stages[name].version,
             fingerprint=self.stamp(name),
             settings=self.settings(name),
             consumed=self.consumed(name),
             outputs=outputs,
-            results=finite(results),
+            results=finite(results.flat()),
+            scored=finite(results.tree()),
             config=json.loads(json.dumps(asdict(self._config))),
             world_size=world_size,
             versions={package: version(package) for package in ("esol", "torch", "torchvision", "numpy")},
@@ -231,9 +251,8 @@ def made_by_another_version(folder: Path) -> bool:
 def manifests(run_dir: Path) -> dict[str, Manifest]:
     """The manifests of all finished stages, in the order of the stages."""
     found = {path.parent.name: read_manifest(path.parent) for path in sorted(run_dir.glob(f"*/{MANIFEST}"))}
-    known = [name for name in _ORDER if name in found]
-    ordered = {name: found[name] for name in (*known, *(n for n in found if n not in known))}
-    return {name: manifest for name, manifest in ordered.items() if manifest is not None}
+    there = [manifest for manifest in found.values() if manifest is not None]
+    return {manifest.stage: manifest for manifest in sorted(there, key=lambda m: (m.place, m.stage))}
 
 
 def is_run(folder: Path) -> bool:
@@ -251,12 +270,17 @@ def need(run_dir: Path, stage: str) -> Manifest:
     return manifest
 
 
-def results(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> its results, of all stages that have finished; EsolError where none has."""
-    found = {name: manifest.results for name, manifest in manifests(run_dir).items()}
+def finished(run_dir: Path) -> dict[str, Manifest]:
+    """The manifests of all finished stages, in the order of the stages; EsolError where there is none."""
+    found = manifests(run_dir)
     if not found:
         raise EsolError(f"{run_dir} has no finished stage: is it the folder of a run?")
     return found
+
+
+def results(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> its results, flat, of all stages that have finished; EsolError where none has."""
+    return {name: manifest.results for name, manifest in finished(run_dir).items()}
 
 
 def outdated(run_dir: Path) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from esol.ops.metrics import VOID, Counts, confusion_matrix, score
+from esol.base.palette import VOID
+from esol.ops.metrics import Counts, confusion_matrix, score
 
 FILLED = 0.995  # share of a photo that a class has to cover to count as filling it
 # What masks of equal contrast are worth against the CAM's and the seeds': edges say nothing of whether the object is

@@ -7,8 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from esol.data.samples import Batch
 from esol.models.cam_net import CamNet
-from esol.training.task import Batch, Task
+from esol.training.task import Task
 
 
 class HeadTask(Task):

@@ -19,9 +19,9 @@ from esol.base import exits
 from esol.base.errors import DivergenceError
 from esol.base.interrupts import LAUNCHED, Interrupts
 from esol.config import TrainConfig
+from esol.data.samples import Batch
 from esol.engines.base import Engine
 from esol.training.optim import learning_rate
-from esol.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
 

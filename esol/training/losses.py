@@ -1,13 +1,15 @@
-"""Image-level losses, float32, one value per image."""
+"""Losses in float32, one value per image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.base.named import Named
 from esol.models.cam_net import pool
 
 ABSENT = 5.0  # how much more than its presence a class's absence may weigh over a set; about its weight in voc-animals
@@ -42,31 +44,41 @@ def classification_loss(
     return (each * torch.where(labels > 0, 1, absence.to(each.dtype))).sum(1) / (1 + ABSENT)
 
 
-def area_loss(maps: Tensor, labels: Tensor, term: Literal["mean", "max", "decide"] = "mean") -> Tensor:
+AREA_TERMS: Named[Callable[[Tensor], Tensor]] = Named("area term")
+"""Class maps A (B, C, h, w), float32 or wider -> how much of the map each position is, in 0..1, of the same shape."""
+
+
+@AREA_TERMS.add("mean")
+def normalised(maps: Tensor) -> Tensor:
+    """N = (A - min) / (max - min), all of it with gradient."""
+    high, low = maps.amax((2, 3), keepdim=True), maps.amin((2, 3), keepdim=True)
+    return (maps - low) / (high - low + 1e-5)
+
+
+@AREA_TERMS.add("decide")
+def undecided(maps: Tensor) -> Tensor:
+    """4 N (1 - N), 0 where N is 0 or 1, so that it does not darken what is bright."""
+    each = normalised(maps)
+    return 4 * each * (1 - each)
+
+
+@AREA_TERMS.add("max")
+def over_maximum(maps: Tensor) -> Tensor:
+    """relu(A) over its detached maximum, which switching every map off minimises: it was seen to collapse."""
+    return F.relu(maps) / (maps.amax((2, 3), keepdim=True).detach().clamp_min(0) + 1e-5)
+
+
+def area_loss(maps: Tensor, labels: Tensor, term: str = "mean") -> Tensor:
     """What the present classes' maps A cover, per image: maps (B, C, h, w), labels (B, C) -> (B,), in 0..1.
 
-    mean: of N = (A - min) / (max - min), all of it with gradient. decide: of 4 N (1 - N), 0 where N is 0 or 1, so
-    that it does not darken what is bright. max: of relu(A) over its detached maximum, which switching every map off
-    minimises: it was seen to collapse. The paper has the area, not how A is normalised; decide is ours.
+    term: of AREA_TERMS. The paper has the area, not how A is normalised; decide is ours.
     """
     maps = maps if maps.dtype == torch.float64 else maps.float()
-    high = maps.amax((2, 3), keepdim=True)
-    if term == "max":
-        each = F.relu(maps) / (high.detach().clamp_min(0) + 1e-5)
-    else:
-        low = maps.amin((2, 3), keepdim=True)
-        each = (maps - low) / (high - low + 1e-5)
-        if term == "decide":
-            each = 4 * each * (1 - each)
-    return _present_mean(each.mean((2, 3)), labels)
+    return _present_mean(AREA_TERMS[term](maps).mean((2, 3)), labels)
 
 
 def classification_and_area(
-    maps: Tensor,
-    labels: Tensor,
-    weight: float,
-    term: Literal["mean", "max", "decide"],
-    absence: Tensor | None = None,
+    maps: Tensor, labels: Tensor, weight: float, term: str, absence: Tensor | None = None
 ) -> dict[str, Tensor]:
     """L_cls + weight * L_area of class maps (B, C, h, w): scalars loss, classification, area, means over the images."""
     logits = pool(maps)
@@ -89,6 +101,21 @@ def segmentation_loss(logits: Tensor, labels: Tensor, balance: bool) -> Tensor:
     return (background + foreground) / 2 if balance else everywhere
 
 
+def affinity_losses(affinity: Tensor, pairs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy per image of its background, foreground and different pairs: three (B,).
+
+    affinity a (B, K, h, w) in 0..1; pairs: the three masks of `pair_labels`. The mean over the pairs of a kind of
+    -log(a + 1e-5), for different ones of -log(1 - a + 1e-5); 0 where there are none. Source: PSA, IRN.
+    """
+    background, foreground, different = pairs
+    each = -torch.log(torch.where(different, 1 - affinity, affinity) + 1e-5)
+    return _pair_mean(each, background), _pair_mean(each, foreground), _pair_mean(each, different)
+
+
 def _present_mean(values: Tensor, labels: Tensor) -> Tensor:
     present = labels.to(values.dtype)
     return (values * present).sum(1) / present.sum(1).clamp_min(1)
+
+
+def _pair_mean(values: Tensor, pairs: Tensor) -> Tensor:
+    return (values * pairs).sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp_min(1)

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
 
 from torch import Tensor, nn
 
-
-class Batch(TypedDict):
-    """One micro-batch as the data stream yields it.
-
-    image: uint8 (B, 3, H, W), RGB 0..255, not normalised (the network knows its own mean and deviation);
-    labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys; skipped: what was wrong with the
-    damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
-    0 background, 1..C classes, 255 ignored, in the stages that learn from one.
-    """
-
-    image: Tensor
-    labels: Tensor
-    key: list[str]
-    skipped: NotRequired[list[str]]
-    target: NotRequired[Tensor]
+from esol.data.samples import Batch
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,21 @@ from torch import nn
 from esol.base import exits
 from esol.base.errors import CheckpointError, DivergenceError, LaunchError
 from esol.base.schema import build
-from esol.config import Config, DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
+from esol.config import DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
+from esol.data.samples import Batch
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
 from esol.pipeline import doctor
+from esol.pipeline.config_file import from_tree
 from esol.training.checkpoint import Checkpointer
 from esol.training.loop import Stopped, StopSignal, train
 from esol.training.optim import build_optimizer
-from esol.training.task import Batch, ParameterGroup, Task
+from esol.training.task import ParameterGroup, Task
 
 CONFIG = TrainConfig(lr=0.05, momentum=0.9, weight_decay=1e-3, global_batch=8, clip_norm=1.0, warmup=2)
 
@@ -261,7 +263,7 @@ def examine(root: str, run_dirs: list[str], weights: str = "none") -> int:
     tree = {"run_dir": own, "data": {"root": root}, "engine": {"threads": 1, "timeout": 0.5}}
     tree |= {"model": {"backbone": "small", "weights": "none"}, "irn": {"global_batch": 8}}
     tree["segment"] = {"model": {"backbone": "small" if weights == "none" else "resnet50", "weights": weights}}
-    return doctor.run(build(Config, tree))
+    return doctor.run(from_tree(tree))
 
 
 def stall(folder: Path, how: str) -> None:

@@ -21,9 +21,10 @@ from tiny import BIN
 from esol.config import BackboneConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode, decode_mask
+from esol.data.samples import decode_mask
+from esol.data.transforms import decode
 from esol.deploy.export import TOLERANCE, Graph, _with_fixed_padding
-from esol.deploy.segmenter import load_model
+from esol.deploy.segmenter import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.segmentation import probabilities
@@ -54,7 +55,7 @@ def photos(shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(exported: Path, photos: Path) -> None:
     import onnxruntime
 
-    net, _ = load_model(exported)
+    net, _ = load_network(exported)
     graph, program = Graph(net), torch.export.load(exported / "model.pt2").module()
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
     first = sorted(photos.iterdir())[0]

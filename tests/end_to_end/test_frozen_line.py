@@ -1,4 +1,4 @@
-"""benchmarks/frozen_line.py gives the pipeline's numbers, or the ablations would be of something else."""
+"""research/frozen_line.py gives the pipeline's numbers, or the ablations would be of something else."""
 
 import copy
 import json
@@ -10,49 +10,49 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import chains
-from benchmarks.ablations import CONTROLS, POINTS, Found, read
-from benchmarks.frozen_line import REACH, Evidence, FrozenLine, unseen
-from benchmarks.variants import FieldPerClass, Further
-from esol import config as configuration
-from esol.models.expansion import Expansion
-from esol.networks import trained_decision, trained_expansion, trained_net, trained_shrinkage
+from benchmarks.refine import unseen
+from esol.data.samples import Batch
 from esol.ops.class_maps import ClassMaps
-from esol.tasks.decide import Decide
-from esol.tasks.expand import Expand
-from esol.tasks.shrink import Shrink
-from esol.training.task import Batch
+from esol.pipeline import config_file
+from esol.pipeline.cam import trained_heads
+from esol.stages.decide import DecideTask
+from esol.stages.expand import ExpandTask, expansion
+from esol.stages.shrink import ShrinkTask
+from research import chains
+from research.ablations import CONTROLS, POINTS, Found, read
+from research.frozen_line import REACH, Evidence, FrozenLine
+from research.variants import FieldPerClass, Further
 
 
 @pytest.fixture(scope="module")
 def line(one: Path, tmp_path_factory: pytest.TempPathFactory) -> FrozenLine:
-    config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}"])
-    return FrozenLine(config, trained_net(config, 5), tmp_path_factory.mktemp("features"), steps=4)
+    config = config_file.load(str(one / "resolved.yaml"), [f"run_dir={one}"])
+    return FrozenLine(
+        config, trained_heads(config, 5, until="classify").net, tmp_path_factory.mktemp("features"), steps=4
+    )
 
 
 def test_decide_expand_and_shrink_learn_what_they_learn_in_the_pipeline(line: FrozenLine, one: Path) -> None:
     config = line.config
-    first = Decide(line.net, config.decide)
+    first = DecideTask(line.net, config.decide)
     line.train(first, config.decide, 4)
     for name, value in load_file(one / "decide/model.safetensors").items():
         torch.testing.assert_close(first.handover.state_dict()[name], value, rtol=1e-4, atol=1e-6)
-    task = Expand(line.net, config.expand, trained_decision(config, line.net))
+    task = ExpandTask(line.net, config.expand, trained_heads(config, 5, until="decide")["decide"])
     line.train(task, config.expand, 4)
     own, theirs = task.handover.state_dict(), load_file(one / "expand/model.safetensors")
     assert theirs["offset.conv.weight"].abs().max() > 0
     for name, value in theirs.items():
         torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-7)
-    second = Shrink(line.net, task.handover, config.shrink)
+    second = ShrinkTask(line.net, task.handover, config.shrink)
     line.train(second, config.shrink, 4)
     for name, value in load_file(one / "shrink/model.safetensors").items():
         torch.testing.assert_close(second.handover.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_maps_score_what_localize_says(line: FrozenLine, one: Path) -> None:
-    plain = trained_net(line.config, 5)
-    decision = trained_decision(line.config, plain)
-    expansion = trained_expansion(line.config, plain)
-    shrinkage = trained_shrinkage(line.config, expansion)
+    heads = trained_heads(line.config, 5)
+    decision, expansion, shrinkage = (heads[source] for source in ("decide", "expand", "shrink"))
     results = json.loads((one / "results.json").read_text())["localize"]
     nets_of = {"cam": (), "decide": (decision,), "expand": (None, expansion), "shrink": (None, expansion, shrinkage)}
     for source, nets in nets_of.items():
@@ -74,8 +74,8 @@ def test_every_chain_of_the_ablations_trains_and_scores(line: FrozenLine, monkey
 
 
 def test_a_second_round_climbs_the_loss_of_shrinkage_by_the_offsets_alone(line: FrozenLine, one: Path) -> None:
-    expansion = trained_expansion(line.config, line.net)
-    shrinkage = trained_shrinkage(line.config, expansion)
+    heads = trained_heads(line.config, 5)
+    expansion, shrinkage = heads["expand"], heads["shrink"]
     before = copy.deepcopy(expansion.state_dict())
     task = Further(line.net, expansion, shrinkage, line.config.expand)
     batch: Batch = {
@@ -92,9 +92,9 @@ def test_a_second_round_climbs_the_loss_of_shrinkage_by_the_offsets_alone(line: 
 
 
 def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class(line: FrozenLine, one: Path) -> None:
-    decision = trained_decision(line.config, line.net)
+    decision = trained_heads(line.config, 5, until="decide")["decide"]
     task = FieldPerClass(line.net, replace(line.config.expand, classes="present"), decision)
-    plain = Expansion(decision, line.config.expand)
+    plain = expansion(decision, line.config.expand)
     x = torch.rand(2, line.net.backbone.channels, 6, 7)
     torch.testing.assert_close(task.handover.class_maps(task.handover.features(x)), plain.class_maps(plain.features(x)))
     labels = torch.tensor([[0.0, 1, 0, 0, 0]]).repeat(2, 1)
@@ -105,8 +105,8 @@ def test_a_field_per_class_starts_as_the_expansion_and_learns_from_its_own_class
 
 def test_unseen_photos_are_those_with_masks_that_scored_nothing(one: Path, tmp_path: Path) -> None:
     def line(split: str) -> FrozenLine:
-        config = configuration.load(str(one / "resolved.yaml"), [f"run_dir={one}", f"data.score_split={split}"])
-        return FrozenLine(config, trained_net(config, 5), tmp_path / split, 0)
+        config = config_file.load(str(one / "resolved.yaml"), [f"run_dir={one}", f"data.score_split={split}"])
+        return FrozenLine(config, trained_heads(config, 5, until="classify").net, tmp_path / split, 0)
 
     own, other = line("val"), line("train")  # masks are made for train
     assert unseen(own.config, own.index).tolist() == own.index.split("train").tolist()

@@ -19,9 +19,8 @@ from tiny import ACCELERATE, MAIN_LINE, PLAIN, ROOT, STAGES, TRAINING, TWO_RANKS
 
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.transforms import decode_mask
+from esol.data.samples import decode_mask, encode_mask
 from esol.ops.metrics import confusion_matrix, score
-from shards.samples import encode_mask
 from shards.synthetic import synthetic_source
 from shards.writer import create
 

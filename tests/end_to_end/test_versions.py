@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from esol.config import load
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.stages import STAGES
+from esol.pipeline.config_file import load
+from esol.pipeline.registry import table
+
+STAGES = table()
 
 GOLDEN = Path(__file__).with_name("golden.json")
 # of the root mean square of weights, of a map's range, of all pixels: processors and numbers of ranks differ by less
@@ -75,7 +77,7 @@ def test_a_changed_output_has_a_new_version(config: Path, one: Path) -> None:
     settings = load(config)
     reads = {name: stage.consumes(settings) for name, stage in STAGES.items()}
     found = changed_without_a_version(ours, golden, reads)
-    assert not found, f"{', '.join(found)}: other results; raise the version in esol/stages.py, then: {__doc__}"
+    assert not found, f"{', '.join(found)}: other results; raise the version in esol/stages, then: {__doc__}"
     old = [name for name, own in ours.items() if own["version"] != golden.get(name, {}).get("version")]
     assert not old, f"golden.json has another version of {', '.join(old)}: {__doc__}"
 

@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way; labels
 # have fixed thresholds: those that a map names move with its last digit
+MAIN_LINE = ["classify", "decide", "expand", "shrink", "localize", "seed_masks"]
+STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
+STAGES += ["vote_masks", "segment", "evaluate"]
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
 data: {score_split: val, long_side: [48, 72], crop: 48, workers: 1}
@@ -34,9 +37,7 @@ engine: {threads: 1}
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3}
 """
-MAIN_LINE = ["classify", "decide", "expand", "shrink", "localize", "seed_masks"]
-STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
-STAGES += ["vote_masks", "segment", "evaluate"]
+TINY += f"stages: [{', '.join(STAGES)}]\n"  # irn_mean among them, which runs have only where it is named
 TRAINING = ["classify", "decide", "expand", "shrink", "psa", "irn", "segment"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]

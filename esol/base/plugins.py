@@ -1,0 +1,36 @@
+"""Modules of others that add to esol: what they hold adds itself to a register when it is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from esol.base.errors import ConfigError
+
+GROUP = "esol.plugins"  # the entry points by which installed packages name modules that are always loaded
+_loaded: set[str] = set()
+
+
+def load_plugins(modules: Iterable[str] = ()) -> None:
+    """Imports what installed packages offer, and the modules that a config or command names, once each.
+
+    ConfigError where a module cannot be imported. A module of the folder that the command was started in is found, too.
+    """
+    if GROUP not in _loaded:
+        _loaded.add(GROUP)
+        modules = (*(point.value for point in entry_points(group=GROUP)), *modules)
+    for name in modules:
+        if name in _loaded:
+            continue
+        here = str(Path.cwd())
+        sys.path.append(here)
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a stranger's module raises
+            raise ConfigError(f"plugin {name} cannot be imported ({type(error).__name__}: {error})") from error
+        finally:
+            sys.path.remove(here)
+        _loaded.add(name)

@@ -1,0 +1,109 @@
+"""A trained DeepLab, ready to predict photos of any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from esol.base.errors import DataError
+from esol.data.photos import upright_rgb
+from esol.data.transforms import decode, resize
+from esol.deploy.segmenter import load_network
+from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.segmentation import enlarged_labels, probabilities
+from esol.report.pictures import Pixels, paint
+
+Photo = str | Path | Image.Image | Pixels
+"""A file, a picture, or uint8 (H, W, 3) in RGB."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a photo.
+
+    mask: uint8 (H, W), 0 background, 1 + i for classes[i]; shares: label -> its share of the pixels, of those that are
+    there; photo: uint8 (H, W, 3), upright, in RGB.
+    """
+
+    mask: NDArray[np.uint8]
+    shares: dict[str, float]
+    classes: tuple[str, ...]
+    photo: Pixels
+
+    def overlay(self) -> Image.Image:
+        """The mask in colours over the photo."""
+        return Image.fromarray(paint(self.photo, self.mask))
+
+
+class Model:
+    """A model with its way to predict: photos larger than those that it learned from are made smaller first.
+
+    fast: one scale, no flip, no CRF. On a GPU where there is one. Raises what load_network raises.
+    """
+
+    def __init__(self, model: str | Path, fast: bool = False) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        net, self.info = load_network(model)
+        self.net = net.to(self.device)
+        self.config = self.info.evaluate
+        if fast:
+            crf = replace(self.config.crf, iterations=0)
+            self.config = replace(self.config, scales=(1.0,), flip=False, crf=crf)
+
+    def reduced(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) at the size that the network gets: its long side is info.photo_side at most."""
+        return within(image, self.info.photo_side)
+
+    def probabilities(self, images: list[Tensor]) -> list[Tensor]:
+        """Reduced photos of one size -> probabilities (L, h, w) of each, after the CRF."""
+        batch, config = torch.stack(images).to(self.device), self.config
+        found = probabilities(batch, self.net, scales=config.scales, flip=config.flip, combine=config.combine)
+        if not config.crf.iterations:
+            return list(found)
+        unaries = [unary_from_probabilities(one) for one in found]
+        return [mean_field(image, [u], config.crf)[0] for image, u in zip(batch, unaries, strict=True)]
+
+    def label_map(self, image: Tensor) -> NDArray[np.uint8]:
+        """uint8 (3, H, W) of any size -> its label map (H, W)."""
+        found = self.probabilities([self.reduced(image)])[0]
+        return enlarged_labels(found, (image.shape[1], image.shape[2])).cpu().numpy()
+
+    def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
+        """The share of the pixels of each label that is there."""
+        counts = np.bincount(labels.ravel(), minlength=len(self.info.classes) + 1)
+        names = ("background", *self.info.classes)
+        return {name: round(int(n) / labels.size, 6) for name, n in zip(names, counts, strict=True) if n}
+
+    def predict(self, photo: Photo) -> Prediction:
+        """The mask of one photo; DataError where it cannot be read."""
+        image = _pixels(photo)
+        labels = self.label_map(image)
+        return Prediction(labels, self.shares(labels), self.info.classes, image.permute(1, 2, 0).numpy())
+
+
+def _pixels(photo: Photo) -> Tensor:
+    """uint8 (3, H, W)."""
+    if isinstance(photo, (str, Path)):
+        try:
+            return decode(Path(photo).read_bytes(), str(photo))
+        except OSError as error:
+            raise DataError(f"{photo}: cannot be read ({error.strerror})") from error
+    values = np.array(upright_rgb(photo)) if isinstance(photo, Image.Image) else np.asarray(photo)
+    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
+        raise DataError(f"a photo must be uint8 (H, W, 3), not {values.dtype} {values.shape}")
+    return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1).contiguous()
+
+
+def within(image: Tensor, side: int) -> Tensor:
+    """uint8 (3, H, W), made smaller where its long side exceeds `side` pixels."""
+    longest = max(image.shape[1:])
+    if longest <= side:
+        return image
+    height, width = (max(1, round(n * side / longest)) for n in image.shape[1:])
+    return resize(image, height, width)

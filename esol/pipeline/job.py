@@ -1,0 +1,78 @@
+"""One process of a job: accepts a run, holds its directory, and goes through its stages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esol.base.errors import LaunchError
+from esol.base.files import atomic_write, hold, writable
+from esol.config import Config
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.engines import make_engine
+from esol.engines.base import Engine, gather_text
+from esol.pipeline import needs, store
+from esol.pipeline.config_file import to_yaml
+from esol.pipeline.context import Context
+from esol.pipeline.registry import table
+from esol.pipeline.runner import check_splits, chosen, run_stages
+from esol.pipeline.store import Store
+from esol.report.tables import summary
+from esol.tracking.tracker import Tracker
+from esol.training.loop import Stopped, StopSignal
+
+_PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
+
+
+def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = False) -> int:
+    """Runs the stages of a config, or only some of them, and returns the exit code; EsolError for what can be mended.
+
+    resume: an interrupted stage goes on from its last checkpoint.
+    """
+    chosen(config, only)
+    index = Index.load(config.data.root)
+    check_splits(config, index, only)
+    index.check_files()
+    run_dir, engine = Path(config.run_dir), make_engine(config.engine, config.seed)
+    with engine.watched(run_dir / "stalled"):
+        code = _work(config, only, resume, engine, index)
+    if code:
+        return code
+    if engine.is_main:
+        stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
+        print(f"\n{summary(store.finished(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
+    engine.close()
+    return 0
+
+
+def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engine, index: Index) -> int:
+    run_dir = Path(config.run_dir)
+    stages = Store(config, table(), index.hash, engine.beat)
+    names = [stage.name for stage in chosen(config, only)]
+    needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
+    writable(run_dir)
+    busy = ""
+    if engine.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = hold(run_dir / ".lock", _PATIENCE)  # as long as this function runs
+            if lock.unlocked:
+                print(
+                    f"warning: {run_dir} cannot be locked ({lock.unlocked}): see to it that no other job works in it",
+                    file=sys.stderr,
+                )
+            atomic_write(run_dir / "resolved.yaml", to_yaml(config))
+        except TimeoutError as other:
+            busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
+    if busy := "".join(gather_text(engine, busy)):
+        raise LaunchError(busy)
+    with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
+        context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
+        try:
+            run_stages(context, only, stages)
+        except Stopped as stopped:
+            context.say(f"{stopped}; go on with --resume")
+            return stopped.code
+    return 0

@@ -1,0 +1,335 @@
+"""The stages that make pseudo masks and the label maps that affinity networks learn from, both out of class maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esol.base.errors import ConfigError, DataError, EsolError
+from esol.base.files import atomic_write
+from esol.base.palette import VOID
+from esol.base.schema import finite
+from esol.config import Auto, Config, MaskConfig
+from esol.data.index import Index
+from esol.data.samples import decode_gray, encode_mask
+from esol.ops.metrics import METRICS, ThresholdCurve, confusion_matrix, score
+from esol.ops.pseudo_labels import pseudo_mask
+from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
+from esol.ops.seeds import best_class
+from esol.pipeline.context import Context
+from esol.pipeline.inference import InferenceStage, Members, Sample, StageShards, Tally
+from esol.pipeline.registry import table
+from esol.pipeline.scores import Results, Scores, by_class
+from esol.pipeline.weights import initial_weights
+from esol.report.judge import Evidence, Label
+from esol.report.pictures import Pixels, heat, paint
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Of one photo: scores (n, H, W) in 0..1 of its classes (n,), the label maps without and with the CRF, what the
+    seeds say, and the classes that the mask had lost before the seeds stood in for them."""
+
+    classes: Tensor
+    scores: Tensor
+    plain: Label
+    refined: Label
+    seeds: Label
+    lost: list[int]
+
+
+class MaskStage(InferenceStage[Mask]):
+    """A stage that scores every pixel for the classes of its photo, from class maps, and makes pseudo masks of that.
+
+    refines: whether it starts from the seeds, against which it is held then, and which stand in for what it loses;
+    votes: whether vote_masks counts its masks.
+    """
+
+    makes = "masks"
+    needs: ClassVar[tuple[str, ...]] = ("localize",)
+    shaped_by: ClassVar[tuple[str, ...]] = ("data.mask_split", "data.score_split", "saliency")
+    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json")
+    refines: ClassVar[bool] = False
+    votes: ClassVar[bool] = True
+    config: MaskConfig
+    maps: StageShards
+
+    def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
+        """Scores (n, H, W) in 0..1 of a photo uint8 (3, H, W) on the engine's device, from localize's maps.npz."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        self.maps = StageShards(self.context, "localize")
+
+    def make(self, samples: Sequence[Sample]) -> list[Mask]:
+        return [self._mask(sample) for sample in samples]
+
+    def _mask(self, sample: Sample) -> Mask:
+        context, device = self.context, self.context.engine.device
+        image, arrays = sample.image.to(device), self.maps.arrays(sample.ordinal, "maps.npz")
+        classes = torch.from_numpy(arrays["classes"]).to(device)
+        full = torch.from_numpy(arrays["full"]).to(device).float() / 255
+        found = self.scores(image, arrays)
+        saliency, labels, channels = _saliency(context, sample, image), None, None
+        if saliency is not None:
+            cue = context.config.saliency
+            labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
+            channels = saliency_channels(found, saliency, floor=cue.floor)
+        plain, refined = pseudo_mask(image, found, classes, self.config, labels, channels)
+        lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())]
+        own: MaskConfig = context.config.named("seed_masks")
+        if not lost:
+            own = replace(own, crf=replace(own.crf, iterations=0))  # nobody will look at the seeds' edges
+        seeds, sharp = pseudo_mask(image, full, classes, own)
+        if saliency is None:
+            refined = stand_in(refined, sharp, lost)
+        return Mask(classes, found, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
+
+    def members(self, sample: Sample, made: Mask) -> Members:
+        return {"mask.png": encode_mask(made.refined)}
+
+    def count(self, sample: Sample, made: Mask) -> Tally:
+        classes = len(self.context.index.classes)
+        found = judge_counts(sample, made.refined, made.classes.tolist(), classes, made.seeds, made.lost)
+        if sample.truth is not None:
+            curve = ThresholdCurve(classes)
+            winner, best = (t.cpu().numpy() for t in best_class(made.scores, made.classes))
+            curve.update(sample.truth, winner, best)
+            found |= {"curve": curve.counts}
+            for name, label in (("plain", made.plain), ("crf", made.refined)):
+                found |= against_truth(name, sample.truth, label, classes)
+        return found
+
+    def tiles(self, sample: Sample, made: Mask) -> dict[str, Pixels]:
+        pixels, best = sample.pixels, best_class(made.scores, made.classes)[1].cpu().numpy()
+        return {
+            "best score": heat(pixels, best),
+            f"above {self.config.threshold}": paint(pixels, made.plain),
+            "with CRF": paint(pixels, made.refined),
+        }
+
+    def results(self, tally: Tally) -> Results:
+        """plain and crf, at the stated threshold; best: without the CRF, at the threshold of the highest mIoU."""
+        context, split = self.context, self.context.config.data.score_split
+        found = Results()
+        if "crf" in tally and tally["crf"].any():  # nothing but void is no truth
+            curve = ThresholdCurve(len(self.context.index.classes))
+            curve.add(tally["curve"])
+            write_curves(context, self.folder, {"plain": curve})
+            best = curve.best()
+            found.scores["plain"] = scored(tally, "plain", split, self.config.threshold)
+            if self.config.crf.iterations:
+                found.scores["crf"] = scored(tally, "crf", split, self.config.threshold)
+            found.scores["best"] = Scores.of(best, split, best.threshold)
+            found.last = list(found.scores)[-2]
+            classes = by_class(score(tally["crf"]), context.index.classes, "iou")
+            found.scores[found.last] = replace(found.scores[found.last], classes=classes)
+            found.others = {"threshold": self.config.threshold}
+            found.others |= {"split": split, "initial_weights": initial_weights(context.config.model)}
+        found.others |= Evidence.of(tally).numbers(context.index.classes, self.name)
+        return found
+
+    def remarks(self, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        return mask_remarks(self.context.config, self.name, results, self.refines)
+
+    @classmethod
+    def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
+        """Saliency maps of every photo, where the config wants them."""
+        cue, data = config.saliency, config.data
+        masked = np.union1d(index.split(data.mask_split), index.split(data.score_split))
+        if cue.source == "shards":
+            yield from without(index, "saliency.png", masked, "saliency.source = shards")
+        elif cue.source == "folder":
+            folder = Path(cue.folder)
+            if not folder.is_dir():
+                yield DataError(f"saliency.folder = {folder}: there is no such folder")
+                return
+            there = {path.name for path in folder.iterdir()}
+            lacking = [str(key) for key in index.keys[masked] if f"{key}.png" not in there]
+            if lacking:
+                yield DataError(
+                    f"saliency.folder = {folder} lacks {len(lacking)} of {len(masked)} maps, "
+                    f"the first is {lacking[0]}.png"
+                )
+        elif cue.source == "spectral-residual":
+            try:
+                import cv2.saliency  # noqa: F401
+            except ImportError as error:
+                yield ConfigError(
+                    f'saliency.source = spectral-residual needs OpenCV ({error}): pip install "esol[saliency]"'
+                )
+
+
+class LabelStage(InferenceStage[Label]):
+    """A stage that makes label maps for an affinity network to learn from, with void where nothing is sure."""
+
+    makes = "labels"
+    needs = ("localize",)
+    maps: StageShards
+
+    def labels(self, image: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
+        """Photo uint8 (3, H, W), class maps (n, H, W) in 0..1 of the classes (n,) -> label map uint8 (H, W)."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        self.maps = StageShards(self.context, "localize")
+
+    def make(self, samples: Sequence[Sample]) -> list[Label]:
+        device, found = self.context.engine.device, []
+        for sample in samples:
+            arrays = self.maps.arrays(sample.ordinal, "maps.npz")
+            full = torch.from_numpy(arrays["full"]).to(device).float() / 255
+            classes = torch.from_numpy(arrays["classes"]).to(device)
+            found.append(self.labels(sample.image.to(device), full, classes).cpu().numpy())
+        return found
+
+    def members(self, sample: Sample, made: Label) -> Members:
+        return {"label.png": encode_mask(made)}
+
+    def count(self, sample: Sample, made: Label) -> Tally:
+        sure, known = made != VOID, np.zeros(made.shape, bool)
+        if sample.truth is not None:
+            known = sure & (sample.truth != VOID)
+        right = int((made == sample.truth)[known].sum()) if known.any() else 0
+        return {"pixels": np.array((made.size, sure.sum(), known.sum(), right), np.int64)}
+
+    def tiles(self, sample: Sample, made: Label) -> dict[str, Pixels]:
+        return {"labels, white is void": paint(sample.pixels, made)}
+
+    def results(self, tally: Tally) -> Results:
+        """labelled: percent of the pixels; right: percent of the labelled ones where the truth is known."""
+        pixels, labelled, known, right = tally["pixels"].tolist()
+        return Results(others={"labelled": 100 * labelled / pixels} | ({"right": 100 * right / known} if known else {}))
+
+
+def mask_stages() -> list[str]:
+    """The stages that make masks, in order."""
+    return [name for name, stage in table().items() if stage.makes == "masks"]
+
+
+def highest(judged: Mapping[str, float]) -> str:
+    """The name with the highest number, of equal ones the first; "" of none."""
+    return max(judged, key=lambda name: judged[name], default="")
+
+
+def judged_masks(config: Config, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The judge's number of every mask stage of the run that has one."""
+    return {
+        n: float(results[n]["judge"]) for n in mask_stages() if n in config.stages and "judge" in results.get(n, {})
+    }
+
+
+def mask_remarks(
+    config: Config, name: str, results: Mapping[str, Mapping[str, Any]], refines: bool = False
+) -> list[str]:
+    """Sentences on masks that have just been made: what they lack, and whether refining made them worse."""
+    own, known = results[name], mask_stages()
+    lines: list[str] = []
+    if "judge" not in own:
+        return lines
+    if own["lost"]:
+        instead = "; the seeds stand in there" if refines else ""
+        lines.append(f"{name}: {own['lost']:.1f} % of the labels have no pixel in their photo's mask{instead}")
+    if own["filled"]:
+        lines.append(f"{name}: {own['filled']:.1f} % of the labels cover their whole photo")
+    judged = judged_masks(config, {n: results[n] for n in known[: known.index(name) + 1] if n in results})
+    if refines and judged[name] < judged.get("seed_masks", 0):
+        lines.append(f"warning: {name} made the masks worse than the seeds, by the judge ({spoken(judged)})")
+    return lines
+
+
+def spoken(judged: Mapping[str, float]) -> str:
+    """The judge's numbers in a line."""
+    return ", ".join(f"{name} {number:.3f}" for name, number in judged.items())
+
+
+def judge_counts(
+    sample: Sample,
+    mask: Label,
+    classes: Sequence[int],
+    num_classes: int,
+    seeds: Label | None = None,
+    lost: Sequence[int] = (),
+) -> Tally:
+    """What the judge of masks without truth counts of one photo."""
+    evidence = Evidence.empty(num_classes)
+    evidence.add(sample.image.numpy(), mask, classes, lost=lost, seeds=seeds)
+    return {**evidence.tally()}
+
+
+def against_truth(name: str, truth: Label, mask: Label, num_classes: int) -> Tally:
+    """What the scores of one photo's label map are made of; void counts as background in it."""
+    said = np.where(mask == VOID, np.uint8(0), mask)
+    found: Tally = {name: confusion_matrix(truth, said, num_classes + 1)}
+    for metric, own in METRICS.items():
+        found[f"{name}.{metric}"] = own.count(truth, said, num_classes + 1)
+    return found
+
+
+def scored(tally: Tally, name: str, split: str, threshold: float | Auto | None = None) -> Scores:
+    """The scores that `against_truth` counted under that name."""
+    more = {metric: own.value(tally[f"{name}.{metric}"]) for metric, own in METRICS.items()}
+    return Scores.of(score(tally[name]), split, threshold, **more)
+
+
+def stand_in(mask: Tensor, seeds: Tensor, lost: list[int]) -> Tensor:
+    """The mask (H, W) with the seeds' pixels of the lost classes in its background.
+
+    A photo's label says that the class is there, so that a mask without it is known to be wrong.
+    """
+    wanted = torch.tensor([c + 1 for c in lost], dtype=seeds.dtype, device=seeds.device)
+    return torch.where(torch.isin(seeds, wanted) & (mask == 0), seeds, mask)
+
+
+def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurve]) -> None:
+    """curves.json, and the same points for MLflow."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for source, curve in curves.items():
+        rows[source] = []
+        for step, one in enumerate(curve.scores()):
+            values = {"miou": 100 * one.miou, "precision": 100 * one.mean_precision, "recall": 100 * one.mean_recall}
+            rows[source].append({"threshold": one.threshold, **values})
+            context.tracker.metrics(step, {f"{source}_curve_{name}": value for name, value in values.items()})
+    atomic_write(folder / "curves.json", json.dumps(finite(rows), indent=1, allow_nan=False))
+
+
+def without(index: Index, member: str, ordinals: NDArray[np.int64], why: str) -> Iterator[EsolError]:
+    """An error where some of the photos have no such member."""
+    known = index.members.get(member)
+    lacking = ordinals if known is None else ordinals[known[ordinals, 0] < 0]
+    if len(lacking):
+        yield DataError(
+            f"{why}, but {len(lacking)} of {len(ordinals)} photos in {index.root} have no {member}, "
+            f"the first is {index.keys[lacking[0]]}"
+        )
+
+
+def _saliency(context: Context, sample: Sample, image: Tensor) -> Tensor | None:
+    """The sample's saliency map (H, W) in 0..1, if the config wants one."""
+    config = context.config.saliency
+    if config.source == "none":
+        return None
+    if config.source == "spectral-residual":
+        return spectral_residual(image)
+    if config.source == "shards":
+        data = context.reader.read(sample.ordinal, "saliency.png")
+    else:
+        path = Path(config.folder, f"{sample.key}.png")
+        if not path.resolve().is_relative_to(Path(config.folder).resolve()):
+            raise DataError(f"{sample.name}: its key leads out of saliency.folder")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{sample.name}: saliency map {path} cannot be read ({error.strerror})") from error
+    values = decode_gray(data, f"{sample.name}, saliency")
+    if values.shape != sample.size:
+        raise DataError(f"{sample.name}: the saliency map is {values.shape}, the image {sample.size}")
+    return torch.from_numpy(values).to(image.device).float() / 255

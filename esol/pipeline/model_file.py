@@ -1,0 +1,73 @@
+"""A trained DeepLab as one file: safetensors whose header says how to build the network and how to predict with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from esol.base.errors import CheckpointError, ConfigError
+from esol.base.files import atomic_write
+from esol.base.schema import build
+from esol.config import PredictionConfig
+
+FORMAT = "esol-deeplab 2"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the file's header holds.
+
+    classes: names without background; backbone, rates: of the network; evaluate: how it predicts; photo_side: median
+    long side of the photos that it learned from, in pixels; masks: the stage whose masks it learned from, "truth" for
+    true ones; initial_weights: what it started from, in words.
+    """
+
+    classes: tuple[str, ...]
+    backbone: str
+    rates: tuple[int, ...]
+    evaluate: PredictionConfig
+    photo_side: int
+    masks: str
+    initial_weights: str
+
+
+def write_model(path: Path, state: Mapping[str, Tensor], info: ModelInfo) -> None:
+    """Writes weights and header; the same weights and info give the same bytes."""
+    # one entry: safetensors writes several in an order that differs from call to call
+    header = {"esol": json.dumps(describe(info))}
+    atomic_write(path, save({key: value.contiguous() for key, value in state.items()}, header))
+
+
+def describe(info: ModelInfo) -> dict[str, Any]:
+    """What the header says."""
+    return {"format": FORMAT, **asdict(info)}
+
+
+def read_info(path: Path) -> ModelInfo:
+    """The header alone; CheckpointError where the file is no model of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: give the run directory of a finished segment stage, a folder that esol export wrote, "
+            "or a .safetensors file of either"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        about: dict[str, Any] = json.loads(header["esol"])
+        if (found := about.pop("format")) != FORMAT:
+            raise CheckpointError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
+        evaluate = build(PredictionConfig, about["evaluate"], "evaluate")
+        values = {**about, "evaluate": evaluate, "classes": tuple(about["classes"]), "rates": tuple(about["rates"])}
+        return ModelInfo(**values)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} is no DeepLab that esol wrote (its header: {error!r})") from error

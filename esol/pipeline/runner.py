@@ -1,0 +1,104 @@
+"""The stages of a run, in order: which of them run, and which are skipped because what they made still stands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from esol.base.errors import CheckpointError, ConfigError, DataError
+from esol.config import Config
+from esol.data.index import Index
+from esol.engines.base import gather_text
+from esol.pipeline.context import Context
+from esol.pipeline.registry import Stage, known_stage, table
+from esol.pipeline.store import MANIFEST, Store
+from esol.pipeline.store import results as store_results
+
+HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds", "threshold", "judge", "initial_weights"}
+"""What is printed of a finished stage, besides the mIoU of its scores; results.json has all."""
+
+
+def chosen(config: Config, only: Sequence[str] | None) -> list[type[Stage]]:
+    """The stages to run, in the table's order; ConfigError for a name that is not in it or not in the config."""
+    stages = {name: known_stage(name) for name in (*config.stages, *(only or ()))}
+    for name in only or ():
+        if name not in config.stages:
+            raise ConfigError(f"--stages {name}: the config's stages are {', '.join(config.stages)}")
+    for name in config.stages:
+        missing = [n for n in stages[name].consumes(config) if n not in config.stages]
+        if missing:
+            raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
+    names = config.stages if only is None else only
+    return [stage for name, stage in table().items() if name in names]
+
+
+def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> None:
+    """DataError, before any work, for a split that a chosen stage will want and the shards have not."""
+    for stage in chosen(config, only):
+        for name, split in stage.settings(config)["data"].items():
+            if name.endswith("_split") and split not in index.splits:
+                raise DataError(
+                    f"data.{name} = {split}, which stage {stage.name} needs, but {index.root} has: "
+                    f"{', '.join(index.splits)}. Set data.{name} to one of them, or leave the stage out of stages"
+                )
+
+
+def run_stages(context: Context, only: Sequence[str] | None, store: Store) -> None:
+    """Runs or skips every chosen stage and keeps results.json up to date."""
+    for stage in chosen(context.config, only):
+        task = _look(context, stage, store)
+        if task["error"]:
+            raise CheckpointError(task["error"])
+        if not task["why"]:
+            context.say(f"{stage.name}: done before with these settings, skipped")
+            continue
+        if task["had"]:
+            context.say(f"{stage.name}: runs again, {task['why']}")
+        context.settings, context.fingerprint = task["settings"], task["fingerprint"]
+        _run(context, stage, store)
+
+
+def _run(context: Context, stage: type[Stage], store: Store) -> None:
+    work = stage(context)
+    if context.engine.is_main:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        (work.folder / MANIFEST).unlink(missing_ok=True)
+    context.engine.barrier(f"the folder of {stage.name}")
+    begun = time.monotonic()
+    context.engine.beat(f"the start of {stage.name}")
+    with context.tracker.stage(stage.name):
+        results = work.run()
+        results.others["seconds"] = round(time.monotonic() - begun, 1)
+        flat = results.flat()
+        if context.engine.is_main:
+            store.finish(stage.name, results, context.engine.world_size)
+            # no earlier, or a fault in between would cost the whole stage
+            shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
+        context.tracker.results(flat)
+    context.engine.barrier(f"the manifest of {stage.name}")
+    if context.engine.is_main:
+        for line in work.remarks(store_results(context.run_dir)):
+            context.say(line)
+    headline = HEADLINE | {f"{name}_miou" for name in results.scores if "_at_" not in name and name != "best"}
+    shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in flat.items() if k in headline)
+    context.say(f"{stage.name}: " + ", ".join(shown))
+
+
+def _look(context: Context, stage: type[Stage], store: Store) -> dict[str, Any]:
+    """What the main rank finds of a stage, on every rank: why it must run, whether it had run before, or an error."""
+    task: dict[str, Any] = {"error": "", "why": "", "had": False, "settings": {}, "fingerprint": ""}
+    if context.engine.is_main:
+        try:
+            store.plan([stage.name])
+            state = store.state(stage.name)
+            task |= {"why": state.why, "had": state.manifest is not None}
+            task |= {"settings": store.settings(stage.name), "fingerprint": store.stamp(stage.name)}
+            if not state.why:
+                store.write_results()  # its folder may come from another run
+        except CheckpointError as error:
+            task["error"] = str(error)
+    found: dict[str, Any] = json.loads(gather_text(context.engine, json.dumps(task))[0])
+    return found

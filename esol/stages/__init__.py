@@ -1,0 +1,1 @@
+"""The stages, one file each; whatever stands here is found."""

@@ -1,0 +1,104 @@
+"""Stage evaluate: what DeepLab predicts for data.eval_split, scored where there is truth, with and without the CRF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from esol.config import PredictionConfig
+from esol.data.samples import encode_mask
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.metrics import score
+from esol.ops.segmentation import probabilities
+from esol.pipeline import store
+from esol.pipeline.inference import InferenceStage, Members, Sample, StageShards, Tally
+from esol.pipeline.masks import against_truth, judge_counts, mask_stages, scored
+from esol.pipeline.registry import register
+from esol.pipeline.scores import Results, by_class
+from esol.pipeline.weights import initial_weights, restore
+from esol.report.judge import Evidence, Label
+from esol.report.pictures import Pixels, paint
+from esol.stages.segment import SegmentConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(PredictionConfig):
+    """Prediction and scores of data.eval_split, with and without the CRF; `esol predict` does the same."""
+
+
+@register
+class Evaluate(InferenceStage[tuple[Label, Label]]):
+    """Predicts label maps without and with the CRF, and writes the latter."""
+
+    name = "evaluate"
+    after = "segment"
+    section = EvaluateConfig
+    version = 2
+    needs = ("segment",)
+    makes = "predictions"
+    shaped_by = ("data.eval_split",)
+    splits = ("eval_split",)
+    scored = "eval_split"
+    labelled = False
+    config: EvaluateConfig
+
+    def open(self) -> None:
+        own = self.context.config.section(SegmentConfig)
+        backbone = build_backbone(own.model, pretrained=False)
+        net = DeepLab(backbone, len(self.context.index.classes) + 1, own.rates)
+        self.net = restore(net, self.context.config, "segment").to(self.context.engine.device).eval()
+        self.masks = str(store.results(self.context.run_dir)["segment"]["masks"])
+        self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
+
+    def make(self, samples: Sequence[Sample]) -> list[tuple[Label, Label]]:
+        return [self._predict(sample) for sample in samples]
+
+    def _predict(self, sample: Sample) -> tuple[Label, Label]:
+        config, image = self.config, sample.image.to(self.context.engine.device)
+        with self.context.engine.autocast():
+            found = probabilities(
+                image[None], self.net, scales=config.scales, flip=config.flip, combine=config.combine
+            )[0]
+        plain = found.argmax(0).to(torch.uint8).cpu().numpy()
+        if not config.crf.iterations:
+            return plain, plain
+        refined = mean_field(image, [unary_from_probabilities(found)], config.crf)[0]
+        return plain, refined.argmax(0).to(torch.uint8).cpu().numpy()
+
+    def members(self, sample: Sample, made: tuple[Label, Label]) -> Members:
+        return {"mask.png": encode_mask(made[1])}
+
+    def count(self, sample: Sample, made: tuple[Label, Label]) -> Tally:
+        classes = len(self.context.index.classes)
+        known = self.learned is not None and sample.ordinal in self.learned
+        taught = self.learned.label_map(sample.ordinal, "mask.png") if self.learned and known else None
+        found = judge_counts(sample, made[1], sample.classes, classes, taught)
+        if sample.truth is not None:
+            for name, mask in zip(("plain", "crf"), made, strict=True):
+                found |= against_truth(name, sample.truth, mask, classes)
+        return found
+
+    def tiles(self, sample: Sample, made: tuple[Label, Label]) -> dict[str, Pixels]:
+        return {name: paint(sample.pixels, mask) for name, mask in zip(("prediction", "with CRF"), made, strict=True)}
+
+    def results(self, tally: Tally) -> Results:
+        context, split = self.context, self.context.config.data.eval_split
+        found = Results(last="plain")
+        if "crf" in tally and tally["crf"].any():
+            found.scores["plain"] = scored(tally, "plain", split)
+            if self.config.crf.iterations:
+                found.scores["crf"], found.last = scored(tally, "crf", split), "crf"
+            classes = by_class(score(tally["crf"]), context.index.classes, "iou", "precision", "recall")
+            # without a class that the truth lacks, and without the precision of one that is predicted nowhere
+            classes = {name: {m: v for m, v in own.items() if not np.isnan(v)} for name, own in classes.items()}
+            found.scores[found.last] = replace(found.scores[found.last], classes=classes)
+        model = context.config.section(SegmentConfig).model
+        found.others = {"split": split, "initial_weights": initial_weights(model), "masks": self.masks}
+        found.others |= {"photos": len(context.index.split(split))}
+        found.others |= Evidence.of(tally).numbers(context.index.classes)
+        return found

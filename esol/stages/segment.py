@@ -1,0 +1,198 @@
+"""Stage segment: DeepLab-v2 on label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esol.base.errors import ConfigError, EsolError
+from esol.base.palette import VOID
+from esol.base.schema import key, one_of
+from esol.config import BackboneConfig, Config, CropConfig, PredictionConfig
+from esol.data.index import Index
+from esol.data.samples import Batch
+from esol.data.transforms import decode
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.models.regrid import to_grid
+from esol.pipeline import store
+from esol.pipeline.context import Context
+from esol.pipeline.inference import TrueMasks
+from esol.pipeline.masks import highest, judged_masks, mask_stages, spoken, without
+from esol.pipeline.model_file import ModelInfo, write_model
+from esol.pipeline.registry import register
+from esol.pipeline.scores import Results
+from esol.pipeline.training import MaskTrainingStage, Target
+from esol.pipeline.weights import WEIGHTS, initial_weights
+from esol.training.losses import segmentation_loss
+from esol.training.task import ParameterGroup, Task
+
+
+@dataclass(frozen=True)
+class SegmentConfig(CropConfig):
+    """DeepLab-v2 on masks; the values are its public codes' for VOC and a start from ImageNet."""
+
+    masks: str = key("auto")  # what it learns from: auto (the judge's choice), a stage that makes masks, or truth
+    model: BackboneConfig = field(default_factory=lambda: BackboneConfig("resnet101", output_stride=8, freeze="none"))
+    # how far apart the taps of each branch of ASPP are
+    rates: tuple[int, ...] = key((6, 12, 18, 24), low=1, high=256, unit="grid pixels, dilation of ASPP's branches")
+    duration: str = key("30000 steps")
+    # photos that one step learns from
+    global_batch: int = key(10, low=1, high=65536, unit="images per optimizer step, over all ranks")
+    # what lr is for
+    lr_batch: int = key(10, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
+    lr: float = key(2e-4, low=0, high=100)
+    weight_decay: float = key(5e-4, low=0, high=1)  # pull of the weights towards zero
+    # the rate of ASPP
+    head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for ASPP; its biases twice that, without decay")
+    scale: tuple[float, float] = key((0.5, 2.0), low=0.1, high=8, unit="times the photo's size")  # drawn uniformly
+    crop: int = key(321, low=16, high=4096, unit="pixels")  # side of the square training crops
+    # sizes at which a crop is looked at in training
+    inputs: tuple[float, ...] = key((1.0, 0.75, 0.5), low=0.1, high=4, unit="times the crop, a loss each")
+    balance: bool = key(True)  # foreground's and background's means weigh the same (DSRG); ImageNet starts want it
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        for name in ("rates", "inputs"):
+            if not getattr(self, name):
+                raise ConfigError(f"{where}.{name} is empty: give at least one")
+        if self.model.output_stride != 8:
+            raise ConfigError(f"{where}.model.output_stride = {self.model.output_stride}: DeepLab-v2 has 8")
+
+
+class SegmentTask(Task):
+    """The sum of the cross entropies of the crop at every input scale and of their maximum; hands over the network.
+
+    The label of a logit is that of the pixel that it looks at. Source: DeepLab-v2's training by its public codes, with
+    three inputs and four losses; with one input there is one loss.
+    """
+
+    handover: DeepLab
+
+    def __init__(self, net: DeepLab, config: SegmentConfig) -> None:
+        super().__init__()
+        self.handover = net
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """losses: loss; report: right, the share of labelled pixels that the largest input's logits have right."""
+        net, labels = self.handover, batch["target"]
+        inputs = sorted(self.config.inputs, reverse=True)
+        logits = [net(to_grid(batch["image"], scale, net.backbone.stride)) for scale in inputs]
+        with torch.autocast(labels.device.type, enabled=False):
+            logits = [x if x.dtype == torch.float64 else x.float() for x in logits]
+            size = (logits[0].shape[2], logits[0].shape[3])
+            highest = logits[0]
+            for x in logits[1:]:
+                highest = torch.maximum(highest, F.interpolate(x, size, mode="bilinear", align_corners=True))
+            each = logits if len(logits) == 1 else [*logits, highest]
+            losses = [segmentation_loss(x, labels_on(labels, x.shape[2:]), self.config.balance) for x in each]
+            loss = torch.stack(losses).sum(0).mean()
+        truth = labels_on(labels, size)
+        known = truth != VOID
+        right = (((logits[0].argmax(1) == truth) & known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)).mean()
+        return {"loss": loss}, {"right": right}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The backbone at the base rate; ASPP's weights at head_lr times it, its biases at twice that without decay."""
+        net, rate = self.handover, self.config.head_lr
+        body = [p for p in net.backbone.parameters() if p.requires_grad]
+        weights = [p for name, p in net.aspp.named_parameters() if name.endswith("weight")]
+        biases = [p for name, p in net.aspp.named_parameters() if name.endswith("bias")]
+        groups = [
+            ParameterGroup("aspp", weights, lr_multiplier=rate),
+            ParameterGroup("aspp_bias", biases, lr_multiplier=2 * rate, weight_decay=False),
+        ]
+        return [ParameterGroup("backbone", body), *groups] if body else groups
+
+
+def labels_on(labels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Label maps (B, H, W) at the pixels that a grid of `size`, its corners on the image's, looks at: (B, *size)."""
+    rows, columns = (
+        torch.linspace(0, side - 1, points, device=labels.device).round().long()
+        for side, points in zip(labels.shape[1:], size, strict=True)
+    )
+    return labels[:, rows][..., columns]
+
+
+@register
+class Segment(MaskTrainingStage):
+    """DeepLab-v2 on pseudo masks, or on the true ones; hands over a file that says how to predict with it."""
+
+    name = "segment"
+    after = "vote_masks"
+    section = SegmentConfig
+    config: SegmentConfig
+
+    @classmethod
+    def consumes(cls, config: Config) -> tuple[str, ...]:
+        """The masks that it is told to learn from, or all that the judge chooses from."""
+        given = config.section(SegmentConfig).masks
+        if given != "auto":
+            return () if given == "truth" else (given,)
+        return tuple(name for name in mask_stages() if name in config.stages) or tuple(mask_stages()[:1])
+
+    @classmethod
+    def weights(cls, config: Config) -> tuple[str, BackboneConfig]:
+        return "segment.model", config.section(SegmentConfig).model
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        one_of(config.section(SegmentConfig).masks, ("auto", *reversed(mask_stages()), "truth"), "segment.masks")
+
+    @classmethod
+    def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
+        """True masks of all photos, where it learns from them."""
+        yield from super().lacks(config, index, world_size)
+        if config.section(SegmentConfig).masks == "truth":
+            yield from without(index, "mask.png", index.split(config.data.mask_split), "segment.masks = truth")
+
+    def task(self) -> Task:
+        torch.manual_seed(self.context.config.seed)
+        backbone = build_backbone(self.config.model)
+        net = DeepLab(backbone, len(self.context.index.classes) + 1, self.config.rates)
+        self.source, self.started = mask_source(self.context, self.config.masks), initial_weights(self.config.model)
+        self.context.say(f"segment: learns from {self.source}, starts from {self.started}")
+        return SegmentTask(net, self.config)
+
+    def target(self) -> Target:
+        return TrueMasks(self.context.reader) if self.source == "truth" else self.made_by(self.source, "mask.png")
+
+    def hand_over(self, state: dict[str, Tensor]) -> None:
+        info = ModelInfo(
+            classes=self.context.index.classes,
+            backbone=self.config.model.backbone,
+            rates=self.config.rates,
+            evaluate=self.context.config.section(PredictionConfig),
+            photo_side=self._photo_side(),
+            masks=self.source,
+            initial_weights=self.started,
+        )
+        write_model(self.folder / WEIGHTS, state, info)
+
+    def run(self) -> Results:
+        found, photos = super().run(), len(self.context.index.split(self.context.config.data.mask_split))
+        found.others |= {"photos": photos, "masks": self.source, "initial_weights": self.started}
+        return found
+
+    def _photo_side(self) -> int:
+        """Median long side of a hundred photos that it learns from, evenly spread."""
+        reader, ordinals = self.context.reader, self.context.index.split(self.context.config.data.mask_split)
+        chosen = ordinals[np.linspace(0, len(ordinals) - 1, min(100, len(ordinals))).astype(int)].tolist()
+        return int(np.median([max(decode(reader.image(o), reader.name(o)).shape[1:]) for o in chosen]))
+
+
+def mask_source(context: Context, given: str) -> str:
+    """The stage whose masks DeepLab learns from, or "truth"; auto: the judge's first, and the run says so."""
+    if given != "auto":
+        return given
+    judged = judged_masks(context.config, store.results(context.run_dir))
+    had = [name for name in reversed(mask_stages()) if name in context.config.stages]
+    chosen = highest(judged) or had[0]
+    context.say(f"segment: takes {chosen}, by the judge: {spoken(judged)}" if judged else f"segment: takes {chosen}")
+    return chosen

@@ -1,0 +1,1 @@
+"""The kinds of `esol-shards create`, one file each; whatever stands here is found."""
