@@ -13,7 +13,7 @@ from esol.ops.pairs import boundary_affinity, feature_affinity
 from esol.ops.random_walk import random_walk
 from esol.ops.thresholds import auto_threshold, background_power, power_threshold
 
-PSA_PIXELS, IRN_PIXELS = 16, 48  # of the grid for each step: at VOC's photos about the 256 steps of PSA and IRN
+PSA_PIXELS, IRN_PIXELS = 32, 48  # of the grid for each step: at VOC's photos about 100 for PSA, 256 for IRN
 
 
 def psa_labels(

@@ -140,7 +140,7 @@ class PsaMasks(MaskStage):
     name = "psa_masks"
     after = "psa"
     section = PsaMasksConfig
-    version = 3
+    version = 4
     needs = ("localize", "psa")
     shaped_by = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
     refines = True
