@@ -29,7 +29,7 @@ from esol.models.heads import Heads
 from esol.models.irn_net import IrnNet
 from esol.ops import class_maps, dense_crf, pseudo_labels, segmentation
 from esol.ops.metrics import ThresholdCurve
-from esol.pipeline import cam, config_file, inference, job, masks, registry
+from esol.pipeline import cam, config_file, inference, job, made, masks, registry
 from esol.stages import evaluate, localize, vote
 
 STEPS = {"classify": 4, "decide": 4, "expand": 2, "shrink": 2, "psa": 3, "irn": 2, "segment": 2}
@@ -37,8 +37,8 @@ PARTS: list[tuple[Any, str, str]] = [
     (reader.ShardReader, "_read", "read, checksum"),
     (inference, "decode", "decode photo"),
     (predict, "decode", "decode photo"),
-    (inference, "decode_mask", "decode PNG"),
-    (inference.StageShards, "arrays", "unpack maps"),
+    (made, "decode_mask", "decode PNG"),
+    (made.StageShards, "arrays", "unpack maps"),
     (Heads, "class_maps", "network"),
     (AffinityNet, "forward", "network"),
     (IrnNet, "forward", "network"),

@@ -13,20 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esol.base.errors import ConfigError, DataError, EsolError
+from esol.base.errors import EsolError
 from esol.base.files import atomic_write
 from esol.base.palette import VOID
 from esol.base.schema import finite
 from esol.config import Auto, Config, MaskConfig
 from esol.data.index import Index
-from esol.data.samples import decode_gray, encode_mask
+from esol.data.samples import encode_mask
 from esol.ops.metrics import METRICS, ThresholdCurve, confusion_matrix, score
 from esol.ops.pseudo_labels import pseudo_mask
-from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
+from esol.ops.saliency import saliency_channels, saliency_labels
 from esol.ops.seeds import best_class
 from esol.pipeline.context import Context
-from esol.pipeline.inference import InferenceStage, Members, Sample, StageShards, Tally
+from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
+from esol.pipeline.made import StageShards
 from esol.pipeline.registry import table
+from esol.pipeline.saliency import lacking_maps, saliency_map
 from esol.pipeline.scores import Results, Scores, by_class
 from esol.pipeline.weights import initial_weights
 from esol.report.judge import Evidence, Label
@@ -78,7 +80,7 @@ class MaskStage(InferenceStage[Mask]):
         classes = torch.from_numpy(arrays["classes"]).to(device)
         full = torch.from_numpy(arrays["full"]).to(device).float() / 255
         found = self.scores(image, arrays)
-        saliency, labels, channels = _saliency(context, sample, image), None, None
+        saliency, labels, channels = saliency_map(context, sample, image), None, None
         if saliency is not None:
             cue = context.config.saliency
             labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
@@ -143,71 +145,7 @@ class MaskStage(InferenceStage[Mask]):
     @classmethod
     def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
         """Saliency maps of every photo, where the config wants them."""
-        cue, data = config.saliency, config.data
-        masked = np.union1d(index.split(data.mask_split), index.split(data.score_split))
-        if cue.source == "shards":
-            yield from without(index, "saliency.png", masked, "saliency.source = shards")
-        elif cue.source == "folder":
-            folder = Path(cue.folder)
-            if not folder.is_dir():
-                yield DataError(f"saliency.folder = {folder}: there is no such folder")
-                return
-            there = {path.name for path in folder.iterdir()}
-            lacking = [str(key) for key in index.keys[masked] if f"{key}.png" not in there]
-            if lacking:
-                yield DataError(
-                    f"saliency.folder = {folder} lacks {len(lacking)} of {len(masked)} maps, "
-                    f"the first is {lacking[0]}.png"
-                )
-        elif cue.source == "spectral-residual":
-            try:
-                import cv2.saliency  # noqa: F401
-            except ImportError as error:
-                yield ConfigError(
-                    f'saliency.source = spectral-residual needs OpenCV ({error}): pip install "esol[saliency]"'
-                )
-
-
-class LabelStage(InferenceStage[Label]):
-    """A stage that makes label maps for an affinity network to learn from, with void where nothing is sure."""
-
-    makes = "labels"
-    needs = ("localize",)
-    maps: StageShards
-
-    def labels(self, image: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
-        """Photo uint8 (3, H, W), class maps (n, H, W) in 0..1 of the classes (n,) -> label map uint8 (H, W)."""
-        raise NotImplementedError
-
-    def open(self) -> None:
-        self.maps = StageShards(self.context, "localize")
-
-    def make(self, samples: Sequence[Sample]) -> list[Label]:
-        device, found = self.context.engine.device, []
-        for sample in samples:
-            arrays = self.maps.arrays(sample.ordinal, "maps.npz")
-            full = torch.from_numpy(arrays["full"]).to(device).float() / 255
-            classes = torch.from_numpy(arrays["classes"]).to(device)
-            found.append(self.labels(sample.image.to(device), full, classes).cpu().numpy())
-        return found
-
-    def members(self, sample: Sample, made: Label) -> Members:
-        return {"label.png": encode_mask(made)}
-
-    def count(self, sample: Sample, made: Label) -> Tally:
-        sure, known = made != VOID, np.zeros(made.shape, bool)
-        if sample.truth is not None:
-            known = sure & (sample.truth != VOID)
-        right = int((made == sample.truth)[known].sum()) if known.any() else 0
-        return {"pixels": np.array((made.size, sure.sum(), known.sum(), right), np.int64)}
-
-    def tiles(self, sample: Sample, made: Label) -> dict[str, Pixels]:
-        return {"labels, white is void": paint(sample.pixels, made)}
-
-    def results(self, tally: Tally) -> Results:
-        """labelled: percent of the pixels; right: percent of the labelled ones where the truth is known."""
-        pixels, labelled, known, right = tally["pixels"].tolist()
-        return Results(others={"labelled": 100 * labelled / pixels} | ({"right": 100 * right / known} if known else {}))
+        return lacking_maps(config, index)
 
 
 def mask_stages() -> list[str]:
@@ -299,37 +237,3 @@ def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurv
             rows[source].append({"threshold": one.threshold, **values})
             context.tracker.metrics(step, {f"{source}_curve_{name}": value for name, value in values.items()})
     atomic_write(folder / "curves.json", json.dumps(finite(rows), indent=1, allow_nan=False))
-
-
-def without(index: Index, member: str, ordinals: NDArray[np.int64], why: str) -> Iterator[EsolError]:
-    """An error where some of the photos have no such member."""
-    known = index.members.get(member)
-    lacking = ordinals if known is None else ordinals[known[ordinals, 0] < 0]
-    if len(lacking):
-        yield DataError(
-            f"{why}, but {len(lacking)} of {len(ordinals)} photos in {index.root} have no {member}, "
-            f"the first is {index.keys[lacking[0]]}"
-        )
-
-
-def _saliency(context: Context, sample: Sample, image: Tensor) -> Tensor | None:
-    """The sample's saliency map (H, W) in 0..1, if the config wants one."""
-    config = context.config.saliency
-    if config.source == "none":
-        return None
-    if config.source == "spectral-residual":
-        return spectral_residual(image)
-    if config.source == "shards":
-        data = context.reader.read(sample.ordinal, "saliency.png")
-    else:
-        path = Path(config.folder, f"{sample.key}.png")
-        if not path.resolve().is_relative_to(Path(config.folder).resolve()):
-            raise DataError(f"{sample.name}: its key leads out of saliency.folder")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{sample.name}: saliency map {path} cannot be read ({error.strerror})") from error
-    values = decode_gray(data, f"{sample.name}, saliency")
-    if values.shape != sample.size:
-        raise DataError(f"{sample.name}: the saliency map is {values.shape}, the image {sample.size}")
-    return torch.from_numpy(values).to(image.device).float() / 255

@@ -21,7 +21,7 @@ from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.models.backbones import Backbone
-from esol.pipeline.inference import StageShards
+from esol.pipeline.made import StageShards
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
 from esol.pipeline.weights import WEIGHTS

@@ -16,7 +16,8 @@ from esol.ops.dense_crf import mean_field, unary_from_probabilities
 from esol.ops.metrics import score
 from esol.ops.segmentation import probabilities
 from esol.pipeline import store
-from esol.pipeline.inference import InferenceStage, Members, Sample, StageShards, Tally
+from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
+from esol.pipeline.made import StageShards
 from esol.pipeline.masks import against_truth, judge_counts, mask_stages, scored
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, by_class

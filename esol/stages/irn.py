@@ -23,7 +23,8 @@ from esol.ops.pairs import boundary_affinity, pair_labels, pair_offsets, pair_wi
 from esol.ops.pseudo_labels import irn_labels, irn_scores
 from esol.pipeline.cam import initial_backbone, new_backbone
 from esol.pipeline.inference import InferenceStage, Sample, Tally
-from esol.pipeline.masks import LabelStage, MaskStage
+from esol.pipeline.labels import LabelStage
+from esol.pipeline.masks import MaskStage
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results
 from esol.pipeline.training import MaskTrainingStage, Target

@@ -17,7 +17,8 @@ from esol.models.regrid import on_grid
 from esol.ops.pairs import feature_affinity, pair_labels
 from esol.ops.pseudo_labels import psa_labels, psa_scores
 from esol.pipeline.cam import initial_backbone, new_backbone
-from esol.pipeline.masks import LabelStage, MaskStage
+from esol.pipeline.labels import LabelStage
+from esol.pipeline.masks import MaskStage
 from esol.pipeline.registry import register
 from esol.pipeline.training import MaskTrainingStage, Target
 from esol.pipeline.weights import restore

@@ -22,10 +22,11 @@ from esol.models.deeplab import DeepLab
 from esol.models.regrid import to_grid
 from esol.pipeline import store
 from esol.pipeline.context import Context
-from esol.pipeline.inference import TrueMasks
-from esol.pipeline.masks import highest, judged_masks, mask_stages, spoken, without
+from esol.pipeline.made import TrueMasks
+from esol.pipeline.masks import highest, judged_masks, mask_stages, spoken
 from esol.pipeline.model_file import ModelInfo, write_model
 from esol.pipeline.registry import register
+from esol.pipeline.saliency import without
 from esol.pipeline.scores import Results
 from esol.pipeline.training import MaskTrainingStage, Target
 from esol.pipeline.weights import WEIGHTS, initial_weights

@@ -14,7 +14,8 @@ from esol.config import Config
 from esol.data.samples import encode_mask
 from esol.ops.metrics import score
 from esol.pipeline import store
-from esol.pipeline.inference import InferenceStage, Members, Sample, StageShards, Tally
+from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
+from esol.pipeline.made import StageShards
 from esol.pipeline.masks import (
     MaskStage,
     against_truth,
