@@ -14,7 +14,7 @@ from esol.ops.metrics import Counts, confusion_matrix, score
 FILLED = 0.995  # share of a photo that a class has to cover to count as filling it
 # What masks of equal contrast are worth against the CAM's and the seeds': edges say nothing of whether the object is
 # whole, which is what decide adds, and a grid of stride 8 follows fewer of them (benchmarks/RESULTS.md, "Transfer")
-WORTH = {"decide": 1.03, "expand": 1.03, "shrink": 1.03, "vote_masks": 1.05, "psa_masks": 1.2}
+WORTH = {"decide": 1.03, "expand": 1.03, "shrink": 1.03, "vote_masks": 1.05, "psa_masks": 1.3}
 _FINE = 10**6  # contrasts are counted in millionths: whole numbers add up alike in any order
 
 Label = NDArray[np.uint8]

@@ -141,7 +141,7 @@ class PsaMasks(MaskStage):
     name = "psa_masks"
     after = "psa"
     section = PsaMasksConfig
-    version = 4
+    version = 5
     needs = ("localize", "psa")
     shaped_by = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
     refines = True
