@@ -102,7 +102,7 @@ class TrainConfig:
     lr: float = key(0.1, low=0, high=100)  # for a step of lr_batch images
     # what lr is for
     lr_batch: int = key(16, low=1, high=65536, unit="images that lr is for; another global_batch scales it")
-    momentum: float = key(0.9, low=0, high=1)  # IRN's real momentum is 1e-4 (RECIPES, quirk)
+    momentum: float = key(0.9, low=0, high=1)  # IRN's real momentum is 1e-4
     weight_decay: float = key(1e-4, low=0, high=1)  # pull of the weights towards zero
     poly_power: float = key(0.9, low=0, high=10)  # 0 = constant
     warmup: int = key(0, low=0, high=1_000_000, unit="steps")  # during which the rate rises from zero

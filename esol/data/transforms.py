@@ -74,7 +74,7 @@ class Crop:
 def training_crop(
     image: Tensor, rng: np.random.Generator, crop: Crop, fill: Sequence[int], target: Tensor | None = None
 ) -> Tensor:
-    """Random scale, flip and crop as in IRN (RECIPES.md): uint8 (3, H, W) -> (3, size, size).
+    """Random scale, flip and crop as in IRN: uint8 (3, H, W) -> (3, size, size).
 
     Where the scaled photo is smaller than the crop it lands at a random place on the fill colour (the network's mean,
     which normalisation turns into zeros). Only the part of the photo that the crop shows is resized. A target, uint8
