@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from esol.base import exits
-from esol.base.plugins import load_plugins
-from shards.kind import KINDS, load_kinds, natural, positive
+from esol.base.plugins import import_all, load_plugins
+from shards.kind import BUILT_IN, KINDS, natural, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 Ctrl-C."""
 
     def command() -> int:
-        load_kinds()
+        import_all(BUILT_IN)
         given = list(sys.argv[1:] if arguments is None else arguments)
         if given[:1] == ["create"]:
             before = argparse.ArgumentParser(add_help=False)

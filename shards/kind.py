@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from esol.base.named import Named
@@ -13,7 +10,7 @@ from esol.base.named import Named
 if TYPE_CHECKING:
     from shards.samples import Source
 
-BUILT_IN = "shards.kinds"
+BUILT_IN = "shards.kinds"  # the package whose modules hold the project's own kinds
 
 
 class Kind:
@@ -34,13 +31,6 @@ class Kind:
 
 
 KINDS: Named[type[Kind]] = Named("kind of source")
-
-
-@cache
-def load_kinds() -> None:
-    """Imports the project's own."""
-    for part in pkgutil.iter_modules(importlib.import_module(BUILT_IN).__path__):
-        importlib.import_module(f"{BUILT_IN}.{part.name}")
 
 
 def positive(text: str) -> int:

@@ -34,7 +34,7 @@ def lacking(index: Index, tmp_path: Path) -> Lacking:
         tree: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "data": {"root": index.root}, "model": SMALL}
         tree["segment"] = {"model": {"backbone": "small", "weights": "none"}}
         config = from_tree(tree | {"irn": {"global_batch": 8}} | sections)
-        return list(dict.fromkeys(map(str, needs.missing(config, index, stages, ranks))))
+        return [str(error) for error in needs.missing(config, index, stages, ranks)]
 
     return look
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -12,6 +14,13 @@ from esol.base.errors import ConfigError
 
 GROUP = "esol.plugins"  # the entry points by which installed packages name modules that are always loaded
 _loaded: set[str] = set()
+
+
+@cache
+def import_all(package: str) -> None:
+    """Imports every module of one of the project's own packages, whose contents add themselves to a register."""
+    for part in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{part.name}")
 
 
 def load_plugins(modules: Iterable[str] = ()) -> None:

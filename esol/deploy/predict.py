@@ -28,7 +28,7 @@ from esol.deploy.model import Model, within
 from esol.ops.class_maps import class_maps
 from esol.ops.segmentation import enlarged_labels
 from esol.pipeline import store
-from esol.pipeline.cam import cam_stages, trained_heads
+from esol.pipeline.cam import ran_with_maps, trained_heads
 from esol.report.pictures import heat, paint
 
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most
@@ -137,7 +137,7 @@ class _Cams:
     def __init__(self, run_dir: Path, model: Model) -> None:
         if not store.is_run(run_dir):
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
-        self.config = store.ran_with(run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
+        self.config = ran_with_maps(run_dir)
         self.classes, self.device = model.info.classes, model.device
         plain = {name: "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:15] for name in self.classes}
         self.places = distinct({name: (text, f"{text}-{i}") for i, (name, text) in enumerate(plain.items(), 1)})

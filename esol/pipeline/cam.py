@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from esol.models.cam_net import CamNet
 from esol.models.heads import Heads
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.seeds import best_class, seed
+from esol.pipeline import store
 from esol.pipeline.context import Context
 from esol.pipeline.inference import InferenceStage, Sample, draw
 from esol.pipeline.registry import table
@@ -38,8 +40,8 @@ class CamStage(TrainingStage):
     config: LabelConfig
 
     @classmethod
-    def head(cls, config: Config, heads: Heads) -> torch.nn.Module:
-        """A new head of this stage, behind those of the stages before it."""
+    def head(cls, config: Config, heads: Heads, num_classes: int) -> torch.nn.Module:
+        """A new head of this stage, behind those of the stages before it; the first has the backbone."""
         raise NotImplementedError
 
     def crop(self) -> Crop:
@@ -125,6 +127,11 @@ class _Drawing(MapStage):
     name = "pictures"
 
 
+def ran_with_maps(run_dir: Path) -> Config:
+    """The config by which a finished run's class maps are made: localize's, or that of its last head."""
+    return store.ran_with(run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
+
+
 def cam_stages() -> list[type[CamStage]]:
     """All that are known, in order."""
     return [stage for stage in table().values() if issubclass(stage, CamStage)]
@@ -143,8 +150,7 @@ def trained_heads(config: Config, num_classes: int, until: str = "", before: str
         if stage.name == before:
             break
         if stage.name in config.stages or not found:  # the first of them holds the backbone
-            head = stage.head(config, found) if found else new_net(config, num_classes, pretrained=False)
-            found.add(stage.source, restore(head, config, stage.name))
+            found.add(stage.source, restore(stage.head(config, found, num_classes), config, stage.name))
         if stage.name == until:
             break
     return found

@@ -30,7 +30,7 @@ def check(config: Config, index: Index, engine: Engine, plan: Callable[[], Colle
         try:
             lacking = missing(config, index, plan(), engine.world_size, engine.beat)
             if lacking:
-                kind, text = type(lacking[0]).__name__, "\n  ".join(dict.fromkeys(map(str, lacking)))
+                kind, text = type(lacking[0]).__name__, "\n  ".join(map(str, lacking))
         except EsolError as error:
             kind, text = type(error).__name__, str(error)
     kind, _, text = gather_text(engine, f"{kind}\0{text}" if text else "")[0].partition("\0")
@@ -54,6 +54,7 @@ def missing(
     for stage in stages:
         beat(f"what {stage.name} will want")
         found += stage.lacks(config, index, world_size)
+    found = list({str(error): error for error in found}.values())  # several stages want the same
     found += _weights(config, stages, beat)
     return found or list(_disk(config, index, stages))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import field, make_dataclass
 from functools import cache
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from esol.base.errors import ConfigError, EsolError
 from esol.base.named import Named
-from esol.base.plugins import load_plugins
+from esol.base.plugins import import_all, load_plugins
 from esol.base.schema import key, semantic
 from esol.config import BackboneConfig, Config
 
@@ -104,7 +102,7 @@ def register(stage: _S) -> _S:
 
 def table() -> dict[str, type[Stage]]:
     """All stages that are known, in the order in which a run goes through them; ConfigError for a lost predecessor."""
-    _load_own()
+    import_all(BUILT_IN)
     load_plugins()
     behind: dict[str, list[str]] = {}
     for stage in STAGES.values():
@@ -120,22 +118,10 @@ def table() -> dict[str, type[Stage]]:
     return {name: STAGES[name] for name in walk("")}
 
 
-@cache
-def _load_own() -> None:
-    package = importlib.import_module(BUILT_IN)
-    for part in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{BUILT_IN}.{part.name}")
-
-
 def known_stage(name: str) -> type[Stage]:
     """The stage of that name; ConfigError, with the nearest name, where there is none."""
-    return Named.need(_named(table()), name, "stages")
-
-
-def _named(stages: dict[str, type[Stage]]) -> Named[type[Stage]]:
-    found: Named[type[Stage]] = Named("stage")
-    found.update(stages)
-    return found
+    table()  # imports them
+    return STAGES.need(name, "stages")
 
 
 def config_type() -> type[Config]:

@@ -20,7 +20,7 @@ from esol.data.transforms import decode
 from esol.models.heads import Heads
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.pipeline import store
-from esol.pipeline.cam import cam_stages, trained_heads
+from esol.pipeline.cam import cam_stages, ran_with_maps, trained_heads
 from esol.pipeline.scores import Scores
 from esol.pipeline.store import Manifest
 from esol.report.pictures import Pixels, heat, paint, sheet
@@ -137,7 +137,7 @@ class Run:
 
     @cached_property
     def _heads_config(self) -> Config:
-        return store.ran_with(self.run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
+        return ran_with_maps(self.run_dir)
 
     @cached_property
     def _heads(self) -> Heads:

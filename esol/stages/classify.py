@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esol.base.schema import key
 from esol.config import BackboneConfig, Config, LabelConfig
@@ -75,8 +75,8 @@ class Classify(CamStage):
         return ClassifyTask(net, self.config, self.absence())
 
     @classmethod
-    def head(cls, config: Config, heads: Heads) -> nn.Module:
-        raise NotImplementedError("the CAM network stands behind no other head")
+    def head(cls, config: Config, heads: Heads, num_classes: int) -> CamNet:
+        return new_net(config, num_classes, pretrained=False)
 
     @classmethod
     def weights(cls, config: Config) -> tuple[str, BackboneConfig]:

@@ -67,5 +67,5 @@ class Decide(CamStage):
         return DecideTask(self.heads().net, self.config, self.absence())
 
     @classmethod
-    def head(cls, config: Config, heads: Heads) -> Decision:
+    def head(cls, config: Config, heads: Heads, num_classes: int) -> Decision:
         return Decision(heads.net, config.section(DecideConfig).clip)

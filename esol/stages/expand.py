@@ -110,7 +110,7 @@ class Expand(CamStage):
         return ExpandTask(heads.net, self.config, decision, self.absence())
 
     @classmethod
-    def head(cls, config: Config, heads: Heads) -> Expansion:
+    def head(cls, config: Config, heads: Heads, num_classes: int) -> Expansion:
         return expansion(heads.net, config.section(ExpandConfig))
 
 

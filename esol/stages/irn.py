@@ -242,7 +242,6 @@ class IrnMasks(MaskStage):
     section = IrnMasksConfig
     version = 3
     needs = ("localize", "irn")
-    shaped_by = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
     refines = True
     config: IrnMasksConfig
 

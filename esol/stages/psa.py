@@ -143,7 +143,6 @@ class PsaMasks(MaskStage):
     section = PsaMasksConfig
     version = 5
     needs = ("localize", "psa")
-    shaped_by = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
     refines = True
     config: PsaMasksConfig
 

@@ -84,7 +84,7 @@ class Shrink(CamStage):
         AREA_TERMS.need(config.section(ShrinkConfig).area_term, "shrink.area_term")
 
     @classmethod
-    def head(cls, config: Config, heads: Heads) -> Shrinkage:
+    def head(cls, config: Config, heads: Heads, num_classes: int) -> Shrinkage:
         return shrinkage(cast(Expansion, heads["expand"]), config.section(ShrinkConfig))
 
 

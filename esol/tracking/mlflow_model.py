@@ -27,7 +27,7 @@ def save_mlflow_model(folder: Path, weights: Path) -> None:
             folder,
             loader_module="esol.deploy.serving",
             data_path=str(weights),
-            code_paths=[str(root / "esol"), str(root / "shards")],
+            code_paths=[str(root / "esol")],
             signature=ModelSignature(
                 inputs=Schema([ColSpec(AnyType(), "image")]),  # bytes, or base64 that esol.deploy.serving decodes
                 outputs=Schema([ColSpec("string", "mask"), ColSpec("string", "shares")]),
