@@ -27,10 +27,16 @@ def chosen(config: Config, only: Sequence[str] | None) -> list[type[Stage]]:
     for name in only or ():
         if name not in config.stages:
             raise ConfigError(f"--stages {name}: the config's stages are {', '.join(config.stages)}")
+    order = list(table())
     for name in config.stages:
         missing = [n for n in stages[name].consumes(config) if n not in config.stages]
         if missing:
             raise ConfigError(f"stages: {name} needs {', '.join(missing)}; add it to stages")
+        late = [n for n in stages[name].consumes(config) if order.index(n) > order.index(name)]
+        if late:
+            raise ConfigError(
+                f"stages: {name} reads {', '.join(late)}, which stands behind it: give it another `after`"
+            )
     names = config.stages if only is None else only
     return [stage for name, stage in table().items() if name in names]
 

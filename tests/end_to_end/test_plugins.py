@@ -91,3 +91,14 @@ def test_a_config_names_modules_of_the_folder_that_it_is_started_in(tmp_path: Pa
     }
     assert wanted[plugins] in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stage_that_stands_behind_its_reader_is_refused(tmp_path: Path) -> None:
+    install(tmp_path)
+    power = tmp_path / "my_esol/power.py"
+    power.write_text(power.read_text().replace('after = "seed_masks"', 'after = "vote_masks"'))
+    config = tmp_path / "config.yaml"
+    config.write_text("run_dir: run\ndata: {root: nowhere}\n" + re.search(r"stages: .*", CONFIG)[0])  # type: ignore[index]
+    done = launch([sys.executable], config, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "stages: vote_masks reads power_masks, which stands behind it: give it another `after`" in done.stderr
