@@ -40,7 +40,7 @@ from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.ops.metrics import Counts, confusion_matrix, score
 from esol.ops.pseudo_labels import mask_threshold, pseudo_mask
 from esol.ops.thresholds import auto_threshold
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.cam import trained_heads
 from esol.pipeline.masks import highest
 from esol.report.judge import WORTH, Evidence
@@ -86,11 +86,11 @@ def run(
 
 def rows_of(run_dir: Path) -> Row:
     """What a finished run scores; kept in transfer.json as long as its stages' outputs stay what they were."""
-    outputs = {name: manifest.output for name, manifest in store.manifests(run_dir).items()}
+    outputs = {name: manifest.output for name, manifest in records.manifests(run_dir).items()}
     kept = run_dir / "transfer.json"
     if kept.exists() and (row := json.loads(kept.read_text()))["outputs"] == outputs:
         return row
-    row = {"outputs": outputs, "results": store.results(run_dir)}
+    row = {"outputs": outputs, "results": records.results(run_dir)}
     row |= _on_some_photos(run_dir, row["results"])
     kept.write_text(json.dumps(row))
     return row
@@ -129,7 +129,7 @@ def _on_some_photos(run_dir: Path, results: Row) -> Row:
     Seeds at the photos' own thresholds; the CAM's, and those of the maps that were written, also at the best threshold
     for all photos.
     """
-    config, written = store.ran_with(run_dir, "localize"), results["localize"]["write"]
+    config, written = records.ran_with(run_dir, "localize"), results["localize"]["write"]
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     index = Index.load(config.data.root)
     reader, width = ShardReader(index), len(index.classes) + 1
@@ -272,7 +272,7 @@ def scales(args: argparse.Namespace) -> str:
     stages, body = MAIN_LINE[: MAIN_LINE.index("localize") + 1], []
     found = {
         name: [
-            store.results(run(name, spec, seed, args.data, args.out, args.overrides, stages))["localize"]
+            records.results(run(name, spec, seed, args.data, args.out, args.overrides, stages))["localize"]
             for seed in args.seeds
         ]
         for name, spec in SCALES.items()

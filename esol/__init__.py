@@ -34,10 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def run(
-    config: str | Path | Config,
-    overrides: Sequence[str] = (),
-    stages: Sequence[str] | None = None,
-    resume: bool = True,
+    config: str | Path | Config, overrides: Sequence[str] = (), stages: Sequence[str] | None = None, resume: bool = True
 ) -> Run:
     """Runs the stages of a config in this process, or only some of them, and opens the run.
 

@@ -30,7 +30,7 @@ from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode
 from esol.models.cam_net import CamNet
 from esol.models.heads import Decision, Expansion, Heads, Shrinkage
-from esol.models.regrid import to_grid
+from esol.models.regrid import scale_to_grid
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.metrics import ThresholdCurve
 from esol.ops.seeds import best_class
@@ -210,7 +210,7 @@ class FrozenLine:
                 image = decode(self.reader.image(ordinal), self.reader.name(ordinal))
                 own = []
                 for scale in self.config.localize.scales:
-                    inputs = to_grid(image[None], scale, self.backbone.stride)
+                    inputs = scale_to_grid(image[None], scale, self.backbone.stride)
                     found = self._features(torch.cat((inputs, inputs.flip(3))))
                     file.write(found.tobytes())
                     own.append((tuple(inputs.shape[2:]), found.shape, start))

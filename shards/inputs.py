@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from esol.base.errors import DataError
-from esol.data.index import filesystem, is_local
 from esol.data.photos import HEAD
+from esol.data.storage import filesystem, is_local
 
 
 def read_bytes(path: str) -> bytes:

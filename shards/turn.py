@@ -12,7 +12,7 @@ import fsspec
 
 from esol.base.errors import DataError, EsolError
 from esol.base.files import Lock, hold, signature
-from esol.data.index import UNFINISHED, filesystem, is_local, writer_of
+from esol.data.storage import UNFINISHED, filesystem, is_local, writer_of
 
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # stores without folders; making one could make a bucket
 _LEFT = b"interrupted: esol-shards create writes index.json last; without it these shards count for nothing\n"

@@ -12,9 +12,10 @@ from typing import Any
 
 from esol.base.errors import DataError
 from esol.base.progress import progress
-from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index, writer_of
+from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
 from esol.data.photos import upright_size
 from esol.data.samples import decode_mask
+from esol.data.storage import writer_of
 from shards.census import Census
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import foreground

@@ -20,9 +20,8 @@ from esol.base.errors import CheckpointError, EsolError
 from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
 from esol.config import BackboneConfig, CrfConfig, PredictionConfig
-from esol.deploy.model import Model
+from esol.deploy.model import Model, load_network
 from esol.deploy.predict import predict
-from esol.deploy.segmenter import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.segmentation import enlarged_labels

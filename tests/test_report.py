@@ -10,7 +10,7 @@ import pytest
 from esol.base.errors import EsolError
 from esol.base.palette import voc_palette
 from esol.base.schema import finite
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.inference import advice_on_shards
 from esol.pipeline.registry import table
 from esol.pipeline.scores import Results, Scores
@@ -41,9 +41,9 @@ def write(run_dir: Path, name: str, makes: str, own: Results) -> None:
     (run_dir / name).mkdir(exist_ok=True)
     place = list(table()).index(name)
     results, scored = finite(own.flat()), finite(own.tree())
-    manifest = store.Manifest(name, place, makes, 1, "", {}, {}, {}, results, scored, {}, 1, {}, "")
-    text = json.dumps({"format": store.FORMAT, **asdict(manifest)})
-    (run_dir / name / store.MANIFEST).write_text(text)
+    manifest = records.Manifest(name, place, makes, 1, "", {}, {}, {}, results, scored, {}, 1, {}, "")
+    text = json.dumps({"format": records.FORMAT, **asdict(manifest)})
+    (run_dir / name / records.MANIFEST).write_text(text)
 
 
 def test_table_of_a_run_and_of_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from esol.config import BackboneConfig
 from esol.data.samples import Batch
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.models.regrid import to_grid
+from esol.models.regrid import scale_to_grid
 from esol.ops.segmentation import probabilities
 from esol.pipeline.config_file import from_tree
 from esol.pipeline.runner import chosen
@@ -70,7 +70,7 @@ def test_the_loss_sums_every_input_and_their_maximum() -> None:
     task, b = segment(inputs=[0.5, 1.0], crop=49), batch()
     loss = task(b)[0]["loss"]
     net = task.handover
-    fine, coarse = (net(to_grid(b["image"], scale, 8)) for scale in (1.0, 0.5))
+    fine, coarse = (net(scale_to_grid(b["image"], scale, 8)) for scale in (1.0, 0.5))
     highest = torch.maximum(fine, F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=True))
     each = [segmentation_loss(x, labels_on(b["target"], x.shape[2:]), True).mean() for x in (fine, coarse, highest)]
     torch.testing.assert_close(loss, torch.stack(each).sum())
@@ -144,7 +144,7 @@ def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -
     torch.testing.assert_close(probabilities(image[1:], net, **options), straight[1:])
 
     def one(scale: float, mirrored: bool) -> Tensor:
-        x = to_grid(image.flip(3) if mirrored else image, scale, 8)
+        x = scale_to_grid(image.flip(3) if mirrored else image, scale, 8)
         up = F.interpolate(net(x), (30, 50), mode="bilinear", align_corners=True).softmax(1)
         return up.flip(3) if mirrored else up
 

@@ -8,7 +8,7 @@ import pytest
 
 from esol.base.errors import CheckpointError, EsolError
 from esol.config import Config, DataConfig, SaliencyConfig
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.config_file import from_tree
 from esol.pipeline.registry import Stage, config_type
 from esol.pipeline.scores import Results
@@ -54,10 +54,10 @@ def make(config: Config, *names: str, content: str = "", **versions: int) -> Sto
 def test_a_finished_chain_is_current_and_its_manifests_are_all_that_a_reader_needs(config: Config) -> None:
     made = make(config)
     assert made.plan(CHAIN) == []
-    assert store.ran_with(made.run_dir, "segment", "localize") == config
-    assert store.outdated(made.run_dir) == []
+    assert records.ran_with(made.run_dir, "segment", "localize") == config
+    assert records.outdated(made.run_dir) == []
     strict = json.loads((made.run_dir / "results.json").read_text(), parse_constant=pytest.fail)
-    assert strict == store.results(made.run_dir)
+    assert strict == records.results(made.run_dir)
     assert list(strict) == list(CHAIN)
     assert strict["localize"] == {"miou": 50.0, "threshold": None}
     assert "| localize" not in results_table(made.run_dir)  # of what was not scored nothing is shown, and nothing fails
@@ -93,7 +93,7 @@ def test_a_stage_is_current_only_if_everything_it_came_from_is(config: Config) -
     back = Store(config, table(), "photos")
     with pytest.raises(CheckpointError, match=r"its input expand is out of date|expand, localize to --stages"):
         back.plan(["seed_masks"])
-    assert store.outdated(made.run_dir) == [
+    assert records.outdated(made.run_dir) == [
         "localize was made from an earlier expand",
         "seed_masks was made from a localize that is itself out of date",
     ]
@@ -127,19 +127,19 @@ def test_other_photos_other_code_and_other_saliency_maps_are_reasons_to_run_agai
 
 def test_damaged_and_foreign_manifests(config: Config) -> None:
     made = make(config)
-    path = made.run_dir / "expand" / store.MANIFEST
+    path = made.run_dir / "expand" / records.MANIFEST
     tree = json.loads(path.read_text())
     path.write_text(json.dumps(tree | {"format": "esol-stage 1"}))
     assert made.state("expand").why == "another version of esol made it"
-    assert "expand" not in store.results(made.run_dir)
+    assert "expand" not in records.results(made.run_dir)
     path.write_text(path.read_text()[:-9])
     with pytest.raises(CheckpointError, match=r"manifest.json is damaged .*: delete .*expand to run the stage again"):
         made.plan(CHAIN)
     with pytest.raises(EsolError, match="has no finished stage: is it the folder of a run"):
-        store.results(made.run_dir / "expand")
+        records.results(made.run_dir / "expand")
     (made.run_dir / "localize" / "shard-0.tar").unlink()
     with pytest.raises(CheckpointError, match=r"localize is damaged, its shard-0.tar is missing: run localize again"):
-        store.need(made.run_dir, "localize")
+        records.need(made.run_dir, "localize")
 
 
 def test_the_config_in_a_manifest_reads_back_equal(config: Config) -> None:

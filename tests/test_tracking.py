@@ -17,7 +17,8 @@ from esol.base.errors import EsolError
 from esol.config import DataConfig, TrackingConfig
 from esol.pipeline.registry import config_type
 from esol.stages.classify import ClassifyConfig
-from esol.tracking.follower import mlflow_name, replay
+from esol.tracking.follower import replay
+from esol.tracking.mlflow_store import mlflow_name
 from esol.tracking.tracker import Tracker
 from esol.training.loop import Stopped
 

@@ -30,10 +30,7 @@ def key(
     runtime: bool = False,
 ) -> Any:
     """A field: closed range, unit; path: $VARIABLES are expanded; runtime: it does not change what is computed."""
-    return field(
-        default=default,
-        metadata={"low": low, "high": high, "unit": unit, "path": path, "runtime": runtime},
-    )
+    return field(default=default, metadata={"low": low, "high": high, "unit": unit, "path": path, "runtime": runtime})
 
 
 def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:

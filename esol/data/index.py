@@ -18,19 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from esol.base.errors import DataError
-from esol.base.files import atomic_write, holder
+from esol.base.files import atomic_write
+from esol.data.storage import filesystem, is_local, why_missing
 
 FORMAT = "esol-shards 1"
-UNFINISHED = "creation-unfinished"  # stands in a folder while shards are written that no index vouches for yet
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MOST_CLASSES = 254  # that an 8-bit mask can number: 0 is background, 255 void
-# memory: within one process only; what is not named here (pipes, shells, chained URLs) is refused
-_STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss")
-SCHEMES = ("file", "http", "https", *_STORES, "hdfs", "sftp", "memory")
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Index:
         try:
             text = fs.cat_file(f"{path}/index.json")
         except FileNotFoundError:
-            raise DataError(f"{place} is missing; {_why_missing(fs, path, root)}") from None
+            raise DataError(f"{place} is missing; {why_missing(fs, path, root)}") from None
         except Exception as error:  # every storage back end has its own
             raise DataError(f"cannot read {place}: {error}") from error
         try:
@@ -303,51 +299,3 @@ def _member_tables(shards: Sequence[Shard], records: Sequence[dict[str, Any]], t
             members.setdefault(ext, np.full((total, 3), -1, dtype=np.int64))[start : start + shard.samples] = rows
         start += shard.samples
     return members
-
-
-def filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """File system and path behind a local folder or URL; DataError for a scheme that is not known."""
-    scheme, separator, _ = root.partition("://")
-    if not separator:
-        return fsspec.filesystem("file"), os.path.abspath(root)
-    if scheme not in SCHEMES:
-        raise DataError(f"{root}: URL scheme {scheme!r} is not supported; known: {', '.join(SCHEMES)}")
-    # what other processes write must be seen, and listings that fsspec keeps are never looked at again
-    options = {"use_listings_cache": False} if scheme in _STORES else {}
-    try:
-        fs, path = fsspec.core.url_to_fs(root, **options)
-    except ImportError as error:
-        raise DataError(f"{root}: {error}") from error
-    return fs, path.rstrip("/")
-
-
-def writer_of(root: str) -> str:
-    """Who is creating the shard set at the moment: process, host, since when; empty where nobody is known to.
-
-    In an object store a process that was killed still counts.
-    """
-    fs, path = filesystem(root)
-    if is_local(fs):
-        return holder(Path(path) / UNFINISHED)
-    try:
-        line = bytes(fs.cat_file(f"{path}/{UNFINISHED}")).decode(errors="replace").partition("\n")[0]
-    except Exception:  # every storage back end has its own, and some forbid what is not there
-        return ""
-    return line if line.startswith("process ") else ""
-
-
-def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-
-
-def _why_missing(fs: fsspec.AbstractFileSystem, path: str, root: str) -> str:
-    try:
-        if writer := writer_of(root):
-            return f"it is being created by {writer}: wait until that is done"
-        if fs.exists(f"{path}/{UNFINISHED}"):
-            return "its creation was interrupted: run the same esol-shards create again"
-        if not fs.exists(path):
-            return "there is no such folder" if is_local(fs) else "there is no such folder or bucket"
-    except Exception:  # every storage back end has its own; the hint below still helps
-        pass
-    return f"run: esol-shards index {root} --classes FILE"

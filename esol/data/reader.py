@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from esol.base.errors import DataError
 from esol.base.files import hold
-from esol.data.index import Index, Shard, filesystem
+from esol.data.index import Index, Shard
+from esol.data.storage import filesystem
 
 OPEN_FILES = 128  # per process, least recently used closed first
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard

@@ -16,8 +16,9 @@ from PIL import Image
 from esol.base.errors import DataError
 from esol.base.files import sync_folder
 from esol.base.palette import VOID, voc_palette
-from esol.data.index import filesystem, is_local, scan_shard
+from esol.data.index import scan_shard
 from esol.data.photos import check_png, photo_format
+from esol.data.storage import filesystem, is_local
 
 if TYPE_CHECKING:
     from torch import Tensor

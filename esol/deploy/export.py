@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write
+from esol.deploy.model import load_network
 from esol.deploy.model_card import model_card
-from esol.deploy.segmenter import load_network
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import pad_to_grid
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.model_file import describe, write_model
 from esol.pipeline.weights import WEIGHTS
 from esol.tracking.mlflow_model import save_mlflow_model
@@ -56,7 +56,7 @@ def export(run_dir: Path, out: Path) -> None:
 
     EsolError where there is no such model or folder, or where an exported graph does not agree with PyTorch.
     """
-    if not store.is_run(run_dir):
+    if not records.is_run(run_dir):
         raise EsolError(f"{run_dir} is no run directory: give the run_dir of a run with a finished segment stage")
     net, info = load_network(run_dir)
     try:

@@ -9,18 +9,49 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from esol.base.errors import DataError
+from esol.base.errors import CheckpointError, DataError
+from esol.config import BackboneConfig, PredictionConfig
 from esol.data.photos import upright_rgb
 from esol.data.transforms import decode, resize
-from esol.deploy.segmenter import load_network
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import mean_field, unary_from_probabilities
 from esol.ops.segmentation import enlarged_labels, probabilities
+from esol.pipeline import records
+from esol.pipeline.model_file import ModelInfo, read_info
+from esol.pipeline.weights import WEIGHTS
 from esol.report.pictures import Pixels, paint
 
 Photo = str | Path | Image.Image | Pixels
 """A file, a picture, or uint8 (H, W, 3) in RGB."""
+
+
+def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
+    """The network, in eval mode on the CPU, of a run directory, an exported folder or a .safetensors file.
+
+    A run directory predicts as its evaluate stage did, before that has run as segment's header says. CheckpointError
+    where there is no such model.
+    """
+    place = Path(place)
+    run = records.is_run(place)
+    older = run and records.made_by_another_version(place / "segment")  # its weights and header are as they were
+    segment = records.need(place, "segment") if run and not older else None
+    path = place / "segment" / WEIGHTS if run else place / WEIGHTS if place.is_dir() else place
+    info = read_info(path)
+    evaluated = records.read_manifest(place / "evaluate") if run else None
+    if segment and evaluated and evaluated.consumed["segment"] == segment.output:
+        info = replace(info, evaluate=evaluated.ran_with.section(PredictionConfig))
+    model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
+    net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
+    try:
+        net.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return net.eval(), info
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from esol.base.errors import CheckpointError
 from esol.config import Config, PredictionConfig
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.cam import cam_stages
 from esol.pipeline.model_file import ModelInfo
-from esol.pipeline.store import Manifest
+from esol.pipeline.records import Manifest
 from esol.report.tables import per_class, summary
 from esol.stages.segment import SegmentConfig
 
@@ -29,9 +29,9 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
 
     checks: exported graph -> how it compares with PyTorch; pictured: whether evaluate.png lies beside the card.
     """
-    found, manifest = store.finished(run_dir), store.need(run_dir, "segment")
+    found, manifest = records.finished(run_dir), records.need(run_dir, "segment")
     name, config = run_dir.resolve().name, manifest.ran_with
-    stale = store.outdated(run_dir)
+    stale = records.outdated(run_dir)
     if stale:
         raise CheckpointError(f"{run_dir} is not of one piece: {'; '.join(stale)}. Run it to its end, then export it")
     learned, evaluated = manifest.results, found.get("evaluate")

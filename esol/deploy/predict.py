@@ -27,7 +27,7 @@ from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, outpu
 from esol.deploy.model import Model, within
 from esol.ops.class_maps import class_maps
 from esol.ops.segmentation import enlarged_labels
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.cam import ran_with_maps, trained_heads
 from esol.report.pictures import heat, paint
 
@@ -135,7 +135,7 @@ class _Cams:
     """The class maps of a run's last stage, as localize makes them, for the classes that its network finds."""
 
     def __init__(self, run_dir: Path, model: Model) -> None:
-        if not store.is_run(run_dir):
+        if not records.is_run(run_dir):
             raise EsolError(f"--cam: {run_dir} is no run directory; class maps need the networks of classify and after")
         self.config = ran_with_maps(run_dir)
         self.classes, self.device = model.info.classes, model.device

@@ -7,7 +7,6 @@ Checkpoints are the accelerate engine's: whole tensors, so that either engine an
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -21,26 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esol.base.errors import CheckpointError, ConfigError
-from esol.config import DeepSpeedConfig, EngineConfig
+from esol.base.errors import CheckpointError
+from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
+from esol.engines.deepspeed_config import deepspeed_config
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
 from esol.training.task import Task
 
-_OURS = {  # DeepSpeed's keys that our config decides, and where
-    "train_batch_size": "<stage>.global_batch",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch",
-    "gradient_accumulation_steps": "<stage>.global_batch and engine.micro_batch",
-    "gradient_clipping": "<stage>.clip_norm",
-    "optimizer": "<stage>.optimizer",
-    "scheduler": "<stage>.lr, warmup and poly_power",
-    "bf16": "engine.precision",
-    "bfloat16": "engine.precision",
-    "fp16": "engine.precision",
-    "amp": "engine.precision",
-    "torch_autocast": "engine.precision",
-}
 _SLOTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # per weight; AdamW's step is one number
 
 
@@ -300,48 +287,6 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value, self._tracker = float(state["scale"]), int(state["_growth_tracker"])
-
-
-def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
-    """What deepspeed.initialize gets: ours, and what the user's JSON adds.
-
-    ConfigError where the JSON decides what our config decides, unless it says "auto"; the message names both keys.
-    """
-    tree: dict[str, Any] = {}
-    if config.json:
-        try:
-            tree = json.loads(Path(config.json).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"engine.deepspeed.json = {config.json} cannot be read: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"engine.deepspeed.json = {config.json}: the file must hold a JSON object")
-    where = f"engine.deepspeed.json = {config.json}"
-    for key, field in _OURS.items():
-        if key in tree and tree[key] != "auto" and tree[key] != {"enabled": False}:
-            raise ConfigError(f"{where}: {key} contradicts {field}, which decides this here: take it out or say auto")
-    tree = {key: value for key, value in tree.items() if key not in _OURS}
-    zero = tree.get("zero_optimization", {})
-    if zero.get("stage", config.zero) not in (config.zero, "auto"):
-        raise ConfigError(
-            f"{where}: zero_optimization.stage = {zero['stage']} contradicts engine.deepspeed.zero = {config.zero}: "
-            "make them equal"
-        )
-    device = zero.get("offload_optimizer", {}).get("device", "cpu" if config.offload else "none")
-    if config.offload and device == "none":
-        raise ConfigError(f"{where}: zero_optimization.offload_optimizer contradicts engine.deepspeed.offload = true")
-    ours: dict[str, Any] = {"stage": config.zero}
-    if config.offload and "offload_optimizer" not in zero:
-        ours["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "zero_allow_untested_optimizer": True,  # torch's own SGD and AdamW
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-        **tree,
-        "train_micro_batch_size_per_gpu": 1,  # the engine says itself where a step ends
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_norm if config.zero else 0.0,
-        "zero_optimization": {**zero, **ours},
-    }
 
 
 @contextmanager

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from esol.base.errors import ConfigError, WeightsError
 from esol.base.named import Named
 from esol.config import BackboneConfig
+from esol.models.initial_weights import from_caffe, load_initial_weights
 from esol.models.phased import phase_wide_dilations
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -203,7 +201,7 @@ def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     source = getattr(models, f"ResNet{config.backbone[6:]}_Weights").IMAGENET1K_V1  # what IRN starts from
     if pretrained and config.weights != "none":
         expected = f"torchvision's {source.url.rsplit('/', 1)[-1]}"
-        _load(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
+        load_initial_weights(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
 
 
@@ -230,40 +228,15 @@ def _caffe_resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
         ("maxpool", "layer1", "layer2", "layer3", "layer4"),
     )
     if pretrained and config.weights != "none":
-        _load(body, config, "a PyTorch file of DeepLab's ResNet-101", _no_caffe_hub, "fc.", "aspp.", rename=_from_caffe)
+        load_initial_weights(
+            body, config, "a PyTorch file of DeepLab's ResNet-101", _no_caffe_hub, "fc.", "aspp.", rename=from_caffe
+        )
     stem = ("conv1", "bn1", "layer1", "layer2")
     return Backbone(body, config.freeze, lambda name: name.split(".")[0] in stem, CAFFE_MEAN, (1 / 255,) * 3)
 
 
 def _no_caffe_hub() -> dict[str, Tensor]:
     raise FileNotFoundError("no hub has them")
-
-
-_CAFFE_PARTS = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": ("conv3", "bn3")}
-_CAFFE_PARTS |= dict.fromkeys(("shortcut", "proj"), ("downsample.0", "downsample.1"))
-_CAFFE_KEY = re.compile(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)")
-
-
-def _from_caffe(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeepLab-v2's two public PyTorch files to torchvision's names, the first convolution from BGR to RGB.
-
-    deeplab-pytorch (Nakashima): layer1.conv1.conv.weight, layer2.block1.reduce.bn.weight, aspp.c0.weight, below "base."
-    or "scale."; pytorch-deeplab-resnet (Nanda): torchvision's names below "Scale.", layer5 is the ASPP.
-    """
-    found = {}
-    for key, value in state.items():
-        key = re.sub(r"^(module\.)?(base\.|scale\.|Scale\.)?", "", key)
-        if match := _CAFFE_KEY.fullmatch(key):
-            part = _CAFFE_PARTS.get(match[3], (match[3], match[3]))[match[4] == "bn"]
-            key = f"layer{int(match[1]) - 1}.{int(match[2]) - 1}.{part}.{match[5]}"
-        elif match := re.fullmatch(r"layer1\.conv1\.(conv|bn)\.(\w+)", key):
-            key = f"{'conv1' if match[1] == 'conv' else 'bn1'}.{match[2]}"
-        elif key.startswith("layer5."):
-            key = f"aspp.{key}"
-        found[key] = value
-    if "conv1.weight" in found:
-        found["conv1.weight"] = found["conv1.weight"].flip(1)
-    return found
 
 
 @BACKBONES.add("timm:")
@@ -288,7 +261,7 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
         expected = f"model.safetensors of {about.get('hf_hub_id') or name} on timm's hub"
         heads = about.get("classifier") or "head"
         heads = (heads,) if isinstance(heads, str) else heads
-        _load(
+        load_initial_weights(
             net,
             config,
             expected,
@@ -304,61 +277,3 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
         raise ConfigError(f"model.freeze = stem: timm does not say what the stem of {name} is; use all or none")
     stem = {f"net.{n}" for n in names[: end + 1]}
     return Backbone(TimmFeatures(net), config.freeze, stem.__contains__, about["mean"], about["std"])
-
-
-def _load(
-    net: nn.Module,
-    config: BackboneConfig,
-    expected: str,
-    download: Callable[[], dict[str, Tensor]],
-    *heads: str,
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-) -> None:
-    """Loads the local file, or downloads; what follows the features (keys that start with `heads`) is left out."""
-    if config.weights:
-        where = config.weights
-        found = _read(Path(config.weights), expected)
-    else:
-        where = expected
-        try:
-            found = download()
-        except Exception as error:  # hubs raise dozens of types
-            raise WeightsError(
-                f"cannot download the weights of model.backbone = {config.backbone} ({type(error).__name__}: {error}). "
-                f"Put {expected} somewhere and give model.weights=/path/to/it (.safetensors or .pth), or none"
-            ) from error
-    if rename is not None:
-        found = rename(found)
-    wanted = net.state_dict()
-    found = {key: value for key, value in found.items() if not key.startswith(heads)}
-    found.update({key: wanted[key] for key in wanted.keys() - found.keys() if key.endswith("num_batches_tracked")})
-    wrong = [f"lacks {key}" for key in wanted if key not in found]
-    wrong += [f"has {key}, which the network has not" for key in found if key not in wanted]
-    wrong += [
-        f"{key} is {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise WeightsError(
-            f"model.weights: {where} does not fit model.backbone = {config.backbone}: {'; '.join(wrong[:3])}{more}. "
-            f"Expected is {expected}"
-        )
-    net.load_state_dict(found)
-
-
-def _read(path: Path, expected: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix in (".pth", ".pt"):  # torchvision's own format
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise WeightsError(f"model.weights = {path}: no such file; put {expected} there") from error
-    except (OSError, SafetensorError, RuntimeError, UnpicklingError) as error:
-        raise WeightsError(
-            f"model.weights = {path} cannot be read as .safetensors or .pth: {error}; expected is {expected}"
-        ) from error

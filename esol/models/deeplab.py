@@ -36,7 +36,7 @@ class DeepLab(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """uint8 or float (B, 3, H, W), RGB 0..255, both sides 8k + 1 -> logits (B, num_labels, (H-1)/8 + 1, ...).
 
-        At such sizes the corners of the logits are those of the image (regrid.to_grid makes them).
+        At such sizes the corners of the logits are those of the image (regrid.scale_to_grid makes them).
         """
         features = self.backbone(image)
         total = self.aspp[0](features)

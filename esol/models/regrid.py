@@ -61,13 +61,13 @@ def fuse(
     return total if conv.bias is None else total + conv.bias[:, None, None]
 
 
-def on_grid(image: Tensor, stride: int) -> Tensor:
+def squeeze_to_grid(image: Tensor, stride: int) -> Tensor:
     """uint8 (3, H, W) -> float (1, 3, H', W'), a few pixels smaller: the grid's corners are then the image's."""
     size = [(-(-side // stride) - 1) * stride + 1 for side in image.shape[1:]]
     return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
 
 
-def to_grid(image: Tensor, factor: float, stride: int) -> Tensor:
+def scale_to_grid(image: Tensor, factor: float, stride: int) -> Tensor:
     """(B, 3, H, W) -> float (B, 3, H', W'), the multiples of the stride plus one nearest to factor times the size.
 
     At such sizes the features' outermost columns sit on the outermost pixels, so that maps mirror and enlarge without a

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esol.models.heads import Heads
-from esol.models.regrid import to_grid
+from esol.models.regrid import scale_to_grid
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def class_maps(
     present = [row.nonzero()[:, 0] for row in labels]
     sums: list[dict[str, dict[str, Tensor]]] = [{} for _ in present]
     for scale in scales:
-        inputs = to_grid(image, scale * (long_side / max(height, width) if long_side else 1), stride)
+        inputs = scale_to_grid(image, scale * (long_side / max(height, width) if long_side else 1), stride)
         aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
         for source, maps in _of_one_scale(inputs, heads, flip).items():
             # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.

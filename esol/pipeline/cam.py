@@ -19,7 +19,7 @@ from esol.models.cam_net import CamNet
 from esol.models.heads import Heads
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.seeds import best_class, seed
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.context import Context
 from esol.pipeline.inference import InferenceStage, Sample, draw
 from esol.pipeline.registry import table
@@ -129,7 +129,7 @@ class _Drawing(MapStage):
 
 def ran_with_maps(run_dir: Path) -> Config:
     """The config by which a finished run's class maps are made: localize's, or that of its last head."""
-    return store.ran_with(run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
+    return records.ran_with(run_dir, "localize", *(stage.name for stage in reversed(cam_stages())))
 
 
 def cam_stages() -> list[type[CamStage]]:

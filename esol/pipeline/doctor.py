@@ -135,10 +135,7 @@ def _devices(found: Findings, each: list[dict[str, Any]], config: Config) -> Non
 
 def _network(found: Findings, each: list[dict[str, Any]]) -> None:
     about, hosts = each[0], _hosts(each)
-    found.add(
-        "interfaces",
-        ", ".join(about["interfaces"]) or "loopback only",
-    )
+    found.add("interfaces", ", ".join(about["interfaces"]) or "loopback only")
     if len(each) > 1:
         found.add("meeting at", about["main"])
     if len(hosts) > 1:

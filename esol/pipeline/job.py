@@ -13,7 +13,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
-from esol.pipeline import needs, store
+from esol.pipeline import needs, records
 from esol.pipeline.config_file import to_yaml
 from esol.pipeline.context import Context
 from esol.pipeline.registry import table
@@ -41,8 +41,8 @@ def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = Fa
     if code:
         return code
     if engine.is_main:
-        stale = "".join(f"\nout of date: {line}" for line in store.outdated(run_dir))
-        print(f"\n{summary(store.finished(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
+        stale = "".join(f"\nout of date: {line}" for line in records.outdated(run_dir))
+        print(f"\n{summary(records.finished(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
     engine.close()
     return 0
 

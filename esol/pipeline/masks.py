@@ -79,13 +79,13 @@ class MaskStage(InferenceStage[Mask]):
         image, arrays = sample.image.to(device), self.maps.arrays(sample.ordinal, "maps.npz")
         classes = torch.from_numpy(arrays["classes"]).to(device)
         full = torch.from_numpy(arrays["full"]).to(device).float() / 255
-        found = self.scores(image, arrays)
+        scores = self.scores(image, arrays)
         saliency, labels, channels = saliency_map(context, sample, image), None, None
         if saliency is not None:
             cue = context.config.saliency
-            labels = saliency_labels(found, saliency, floor=cue.floor, conflict=cue.conflict)
-            channels = saliency_channels(found, saliency, floor=cue.floor)
-        plain, refined = pseudo_mask(image, found, classes, self.config, labels, channels)
+            labels = saliency_labels(scores, saliency, floor=cue.floor, conflict=cue.conflict)
+            channels = saliency_channels(scores, saliency, floor=cue.floor)
+        plain, refined = pseudo_mask(image, scores, classes, self.config, labels, channels)
         lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())]
         own: MaskConfig = context.config.named("seed_masks")
         if not lost:
@@ -93,22 +93,22 @@ class MaskStage(InferenceStage[Mask]):
         seeds, sharp = pseudo_mask(image, full, classes, own)
         if saliency is None:
             refined = stand_in(refined, sharp, lost)
-        return Mask(classes, found, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
+        return Mask(classes, scores, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
 
     def members(self, sample: Sample, made: Mask) -> Members:
         return {"mask.png": encode_mask(made.refined)}
 
     def count(self, sample: Sample, made: Mask) -> Tally:
         classes = len(self.context.index.classes)
-        found = judge_counts(sample, made.refined, made.classes.tolist(), classes, made.seeds, made.lost)
+        counts = judge_counts(sample, made.refined, made.classes.tolist(), classes, made.seeds, made.lost)
         if sample.truth is not None:
             curve = ThresholdCurve(classes)
             winner, best = (t.cpu().numpy() for t in best_class(made.scores, made.classes))
             curve.update(sample.truth, winner, best)
-            found |= {"curve": curve.counts}
+            counts |= {"curve": curve.counts}
             for name, label in (("plain", made.plain), ("crf", made.refined)):
-                found |= against_truth(name, sample.truth, label, classes)
-        return found
+                counts |= against_truth(name, sample.truth, label, classes)
+        return counts
 
     def tiles(self, sample: Sample, made: Mask) -> dict[str, Pixels]:
         pixels, best = sample.pixels, best_class(made.scores, made.classes)[1].cpu().numpy()
@@ -121,23 +121,23 @@ class MaskStage(InferenceStage[Mask]):
     def results(self, tally: Tally) -> Results:
         """plain and crf, at the stated threshold; best: without the CRF, at the threshold of the highest mIoU."""
         context, split = self.context, self.context.config.data.score_split
-        found = Results()
+        results = Results()
         if "crf" in tally and tally["crf"].any():  # nothing but void is no truth
             curve = ThresholdCurve(len(self.context.index.classes))
             curve.add(tally["curve"])
             write_curves(context, self.folder, {"plain": curve})
             best = curve.best()
-            found.scores["plain"] = scored(tally, "plain", split, self.config.threshold)
+            results.scores["plain"] = scored(tally, "plain", split, self.config.threshold)
             if self.config.crf.iterations:
-                found.scores["crf"] = scored(tally, "crf", split, self.config.threshold)
-            found.scores["best"] = Scores.of(best, split, best.threshold)
-            found.last = list(found.scores)[-2]
+                results.scores["crf"] = scored(tally, "crf", split, self.config.threshold)
+            results.scores["best"] = Scores.of(best, split, best.threshold)
+            results.last = list(results.scores)[-2]
             classes = by_class(score(tally["crf"]), context.index.classes, "iou")
-            found.scores[found.last] = replace(found.scores[found.last], classes=classes)
-            found.others = {"threshold": self.config.threshold}
-            found.others |= {"split": split, "initial_weights": initial_weights(context.config.model)}
-        found.others |= Evidence.of(tally).numbers(context.index.classes, self.name)
-        return found
+            results.scores[results.last] = replace(results.scores[results.last], classes=classes)
+            results.others = {"threshold": self.config.threshold}
+            results.others |= {"split": split, "initial_weights": initial_weights(context.config.model)}
+        results.others |= Evidence.of(tally).numbers(context.index.classes, self.name)
+        return results
 
     def remarks(self, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return mask_remarks(self.context.config, self.name, results, self.refines)
@@ -206,10 +206,10 @@ def judge_counts(
 def against_truth(name: str, truth: Label, mask: Label, num_classes: int) -> Tally:
     """What the scores of one photo's label map are made of; void counts as background in it."""
     said = np.where(mask == VOID, np.uint8(0), mask)
-    found: Tally = {name: confusion_matrix(truth, said, num_classes + 1)}
+    counts: Tally = {name: confusion_matrix(truth, said, num_classes + 1)}
     for metric, own in METRICS.items():
-        found[f"{name}.{metric}"] = own.count(truth, said, num_classes + 1)
-    return found
+        counts[f"{name}.{metric}"] = own.count(truth, said, num_classes + 1)
+    return counts
 
 
 def scored(tally: Tally, name: str, split: str, threshold: float | Auto | None = None) -> Scores:

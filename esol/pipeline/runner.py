@@ -13,9 +13,10 @@ from esol.config import Config
 from esol.data.index import Index
 from esol.engines.base import gather_text
 from esol.pipeline.context import Context
+from esol.pipeline.records import MANIFEST
+from esol.pipeline.records import results as store_results
 from esol.pipeline.registry import Stage, known_stage, table
-from esol.pipeline.store import MANIFEST, Store
-from esol.pipeline.store import results as store_results
+from esol.pipeline.store import Store
 
 HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds", "threshold", "judge", "initial_weights"}
 """What is printed of a finished stage, besides the mIoU of its scores; results.json has all."""

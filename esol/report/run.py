@@ -19,10 +19,10 @@ from esol.data.samples import decode_mask
 from esol.data.transforms import decode
 from esol.models.heads import Heads
 from esol.ops.class_maps import ClassMaps, class_maps
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.cam import cam_stages, ran_with_maps, trained_heads
+from esol.pipeline.records import Manifest
 from esol.pipeline.scores import Scores
-from esol.pipeline.store import Manifest
 from esol.report.pictures import Pixels, heat, paint, sheet
 from esol.report.tables import results_table
 
@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
-        store.finished(self.run_dir)
+        records.finished(self.run_dir)
 
     def __repr__(self) -> str:
         return f"Run({str(self.run_dir)!r}): {', '.join(self.stages)}"
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def _manifests(self) -> dict[str, Manifest]:
-        return store.finished(self.run_dir)
+        return records.finished(self.run_dir)
 
     @property
     def stages(self) -> list[str]:
@@ -66,7 +66,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The config that its last finished stage ran with."""
-        return store.ran_with(self.run_dir, *reversed(self.stages))
+        return records.ran_with(self.run_dir, *reversed(self.stages))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esol.pipeline import store
+from esol.pipeline import records
+from esol.pipeline.records import Manifest
 from esol.pipeline.scores import Scores
-from esol.pipeline.store import Manifest
 
 _MEASURES = ("miou", "precision", "recall")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
@@ -17,8 +17,8 @@ _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
 
 def results_table(run_dir: Path) -> str:
     """All numbers of a run as Markdown: the scores, then each kind of stage; EsolError where there is none."""
-    found = store.finished(run_dir)
-    lines = [*summary(found).splitlines(), *(f"\nout of date: {line}" for line in store.outdated(run_dir))]
+    found = records.finished(run_dir)
+    lines = [*summary(found).splitlines(), *(f"\nout of date: {line}" for line in records.outdated(run_dir))]
     lines += ["", "| stage | metric | value |", "|---|---|---|"]
     lines += [
         f"| {stage} | {name} | {_text(value)} |"

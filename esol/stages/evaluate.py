@@ -15,7 +15,7 @@ from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import mean_field, unary_from_probabilities
 from esol.ops.metrics import score
 from esol.ops.segmentation import probabilities
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
 from esol.pipeline.masks import against_truth, judge_counts, mask_stages, scored
@@ -53,7 +53,7 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
         backbone = build_backbone(own.model, pretrained=False)
         net = DeepLab(backbone, len(self.context.index.classes) + 1, own.rates)
         self.net = restore(net, self.context.config, "segment").to(self.context.engine.device).eval()
-        self.masks = str(store.results(self.context.run_dir)["segment"]["masks"])
+        self.masks = str(records.results(self.context.run_dir)["segment"]["masks"])
         self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
 
     def make(self, samples: Sequence[Sample]) -> list[tuple[Label, Label]]:
@@ -62,13 +62,13 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
     def _predict(self, sample: Sample) -> tuple[Label, Label]:
         config, image = self.config, sample.image.to(self.context.engine.device)
         with self.context.engine.autocast():
-            found = probabilities(
+            predicted = probabilities(
                 image[None], self.net, scales=config.scales, flip=config.flip, combine=config.combine
             )[0]
-        plain = found.argmax(0).to(torch.uint8).cpu().numpy()
+        plain = predicted.argmax(0).to(torch.uint8).cpu().numpy()
         if not config.crf.iterations:
             return plain, plain
-        refined = mean_field(image, [unary_from_probabilities(found)], config.crf)[0]
+        refined = mean_field(image, [unary_from_probabilities(predicted)], config.crf)[0]
         return plain, refined.argmax(0).to(torch.uint8).cpu().numpy()
 
     def members(self, sample: Sample, made: tuple[Label, Label]) -> Members:
@@ -78,28 +78,28 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
         classes = len(self.context.index.classes)
         known = self.learned is not None and sample.ordinal in self.learned
         taught = self.learned.label_map(sample.ordinal, "mask.png") if self.learned and known else None
-        found = judge_counts(sample, made[1], sample.classes, classes, taught)
+        counts = judge_counts(sample, made[1], sample.classes, classes, taught)
         if sample.truth is not None:
             for name, mask in zip(("plain", "crf"), made, strict=True):
-                found |= against_truth(name, sample.truth, mask, classes)
-        return found
+                counts |= against_truth(name, sample.truth, mask, classes)
+        return counts
 
     def tiles(self, sample: Sample, made: tuple[Label, Label]) -> dict[str, Pixels]:
         return {name: paint(sample.pixels, mask) for name, mask in zip(("prediction", "with CRF"), made, strict=True)}
 
     def results(self, tally: Tally) -> Results:
         context, split = self.context, self.context.config.data.eval_split
-        found = Results(last="plain")
+        results = Results(last="plain")
         if "crf" in tally and tally["crf"].any():
-            found.scores["plain"] = scored(tally, "plain", split)
+            results.scores["plain"] = scored(tally, "plain", split)
             if self.config.crf.iterations:
-                found.scores["crf"], found.last = scored(tally, "crf", split), "crf"
+                results.scores["crf"], results.last = scored(tally, "crf", split), "crf"
             classes = by_class(score(tally["crf"]), context.index.classes, "iou", "precision", "recall")
             # without a class that the truth lacks, and without the precision of one that is predicted nowhere
             classes = {name: {m: v for m, v in own.items() if not np.isnan(v)} for name, own in classes.items()}
-            found.scores[found.last] = replace(found.scores[found.last], classes=classes)
+            results.scores[results.last] = replace(results.scores[results.last], classes=classes)
         model = context.config.section(SegmentConfig).model
-        found.others = {"split": split, "initial_weights": initial_weights(model), "masks": self.masks}
-        found.others |= {"photos": len(context.index.split(split))}
-        found.others |= Evidence.of(tally).numbers(context.index.classes)
-        return found
+        results.others = {"split": split, "initial_weights": initial_weights(model), "masks": self.masks}
+        results.others |= {"photos": len(context.index.split(split))}
+        results.others |= Evidence.of(tally).numbers(context.index.classes)
+        return results

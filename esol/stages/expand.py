@@ -45,11 +45,7 @@ class ExpandTask(HeadTask):
     handover: Expansion
 
     def __init__(
-        self,
-        net: CamNet,
-        config: ExpandConfig,
-        decision: Decision | None = None,
-        absence: Tensor | None = None,
+        self, net: CamNet, config: ExpandConfig, decision: Decision | None = None, absence: Tensor | None = None
     ) -> None:
         """decision: where Expansion starts from; None = from the network."""
         super().__init__(net, absence)

@@ -18,7 +18,7 @@ from esol.base.schema import key
 from esol.config import Auto, BackboneConfig, Config, CrfConfig, PairConfig, WalkConfig
 from esol.data.samples import Batch
 from esol.models.irn_net import STRIDE, IrnNet
-from esol.models.regrid import on_grid
+from esol.models.regrid import squeeze_to_grid
 from esol.ops.pairs import boundary_affinity, pair_labels, pair_offsets, pair_windows
 from esol.ops.pseudo_labels import irn_labels, irn_scores
 from esol.pipeline.cam import initial_backbone, new_backbone
@@ -218,7 +218,7 @@ class IrnMean(InferenceStage[Tensor]):
         found = []
         for sample in samples:
             with self.context.engine.autocast():
-                image = on_grid(sample.image.to(self.context.engine.device), STRIDE)
+                image = squeeze_to_grid(sample.image.to(self.context.engine.device), STRIDE)
                 found.append(self.net(image)[1][0].double().mean((1, 2)))
         return found
 
@@ -250,7 +250,7 @@ class IrnMasks(MaskStage):
         self.net = _trained(self)
 
     def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
-        inputs = on_grid(image, STRIDE)
+        inputs = squeeze_to_grid(image, STRIDE)
         with self.context.engine.autocast():
             logits = self.net(torch.cat((inputs, inputs.flip(3))))[0][:, 0].float()
         edge = ((logits[0] + logits[1].flip(1)) / 2).sigmoid()

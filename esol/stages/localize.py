@@ -93,14 +93,14 @@ class Localize(MapStage):
         if PART in members and members[PART][sample.ordinal, 0] >= 0:
             part = decode_mask(reader.read(sample.ordinal, PART), sample.name)
             truths["_body"] = np.where(part > 0, np.uint8(VOID), sample.truth)
-        found: Tally = {}
+        counts: Tally = {}
         for source, own in made.items():
             winner, score = (t.cpu().numpy() for t in best_class(own.full, own.classes))
             for suffix, truth in truths.items():
                 curve = ThresholdCurve(len(self.context.index.classes))
                 curve.update(truth, winner, score)
-                found[source + suffix] = curve.counts
-        return found
+                counts[source + suffix] = curve.counts
+        return counts
 
     def results(self, tally: Tally) -> Results:
         """Each source's scores at its best threshold; *_at_cam: at the one that is best for the CAM."""
@@ -109,7 +109,7 @@ class Localize(MapStage):
         curves = {source: ThresholdCurve(len(classes)) for source in tally if tally[source].any()}
         for source, curve in curves.items():
             curve.add(tally[source])
-        found = Results()
+        results = Results()
         for source in (s for s in self.net if s in curves):
             best, cam = curves[source].best(), curves["cam"].best().threshold
             for name, score in (
@@ -120,13 +120,13 @@ class Localize(MapStage):
                 more = {}
                 if f"{source}_body" in curves and name != f"{source}_at_{PAPER_THRESHOLD:g}":
                     more["body_recall"] = _foreground_recall(curves[f"{source}_body"].at(score.threshold))
-                found.scores[name] = Scores.of(score, split, score.threshold, **more)
-            found.scores[source].classes.update(by_class(best, classes, "iou"))
+                results.scores[name] = Scores.of(score, split, score.threshold, **more)
+            results.scores[source].classes.update(by_class(best, classes, "iou"))
             self.thresholds[source] = best.threshold
         write_curves(context, self.folder, curves)
-        found.others = {"write": self.written, **{f"{name}_judge": number for name, number in self.judged.items()}}
-        found.others |= {"split": split, "initial_weights": initial_weights(context.config.model)}
-        return found
+        results.others = {"write": self.written, **{f"{name}_judge": number for name, number in self.judged.items()}}
+        results.others |= {"split": split, "initial_weights": initial_weights(context.config.model)}
+        return results
 
     def remarks(self, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return map_remarks(self.judged, self.written)

@@ -13,7 +13,7 @@ from esol.base.schema import key
 from esol.config import Auto, BackboneConfig, Config, CrfConfig, PairConfig, WalkConfig
 from esol.data.samples import Batch
 from esol.models.affinity_net import STRIDE, AffinityNet
-from esol.models.regrid import on_grid
+from esol.models.regrid import squeeze_to_grid
 from esol.ops.pairs import feature_affinity, pair_labels
 from esol.ops.pseudo_labels import psa_labels, psa_scores
 from esol.pipeline.cam import initial_backbone, new_backbone
@@ -153,6 +153,6 @@ class PsaMasks(MaskStage):
 
     def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
         with self.context.engine.autocast():
-            features = self.net(on_grid(image, STRIDE))[0]
+            features = self.net(squeeze_to_grid(image, STRIDE))[0]
         low = torch.from_numpy(maps["stride4"]).to(image.device)
         return psa_scores(low, features.float(), (image.shape[1], image.shape[2]), self.config)

@@ -19,8 +19,8 @@ from esol.data.samples import Batch
 from esol.data.transforms import decode
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.models.regrid import to_grid
-from esol.pipeline import store
+from esol.models.regrid import scale_to_grid
+from esol.pipeline import records
 from esol.pipeline.context import Context
 from esol.pipeline.made import TrueMasks
 from esol.pipeline.masks import highest, judged_masks, mask_stages, spoken
@@ -84,7 +84,7 @@ class SegmentTask(Task):
         """losses: loss; report: right, the share of labelled pixels that the largest input's logits have right."""
         net, labels = self.handover, batch["target"]
         inputs = sorted(self.config.inputs, reverse=True)
-        logits = [net(to_grid(batch["image"], scale, net.backbone.stride)) for scale in inputs]
+        logits = [net(scale_to_grid(batch["image"], scale, net.backbone.stride)) for scale in inputs]
         with torch.autocast(labels.device.type, enabled=False):
             logits = [x if x.dtype == torch.float64 else x.float() for x in logits]
             size = (logits[0].shape[2], logits[0].shape[3])
@@ -192,7 +192,7 @@ def mask_source(context: Context, given: str) -> str:
     """The stage whose masks DeepLab learns from, or "truth"; auto: the judge's first, and the run says so."""
     if given != "auto":
         return given
-    judged = judged_masks(context.config, store.results(context.run_dir))
+    judged = judged_masks(context.config, records.results(context.run_dir))
     had = [name for name in reversed(mask_stages()) if name in context.config.stages]
     chosen = highest(judged) or had[0]
     context.say(f"segment: takes {chosen}, by the judge: {spoken(judged)}" if judged else f"segment: takes {chosen}")

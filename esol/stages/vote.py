@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from esol.config import Config
 from esol.data.samples import encode_mask
 from esol.ops.metrics import score
-from esol.pipeline import store
+from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
 from esol.pipeline.masks import (
@@ -63,7 +63,7 @@ class VoteMasks(InferenceStage[Vote]):
 
     def open(self) -> None:
         config = self.context.config
-        judged = judged_masks(config, store.results(self.context.run_dir))
+        judged = judged_masks(config, records.results(self.context.run_dir))
         names = sorted(self.consumes(config), key=lambda name: -judged.get(name, 0))
         self.voters = {name: StageShards(self.context, name) for name in names}
 

@@ -7,35 +7,29 @@ it came. `esol replay` sends what is left when it could not.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-import re
 import select
 import signal
-import sqlite3
 import sys
 import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import yaml
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write, hold
+from esol.tracking.mlflow_store import PARAM, TAG, follow_the_move, for_good, mlflow_name
 from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
 _STATE = "mlflow.json"
 _PERIOD = 5.0  # seconds between two looks at the file
 _BESIDE = "beside the runs"  # the default store, wherever the runs are moved
-_NAME, _PARAM, _TAG = 250, 6000, 8000  # MLflow's limits, in characters
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
 
 
 def replay(run_dir: Path, uri: str = "") -> int:
@@ -107,7 +101,7 @@ class _Follower:
                 del self._state["stages"][stage]  # somebody has deleted it for good: a new one takes the rest
                 self._send_batch(stage, batch, metrics)
                 return
-            if not _for_good(error):
+            if not for_good(error):
                 raise
             if len(batch) > 1:  # one of them is to blame, the others are not
                 for record in batch:
@@ -137,7 +131,7 @@ class _Follower:
         except (OSError, ValueError):
             state = {}
         if self._store == _BESIDE:
-            _follow_the_move(self._runs / "mlflow.db", self._artifacts or "")
+            follow_the_move(self._runs / "mlflow.db", self._artifacts or "")
             if str(state.get("uri", "")).startswith("sqlite:///") and str(state["uri"]).endswith("/mlflow.db"):
                 state["uri"] = _BESIDE  # as earlier versions wrote it
         if state.get("uri") == self._store and state["parent"]:
@@ -172,7 +166,7 @@ class _Follower:
         allowed = mlflow_name(name)
         if allowed != name and (run, name) not in self._renamed:
             self._renamed.add((run, name))
-            self._client.set_tag(run, mlflow_name(f"name.{allowed}"), name[:_TAG])
+            self._client.set_tag(run, mlflow_name(f"name.{allowed}"), name[:TAG])
         return allowed
 
     def _run_of(self, stage: str | None) -> str:
@@ -201,8 +195,8 @@ class _Follower:
             self._log_metrics(run, values, "result/")
             self._log_metrics(parent, values, f"{stage}/")
             for name, word in record.get("words", {}).items():
-                self._client.set_tag(run, mlflow_name(name), word[:_TAG])
-                self._client.set_tag(parent, mlflow_name(f"{stage}/{name}"), word[:_TAG])
+                self._client.set_tag(run, mlflow_name(name), word[:TAG])
+                self._client.set_tag(parent, mlflow_name(f"{stage}/{name}"), word[:TAG])
         elif event == "artifact":
             path = self._run_dir / record["path"]
             if not path.resolve().is_relative_to(self._run_dir):
@@ -220,13 +214,13 @@ class _Follower:
             run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
             self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
             self._save_state()
-            params = [Param(mlflow_name(key), value[:_PARAM]) for key, value in record["params"].items()]
+            params = [Param(mlflow_name(key), value[:PARAM]) for key, value in record["params"].items()]
             for first in range(0, len(params), 100):  # MLflow's limit for one call
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
         parent = self._state["parent"]
         self._client.update_run(parent, "RUNNING")
         self._client.log_batch(
-            parent, tags=[RunTag(mlflow_name(key), value[:_TAG]) for key, value in record["tags"].items()]
+            parent, tags=[RunTag(mlflow_name(key), value[:TAG]) for key, value in record["tags"].items()]
         )
         if (self._run_dir / "resolved.yaml").is_file():
             self._client.log_artifact(parent, str(self._run_dir / "resolved.yaml"))
@@ -254,61 +248,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         record = {}
     return {**(record if isinstance(record, dict) else {}), "bytes": len(line)}
-
-
-def mlflow_name(name: str) -> str:
-    """A metric's, parameter's or tag's name as MLflow takes it, different for different names.
-
-    Letters, digits, and _ - . / and spaces stay; other signs become _, as do parts that a path would swallow, and a
-    hash tells such names apart from those that were so from the start. At most 250 characters.
-    """
-    parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
-    allowed = "/".join("_" if part in ("", ".") or part.startswith("..") else part for part in parts)
-    if allowed == name and len(name) <= _NAME:
-        return name
-    return f"{allowed[: _NAME - 9]}_{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
-
-
-def _for_good(error: Exception) -> bool:
-    """Whether MLflow will refuse this record however often it is sent: the record is at fault, not the server."""
-    if isinstance(error, json.JSONDecodeError):  # a garbled answer of the server's
-        return False
-    code = getattr(error, "error_code", "")
-    return isinstance(error, (KeyError, TypeError, ValueError, AttributeError, PermissionError)) or code in _REFUSALS
-
-
-def _follow_the_move(database: Path, artifacts: str) -> None:
-    """Where the runs were moved, their database still names the old place of the pictures: puts the new one in.
-
-    MLflow stores absolute addresses and has no call to change them. Only the database that esol keeps beside its runs
-    is changed; of earlier runs only those whose artifacts have come along.
-    """
-    if not database.is_file():
-        return
-    try:
-        with contextlib.closing(sqlite3.connect(database, timeout=30)) as store, store:
-            for (old,) in store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-                if (
-                    isinstance(old, str)
-                    and old.startswith("file:")
-                    and old.endswith("/mlartifacts")
-                    and old != artifacts
-                ):
-                    moved = "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?"
-                    store.execute(moved, (artifacts, old))
-            for run, uri in store.execute("SELECT run_uuid, artifact_uri FROM runs").fetchall():
-                place, found, inside = str(uri).rpartition("/mlartifacts/")
-                if not found or not place.startswith("file:") or f"{place}/mlartifacts" == artifacts:
-                    continue
-                gone = not Path(url2pathname(urlsplit(uri).path)).exists()  # a run without a picture yet has no folder
-                if gone or (database.parent / "mlartifacts" / inside).exists():
-                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (f"{artifacts}/{inside}", run))
-    except sqlite3.OperationalError as error:
-        if "no such table" not in str(error):  # MLflow makes its tables on first use
-            _LOG.warning("%s still names the old place of the pictures: %s", database, error)
-            print(
-                f"{database} still names the old place of the pictures ({error}); try again when it is free", flush=True
-            )
 
 
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:

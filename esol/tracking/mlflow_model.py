@@ -11,7 +11,7 @@ from pathlib import Path
 def save_mlflow_model(folder: Path, weights: Path) -> None:
     """Writes a python_function model that `mlflow models serve` serves without this project being installed.
 
-    weights: a file that deploy.segmenter.load_network reads. The code goes along, requirements are what is here.
+    weights: a file that deploy.model.load_network reads. The code goes along, requirements are what is here.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow

@@ -42,13 +42,7 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        config: Config,
-        is_main: bool,
-        index_hash: str,
-        world_size: int,
-        resume: bool = False,
-        flush: float = 30.0,
+        self, config: Config, is_main: bool, index_hash: str, world_size: int, resume: bool = False, flush: float = 30.0
     ) -> None:
         self._config, self._active, self._resume, self._flush = config, is_main, resume, flush
         self._tags = {"data_index": index_hash, "world_size": str(world_size)}
@@ -87,10 +81,7 @@ class Tracker:
             process.stdin.close()
         try:
             process.wait(self._flush)
-        except (
-            subprocess.TimeoutExpired,
-            KeyboardInterrupt,
-        ):  # Ctrl-C: nobody wants to wait any longer
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # Ctrl-C: nobody wants to wait any longer
             process.kill()
             process.wait()
         if process.returncode:

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from esol.base.errors import ConfigError
 from esol.base.schema import build
 from esol.config import DeepSpeedConfig, EngineConfig
-from esol.engines.deepspeed_engine import deepspeed_config
+from esol.engines.deepspeed_config import deepspeed_config
 
 ALL = (0, 1, 2, 3)
 BOUND = 120  # seconds

@@ -24,7 +24,7 @@ from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
 from esol.data.transforms import decode
 from esol.deploy.export import TOLERANCE, Graph, _with_fixed_padding
-from esol.deploy.segmenter import load_network
+from esol.deploy.model import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.segmentation import probabilities
