@@ -1,10 +1,10 @@
-"""The user's own photos as a source: images/, labels.csv, and where there are some masks/ and classes.txt."""
+"""Somebody's own photos as a source: folders by class, or images/ and a table; masks/ where there are some."""
 
 from __future__ import annotations
 
 import io
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -12,45 +12,45 @@ from PIL import Image
 
 from esol.base.errors import DataError
 from esol.base.palette import VOID
-from esol.data.photos import photo_format
 from esol.data.samples import encode_mask
-from shards.inputs import list_files, read_bytes, read_head, read_lines
-from shards.labels import Row, name_labels, read_rows
-from shards.names import FileNames, is_background, safe_key
+from shards.inputs import list_files, read_bytes
+from shards.labels import Row
+from shards.layout import PICTURES, is_picture, lay_out
+from shards.names import FileNames, safe_key
 from shards.samples import Source, check_labels, listing, negatives, pack
 
 _SPLITS = ("train", "val", "test")  # names of splits, whatever the classes are called
-_PICTURES = frozenset(
-    "jpg jpeg jpe jfif pjpeg pjp mpo png webp avif bmp gif heic heif jp2 jxl tif tiff dng nef cr2 arw".split()  # noqa: SIM905
-)
 
 
-def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) -> Source:
-    """Reads ROOT/images, ROOT/labels.csv, ROOT/masks/<same name>.png and ROOT/classes.txt (a folder or URL).
+def folder_source(
+    root: str, long_side: int = 0, drop_unlabelled: bool = False, table: str = "", negative: Sequence[str] = ()
+) -> Source:
+    """Somebody's own photos in a folder or URL: images/ beside a table of labels, or a folder for each class.
 
-    labels.csv as shards.labels reads it; split is train where none is given. A row without a label is a photo without
-    any object, unless drop_unlabelled leaves it out. Classes are the lines of classes.txt, else
-    the labels of the csv, sorted. A photo is what its bytes say, whatever its suffix. Masks of 0 and 255 alone count as
-    drawn objects where the photo's label, or the mask's folder, says of which class. DataError lists every row and file
-    that does not fit.
+    table: of labels, in any dialect that shards.labels reads; "" takes ROOT/labels.csv, else the only table in ROOT.
+    Without a table ROOT/CLASS/... or ROOT/images/CLASS/... name the classes, with folders train, val or test above them
+    where there are some. negative: more labels or folders whose photos show no object, beside those of is_negative,
+    unless classes.txt names them. masks/<same name>.png is a photo's mask. Split is train where none is given. A photo
+    without a label shows no object, unless drop_unlabelled leaves it out. Classes are the lines of classes.txt, else
+    the labels, sorted. A photo is what its bytes say, whatever its suffix. Masks of 0 and 255 alone count as drawn
+    objects where the photo's label, or the mask's folder, says of which class. DataError lists every row and file that
+    does not fit.
     """
     root = root.rstrip("/")
-    table = f"{root}/labels.csv"
-    rows = read_rows(table)
-    listed = read_lines(f"{root}/classes.txt") if "classes.txt" in list_files(root, below=False) else None
-    classes, notes = name_labels(rows, table, listed)
-    if not classes:
-        raise DataError(f"{table} names no class: no row has a label, so that there is nothing to learn")
-    photos = FileNames(list_files(f"{root}/images"))
+    laid = lay_out(root, table, negative)
+    if not laid.classes:
+        raise DataError(f"{laid.table or root} names no class: no photo has a label, so that there is nothing to learn")
+    table, base, rows, classes, photos = laid.table, laid.base, laid.rows, laid.classes, laid.photos
+    notes = list(laid.notes)
     problems: list[str] = []
     by_photo: dict[str, Row] = {}
     keys: dict[str, str] = {}
     renamed: list[str] = []
     for row in rows:
-        where = f"{table}, line {row.line}"
+        where = f"{table}, line {row.line}" if row.line else f"{root}/{base}{row.image}"
         photo = photos.find(row.image) or photos.find_stem(row.image)
         if photo is None:
-            problems.append(f"{where}: there is no image images/{row.image}")
+            problems.append(f"{where}: there is no image {base}{row.image}")
             continue
         if photo != photos.same(row.image):
             renamed.append(f"{row.image!r} is {photo!r}")
@@ -66,20 +66,17 @@ def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) 
             problems.append(f"{where}: image {row.image} has the same key {key} as line {line}")
             continue
         by_photo[photo], keys[key] = row, photo
-        if none := [label for label in row.labels if is_background(label)]:
-            problems.append(
-                f"{where}: {none[0]!r} is no class, every mask's 0: leave the cell of a photo without any object empty"
-            )
-        else:
-            try:
-                check_labels(row.labels, classes, where)
-            except DataError as error:
-                problems.append(str(error))
+        try:
+            check_labels(row.labels, classes, where)
+        except DataError as error:
+            problems.append(str(error))
         if row.split in classes and row.split not in _SPLITS:
             problems.append(f"{where}: split {row.split!r} is the name of a class; labels are joined by ; in one cell")
     unlisted = sorted(photos.names - by_photo.keys())
-    problems += [f"images/{name} has no row in {table}" for name in unlisted if _is_picture(root, name)]
-    masks, odd = _masks(root, by_photo, table)
+    problems += [
+        f"{base}{name} has no row in {table}" for name in unlisted if table and is_picture(f"{root}/{base}{name}")
+    ]
+    masks, odd = _masks(root, by_photo, table or f"{root}/{base}")
     problems += odd
     if problems:
         raise DataError(listing(f"{root}: {len(problems)} problems", problems))
@@ -88,7 +85,7 @@ def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) 
         notes.append(f"{root}/masks: in {len(binary)} masks of 0 and 255 alone 255 is taken as the class of the photo")
 
     unlabelled = [photo for photo, row in by_photo.items() if not row.labels]
-    notes += negatives(table, unlabelled, drop_unlabelled)
+    notes += negatives(table or root, unlabelled, drop_unlabelled)
     if renamed:
         notes.append(f"{table}: {len(renamed)} photos were found under another name: {', '.join(renamed[:2])}")
 
@@ -99,8 +96,8 @@ def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) 
         if mask is not None and photo in binary:
             levels = np.array(Image.open(io.BytesIO(mask)))
             mask = encode_mask(np.where(levels == VOID, np.uint8(binary[photo]), levels))
-        data, labels = read_bytes(f"{root}/images/{photo}"), by_photo[photo].labels
-        return pack(key, f"images/{photo}", data, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
+        data, labels = read_bytes(f"{root}/{base}{photo}"), by_photo[photo].labels
+        return pack(key, f"{base}{photo}", data, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
 
     splits: dict[str, list[str]] = {}
     for key, photo in keys.items():
@@ -110,15 +107,6 @@ def folder_source(root: str, long_side: int = 0, drop_unlabelled: bool = False) 
     return Source(classes, splits, read, tuple(notes))
 
 
-def _is_picture(root: str, name: str) -> bool:
-    """Whether a file that no row names is a photo that somebody may miss, by its name or its first bytes."""
-    base = PurePosixPath(name)
-    if base.name.startswith("."):
-        return False
-    suffix = base.suffix.lower().lstrip(".")
-    return suffix in _PICTURES or (not suffix and bool(photo_format(read_head(f"{root}/images/{name}"))))
-
-
 def _masks(root: str, photos: Mapping[str, Row], table: str) -> tuple[dict[str, str], list[str]]:
     """Photo -> its mask, and a line for each file of masks/ that cannot be used."""
     there = FileNames(list_files(f"{root}/masks"))
@@ -126,7 +114,7 @@ def _masks(root: str, photos: Mapping[str, Row], table: str) -> tuple[dict[str, 
     odd = []
     for name in sorted(there.names - set(found.values())):
         suffix = PurePosixPath(name).suffix.lower().lstrip(".")
-        if PurePosixPath(name).name.startswith(".") or suffix not in _PICTURES:
+        if PurePosixPath(name).name.startswith(".") or suffix not in PICTURES:
             continue
         if suffix == "png":
             odd.append(f"masks/{name} belongs to no image of {table}")

@@ -13,13 +13,20 @@ from esol.base.errors import DataError
 from shards.inputs import read_text
 from shards.names import check_count, fold, foreground, is_background, matcher, similar, tidy
 
-_HEADERS = (["image", "labels"], ["image", "labels", "split"])
+# names of columns; of several the first that stands here
+_IMAGE = ("image", "images", "filename", "file_name", "file", "filepath", "file_path", "path", "photo")
+IMAGE_COLUMNS = (*_IMAGE, "picture", "img", "image_path", "image_name", "image_id", "name", "id")
+LABEL_COLUMNS = ("labels", "label", "classes", "class", "tags", "tag", "categories", "category")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+_DELIMITERS = ",;\t|"
+_YES, _NO = ("1", "1.0", "true", "yes", "y", "x"), ("", "0", "0.0", "false", "no", "n", "-1")
+_FILE = re.compile(r".*\.[a-z0-9]{3,5}", re.IGNORECASE | re.DOTALL)
 _ASIAN = str.maketrans("；，、｜", ";,,|")  # separators of Asian keyboards
 
 
 @dataclass
 class Row:
-    """A row of labels.csv: its line, the cells image and split as they stand, and the classes that labels names."""
+    """A photo and its labels: line of the table (0 without one), cells image and split, the classes that are named."""
 
     line: int
     image: str
@@ -28,51 +35,128 @@ class Row:
     labels: list[str] = field(default_factory=list)
 
 
-def read_rows(table: str) -> list[Row]:
-    """The rows of a table with the header image,labels or image,labels,split; their labels are not looked at yet.
+@dataclass(frozen=True)
+class _Columns:
+    """Where a table has what: numbers of columns, -1 for none; classes: column -> class, where each has its own."""
 
-    Columns are separated by commas, semicolons or tabs, as the header shows. Rows of empty cells are left out.
-    DataError names the line that does not fit.
+    delimiter: str
+    width: int
+    image: int
+    labels: int
+    split: int
+    classes: dict[int, str]
+    first: int  # line of the table that the rows begin at, counted without blank ones
+
+
+def read_table(table: str, listed: Sequence[str] | None) -> tuple[list[Row], tuple[str, ...], list[str]]:
+    """Rows, classes and notes of a table of photos, in whatever dialect people and their programs write it.
+
+    The first line names the columns: one for the photo (image, filename, ...), one for its labels (labels, class, ...)
+    or one for each class that holds 0 and 1, and perhaps one for the split; others are passed over, and said. A table
+    of two or three columns whose first line begins with a file has image, labels, split. Columns are separated by
+    commas, semicolons, tabs or bars. listed: lines of classes.txt. DataError names the line that does not fit.
     """
     text = io.StringIO(read_text(table), newline=None)
-    header, delimiter = _header(text.getvalue(), table)
-    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
+    columns, notes = _columns(text.getvalue(), table)
+    reader = csv.reader(text, delimiter=columns.delimiter, skipinitialspace=True, strict=True)
     rows: list[Row] = []
+    skip = columns.first
     try:
         for cells in reader:
-            while len(cells) > len(header) and not cells[-1].strip():
+            while len(cells) > columns.width and not cells[-1].strip():
                 cells.pop()  # of empty columns
-            if not any(cell.strip() for cell in cells) or (not rows and _is_header(cells, header)):
+            if not any(cell.strip() for cell in cells) or cells[0].lower().startswith("sep="):
                 continue
-            if len(cells) != len(header):
+            if skip:
+                skip -= 1
+                continue
+            if len(cells) != columns.width:
                 raise DataError(
-                    f"{table}, line {reader.line_num}: {len(cells)} columns instead of {len(header)}; an image's"
+                    f"{table}, line {reader.line_num}: {len(cells)} columns instead of {columns.width}; an image's"
                     " labels stand in one cell, joined by semicolons"
-                    + (', in quotes ("cat;dog")' if delimiter == ";" else "")
+                    + (', in quotes ("cat;dog")' if columns.delimiter == ";" else "")
                 )
-            image, labels, split = [cell.strip() for cell in [*cells, ""][:3]]
-            rows.append(Row(reader.line_num, image, labels, tidy(split) or "train"))
+            rows.append(_row(cells, columns, f"{table}, line {reader.line_num}", reader.line_num))
     except csv.Error as error:
         raise DataError(f"{table}, line {reader.line_num}: {error}") from error
     if not rows:
         raise DataError(f"{table} lists no image")
-    return rows
+    if columns.labels >= 0:
+        classes, more = name_labels(rows, table, listed)
+        return rows, classes, notes + more
+    if listed is None:
+        classes, more = foreground([name for name in columns.classes.values() if not is_background(name)], table)
+    else:
+        classes, more = foreground(listed, f"{table.rpartition('/')[0]}/classes.txt")
+        match = matcher(classes)
+        for row in rows:
+            row.labels = [match(label) for label in row.labels]
+    return rows, classes, notes + more
 
 
-def _header(text: str, table: str) -> tuple[list[str], str]:
+def is_table(path: str) -> bool:
+    """Whether a file begins as a table of photos does."""
+    try:
+        _columns(read_text(path), path)
+    except DataError:
+        return False
+    return True
+
+
+def _row(cells: list[str], columns: _Columns, where: str, line: int) -> Row:
+    cells = [cell.strip() for cell in cells]
+    split = tidy(cells[columns.split]) if columns.split >= 0 else ""
+    row = Row(line, cells[columns.image], cells[columns.labels] if columns.labels >= 0 else "", split or "train")
+    for number, name in columns.classes.items():
+        value = cells[number].lower()
+        if value not in _YES + _NO:
+            raise DataError(
+                f"{where}: column {name!r} holds {cells[number]!r}. A table has a column for labels "
+                f"({', '.join(LABEL_COLUMNS[:4])}), or one for each class, 1 where a photo shows it and 0 where not"
+            )
+        if value in _YES:
+            row.labels.append(name)
+    return row
+
+
+def _columns(text: str, table: str) -> tuple[_Columns, list[str]]:
     lines = [line for line in text.splitlines() if line.strip() and not line.lower().startswith("sep=")]
     first = lines[0] if lines else ""
-    for delimiter in ",;\t":
-        cells = [tidy(cell).lower() for cell in next(csv.reader([first], delimiter=delimiter, skipinitialspace=True))]
-        while cells and not cells[-1]:
-            cells.pop()
-        if cells in _HEADERS:
-            return cells, delimiter
-    raise DataError(f"{table}: the first line must be image,labels or image,labels,split, not {first[:200]}")
+    for delimiter in _DELIMITERS:
+        try:
+            names = [tidy(cell) for cell in next(csv.reader([first], delimiter=delimiter, skipinitialspace=True))]
+        except (csv.Error, StopIteration):
+            continue
+        while names and not names[-1]:
+            names.pop()
+        lower = [name.lower() for name in names]
+        image, labels, split = (
+            next((lower.index(name) for name in known if name in lower), -1)
+            for known in (IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
+        )
+        if image >= 0 and len(names) > 1:
+            rest = [n for n in range(len(names)) if n not in (image, labels, split)]
+            if labels < 0 and len(rest) == 1 and not _holds_marks(lines[1:], rest[0], delimiter):
+                labels, rest = rest[0], []
+            if labels < 0 and not rest:
+                continue
+            if labels < 0:
+                return _Columns(delimiter, len(names), image, -1, split, {n: names[n] for n in rest}, 1), []
+            passed = [f"{table}: columns that are not read: {', '.join(names[n] for n in rest)}"] if rest else []
+            return _Columns(delimiter, len(names), image, labels, split, {}, 1), passed
+        if 1 < len(names) < 4 and _FILE.fullmatch(names[0]):  # no header
+            return _Columns(delimiter, len(names), 0, 1, 2 if len(names) == 3 else -1, {}, 0), []
+    raise DataError(
+        f"{table}: the first line must name the columns, such as image,labels: one for the photo "
+        f"({', '.join(IMAGE_COLUMNS[:4])}, ...), and one for its labels ({', '.join(LABEL_COLUMNS[:4])}, ...) or one "
+        f"for each class; it is {first[:200]!r}"
+    )
 
 
-def _is_header(cells: list[str], header: list[str]) -> bool:
-    return [tidy(cell).lower() for cell in cells] == header or cells[0].lower().startswith("sep=")
+def _holds_marks(lines: Sequence[str], column: int, delimiter: str) -> bool:
+    """Whether a column holds nothing but marks for yes and no."""
+    cells = [row[column].strip().lower() for row in csv.reader(lines, delimiter=delimiter) if len(row) > column]
+    return bool(cells) and set(cells) <= {*_YES, *_NO}
 
 
 def name_labels(rows: Sequence[Row], table: str, listed: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:

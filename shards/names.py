@@ -17,6 +17,7 @@ from esol.data.index import MOST_CLASSES
 _KEY_BYTES = 80  # tar headers hold 100, extension included
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "„": "“", "‘": "’", "«": "»"}
 _JOINERS = "\u200c\u200d"  # mean something between the letters of some scripts
+_NEGATIVES = ("good", "free", "none", "negative", "negatives", "normal", "ok")
 _LETTER = r"[^\W_]"
 _UPLOAD = re.compile(r"[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file
 
@@ -90,6 +91,11 @@ def check_count(classes: Sequence[str], where: str) -> None:
 def is_background(name: str) -> bool:
     """Whether a name says what no class is: background, _background_, BG."""
     return tidy(name).strip("_ ").lower() in ("background", "bg")
+
+
+def is_negative(name: str) -> bool:
+    """Whether a label or a folder says that its photos show no object: good, free, none, negative, background, ..."""
+    return is_background(name) or tidy(name).lower() in _NEGATIVES
 
 
 def foreground(names: Iterable[str], where: str) -> tuple[tuple[str, ...], list[str]]:

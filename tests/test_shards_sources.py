@@ -283,7 +283,7 @@ def test_a_row_without_label_is_a_photo_without_any_object(own: Path) -> None:
     (own / "classes.txt").unlink()
     everyone = "one.jpg,\ntwo words.jpg,\nsub/three.v2.jpg,"
     (own / "labels.csv").write_text(f"image,labels\n{everyone}\n")
-    with pytest.raises(DataError, match=r"labels\.csv names no class: no row has a label"):
+    with pytest.raises(DataError, match=r"labels\.csv names no class: no photo has a label"):
         folder_source(str(own))
     (own / "labels.csv").write_text("image,labels\none.jpg,\ntwo words.jpg,apple\nsub/three.v2.jpg,apple\n")
     assert folder_source(str(own), drop_unlabelled=True).splits == {"train": ["two_words", "sub_three_v2"]}
@@ -319,8 +319,9 @@ def test_bad_rows_are_named_by_line(own: Path, rows: str, words: str) -> None:
 
 
 def test_bad_header_is_quoted(own: Path) -> None:
-    (own / "labels.csv").write_text("file;labels\none.jpg;kiwi\n")
-    with pytest.raises(DataError, match="the first line must be image,labels or image,labels,split, not file;labels"):
+    (own / "labels.csv").write_text("photograph;shows\none.jpg;kiwi\n")
+    words = "the first line must name the columns, such as image,labels: .* it is 'photograph;shows'"
+    with pytest.raises(DataError, match=words):
         folder_source(str(own))
 
 
