@@ -1,10 +1,10 @@
-# make demo | test | test-cluster | check | ui; everything runs in .venv, made on first use.
+# make demo | test | test-cluster | test-page | check | ui; everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: help demo test test-cluster check ui env clean
+.PHONY: help demo test test-cluster test-page check ui env clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -28,6 +28,10 @@ test: env  ## all tests that need neither a GPU nor root
 test-cluster: env  ## as root on Linux: two machines as network namespaces, a real SLURM (apt-get install slurm-wlm munge)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'
 	ESOL_CLUSTER=1 $(BIN)/python -m pytest tests/test_launch_files.py tests/distributed/test_nodes.py tests/distributed/test_slurm.py
+
+test-page: env  ## the report page in headless Chromium (apt-get install chromium chromium-driver)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,page]'
+	ESOL_PAGE=1 $(BIN)/python -m pytest tests/page
 
 check: env  ## lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -9,6 +9,12 @@ from pathlib import Path
 from esol.base import exits
 
 
+def _auto(args: argparse.Namespace) -> int:
+    from esol.pipeline.auto import auto
+
+    return auto(args.photos, args.out, args.labels, args.negatives, args.device, args.minutes)
+
+
 def _report(args: argparse.Namespace) -> int:
     from esol.report.tables import results_table
 
@@ -48,6 +54,23 @@ def _main() -> int:
     parser = argparse.ArgumentParser(prog="esol", description="Image-level labels in, pixel masks and a model out.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("auto", help="from a folder of photos to masks and a page, without a decision")
+    command.add_argument(
+        "photos", metavar="PHOTOS", help="a folder for each class, or images/ and a table, VOC or COCO"
+    )
+    command.add_argument("--out", type=Path, default=Path("runs/auto"), metavar="RUN", help="default: runs/auto")
+    command.add_argument("--labels", default="", metavar="FILE", help="the table of labels, where it lies elsewhere")
+    command.add_argument(
+        "--negatives",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="folder of photos without any object; repeatable",
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--minutes", type=float, metavar="N", help="how long it may take (default on a CPU: 10)")
+    command.set_defaults(run=_auto)
 
     command = commands.add_parser("run", help="run the stages of a config in this process", add_help=False)
     train.add_arguments(command)

@@ -273,6 +273,8 @@ class TrackingConfig:
     experiment: str = key("esol", runtime=True)  # the name in MLflow under which runs stand
     # how often values are logged
     every: int = key(10, low=1, high=100_000, unit="steps between logged values", runtime=True)
+    # the page to look at, RUN/report.html; of more photos it shows so many, evenly spread
+    page: int = key(10000, low=0, high=100000, unit="photos in report.html; 0 = no page", runtime=True)
     # how many photos a stage's picture shows
     pictures: int = key(12, low=0, high=64, unit="overlay pictures per stage", runtime=True)
 

@@ -29,6 +29,7 @@ ROWS = (
     ("esol.report",),
     ("esol.deploy",),
     ("esol.pipeline.job", "esol.pipeline.doctor"),
+    ("esol.pipeline.auto",),
     ("esol", "esol.cli", "esol.train"),
 )
 

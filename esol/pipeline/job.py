@@ -19,6 +19,7 @@ from esol.pipeline.context import Context
 from esol.pipeline.registry import table
 from esol.pipeline.runner import check_splits, chosen, run_stages
 from esol.pipeline.store import Store
+from esol.report.page.page import PAGE, write_page
 from esol.report.tables import summary
 from esol.tracking.tracker import Tracker
 from esol.training.loop import Stopped, StopSignal
@@ -43,6 +44,8 @@ def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = Fa
     if engine.is_main:
         stale = "".join(f"\nout of date: {line}" for line in records.outdated(run_dir))
         print(f"\n{summary(records.finished(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
+        if config.tracking.page:
+            print(f"to look at: {run_dir / PAGE}", flush=True)
     engine.close()
     return 0
 
@@ -71,8 +74,22 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
     with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
-            run_stages(context, only, stages)
+            run_stages(context, only, stages, lambda: _page(context))
+            if engine.is_main and ((run_dir / PAGE).exists() or _page(context)):
+                tracker.artifact(run_dir / PAGE)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return stopped.code
     return 0
+
+
+def _page(context: Context) -> bool:
+    """Writes the page of the run as it stands; False where the config wants none, or the disk had no room for it."""
+    if not context.config.tracking.page:
+        return False
+    try:
+        write_page(context.run_dir, context.config, context.index, context.reader, context.engine.beat)
+    except OSError as error:
+        context.say(f"warning: {context.run_dir / PAGE} could not be written: {error.strerror or error}")
+        return False
+    return True

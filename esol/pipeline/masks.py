@@ -20,7 +20,7 @@ from esol.base.schema import finite
 from esol.config import Auto, Config, MaskConfig
 from esol.data.index import Index
 from esol.data.samples import encode_mask
-from esol.ops.metrics import METRICS, ThresholdCurve, confusion_matrix, score
+from esol.ops.metrics import METRICS, Counts, ThresholdCurve, confusion_matrix, score
 from esol.ops.pseudo_labels import pseudo_mask
 from esol.ops.saliency import saliency_channels, saliency_labels
 from esol.ops.seeds import best_class
@@ -58,7 +58,7 @@ class MaskStage(InferenceStage[Mask]):
     makes = "masks"
     needs: ClassVar[tuple[str, ...]] = ("localize",)
     shaped_by = ("data.mask_split", "data.score_split", "seed_masks", "saliency")  # seeds stand in for what is lost
-    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json")
+    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json", "confusion.json")
     refines: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     config: MaskConfig
@@ -126,6 +126,7 @@ class MaskStage(InferenceStage[Mask]):
             curve = ThresholdCurve(len(self.context.index.classes))
             curve.add(tally["curve"])
             write_curves(context, self.folder, {"plain": curve})
+            write_confusion(self.folder, tally["crf"])
             best = curve.best()
             results.scores["plain"] = scored(tally, "plain", split, self.config.threshold)
             if self.config.crf.iterations:
@@ -225,6 +226,11 @@ def stand_in(mask: Tensor, seeds: Tensor, lost: list[int]) -> Tensor:
     """
     wanted = torch.tensor([c + 1 for c in lost], dtype=seeds.dtype, device=seeds.device)
     return torch.where(torch.isin(seeds, wanted) & (mask == 0), seeds, mask)
+
+
+def write_confusion(folder: Path, matrix: Counts) -> None:
+    """confusion.json: pixels by the label of the truth (rows) and by that of the mask, background first."""
+    atomic_write(folder / "confusion.json", json.dumps(matrix.tolist()) + "\n")
 
 
 def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurve]) -> None:

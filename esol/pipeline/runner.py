@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from esol.base.errors import CheckpointError, ConfigError, DataError
@@ -53,8 +53,13 @@ def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> No
                 )
 
 
-def run_stages(context: Context, only: Sequence[str] | None, store: Store) -> None:
-    """Runs or skips every chosen stage and keeps results.json up to date."""
+def run_stages(
+    context: Context, only: Sequence[str] | None, store: Store, finished: Callable[[], object] = lambda: None
+) -> None:
+    """Runs or skips every chosen stage and keeps results.json up to date.
+
+    finished: called on the main rank after a stage, while the others may go on.
+    """
     for stage in chosen(context.config, only):
         task = _look(context, stage, store)
         if task["error"]:
@@ -66,6 +71,8 @@ def run_stages(context: Context, only: Sequence[str] | None, store: Store) -> No
             context.say(f"{stage.name}: runs again, {task['why']}")
         context.settings, context.fingerprint = task["settings"], task["fingerprint"]
         _run(context, stage, store)
+        if context.engine.is_main:
+            finished()
 
 
 def _run(context: Context, stage: type[Stage], store: Store) -> None:

@@ -44,13 +44,19 @@ def results_table(run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def summary(found: Mapping[str, Manifest]) -> str:
-    """Every mIoU of a run with the split and the initial weights that it stands on; Markdown."""
+def summary_rows(found: Mapping[str, Manifest]) -> list[tuple[str, Scores, str]]:
+    """Every score of a run that stands by itself: of what, its scores, the initial weights that it stands on."""
     rows = []
     for name, own in found.items():
         for which, scores in own.scores.items():
             if (what := _spoken_of(name, own, which, scores)) is not None:
                 rows.append((what, scores, own.results.get("initial_weights", "")))
+    return rows
+
+
+def summary(found: Mapping[str, Manifest]) -> str:
+    """Every mIoU of a run with the split and the initial weights that it stands on; Markdown."""
+    rows = summary_rows(found)
     lines = ["| what | split | mIoU | precision | recall | initial weights |", "|---|---|---|---|---|---|"]
     for what, scores, weights in rows:
         measures = " | ".join(_text(getattr(scores, name), ".2f") for name in _MEASURES)

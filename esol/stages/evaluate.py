@@ -18,7 +18,7 @@ from esol.ops.segmentation import probabilities
 from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
-from esol.pipeline.masks import against_truth, judge_counts, mask_stages, scored
+from esol.pipeline.masks import against_truth, judge_counts, mask_stages, scored, write_confusion
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, by_class
 from esol.pipeline.weights import initial_weights, restore
@@ -42,6 +42,7 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
     version = 2
     needs = ("segment",)
     makes = "predictions"
+    produces = ("index.json", "*.tar", "confusion.json")
     shaped_by = ("data.eval_split",)
     splits = ("eval_split",)
     scored = "eval_split"
@@ -91,6 +92,7 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
         context, split = self.context, self.context.config.data.eval_split
         results = Results(last="plain")
         if "crf" in tally and tally["crf"].any():
+            write_confusion(self.folder, tally["crf"])
             results.scores["plain"] = scored(tally, "plain", split)
             if self.config.crf.iterations:
                 results.scores["crf"], results.last = scored(tally, "crf", split), "crf"

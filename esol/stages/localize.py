@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from esol.base.errors import ConfigError
 from esol.base.palette import VOID
@@ -31,6 +32,7 @@ from esol.report.judge import Evidence
 
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body
 SAMPLED = 64  # photos by which write = auto chooses: maps of all heads and their CRF cost a second a photo
+SEEN = 80  # pixels, long side of the maps in seen.npz
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Localize(MapStage):
         return self.config.batch
 
     def members(self, sample: Sample, made: dict[str, ClassMaps]) -> Members:
-        return {"maps.npz": _pack(made[self.written])}
+        return {"maps.npz": _pack(made[self.written]), "seen.npz": _pack_small(made)}
 
     def count(self, sample: Sample, made: dict[str, ClassMaps]) -> Tally:
         """The curve of every source, and that of the body where the shard tells parts from bodies."""
@@ -193,6 +195,21 @@ def _pack(maps: ClassMaps) -> bytes:
         stride4=maps.low.cpu().numpy().astype(np.float16),
         full=(maps.full * 255).round().to(torch.uint8).cpu().numpy(),
     )
+    return buffer.getvalue()
+
+
+def _pack_small(made: dict[str, ClassMaps]) -> bytes:
+    """seen.npz, for people to look at: every source's maps, uint8 (n, h, w) in 1/255, long side SEEN at most."""
+    small: dict[str, Any] = {}
+    for source, own in made.items():
+        height, width = own.full.shape[1:]
+        scale = min(1.0, SEEN / max(height, width))
+        size = (max(1, round(scale * height)), max(1, round(scale * width)))
+        full = own.full if len(own.full) else own.full.new_zeros(1, height, width)
+        pooled = F.adaptive_avg_pool2d(full[None], size)[0][: len(own.full)]
+        small[source] = (pooled * 255).round().to(torch.uint8).cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **small)
     return buffer.getvalue()
 
 

@@ -35,7 +35,7 @@ segment:
 evaluate: {scales: [1.0, 1.5]}
 engine: {threads: 1}
 checkpoint: {every: 3}
-tracking: {every: 2, pictures: 3}
+tracking: {every: 2, pictures: 3, page: 9}
 """
 TINY += f"stages: [{', '.join(STAGES)}]\n"  # irn_mean among them, which runs have only where it is named
 TRAINING = ["classify", "decide", "expand", "shrink", "psa", "irn", "segment"]

@@ -1,0 +1,127 @@
+"""How long a run will take on this machine: a few steps of its networks, and how many of them each stage makes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from esol.config import BackboneConfig, Config, CrfConfig, Duration, MapsConfig, TrainConfig
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.transforms import decode, resize
+from esol.models.backbones import build_backbone
+from esol.models.deeplab import DeepLab
+from esol.ops.dense_crf import mean_field, unary_from_labels
+from esol.pipeline.registry import table
+
+BATCH, PHOTOS = 8, 4
+START = 4.0  # seconds that a stage takes before its first step and behind its last, its pictures among them
+JUDGED = 64  # photos by which localize compares maps
+# Seconds of a stage for each of the seconds that were measured. Fitted to two runs on two cores (docs/cost.md), 60 and
+# 400 photos of 320 pixels; the learning stages' are of an image, the others' of a photo.
+LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 4.0}  # of a frozen pass
+LEARNED_FINE = {"psa": 0.8, "segment": 0.9}  # of a learning step at stride 8
+REFINED = {
+    "seed_masks": 1.1,
+    "psa_labels": 1.0,
+    "psa_masks": 1.6,
+    "irn_labels": 1.6,
+    "irn_masks": 1.8,
+    "vote_masks": 0.1,
+}
+PACKED = 3.0  # of a frozen pass: what localize adds for each source
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds an image of a frozen pass at stride 16, of a learning step of DeepLab, and of a photo's CRF."""
+
+    passed: float
+    learned: float
+    refined: float
+
+
+def measure(config: Config, index: Index) -> Speed:
+    """A few steps of the run's networks, with random weights, on photos of its shards; about ten seconds on a CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
+    crop = config.data.crop
+    train, reader = index.split(config.data.train_split), ShardReader(index)
+    chosen = train[
+        np.linspace(0, len(train) - 1, PHOTOS).astype(int)
+    ].tolist()  # noise would make the CRF's lattice huge
+    photos = [decode(reader.image(one), reader.name(one)).to(device) for one in chosen]
+    images = torch.stack([resize(photos[i % len(photos)], crop, crop) for i in range(BATCH)])
+    frozen = build_backbone(replace(config.model, freeze="all"), pretrained=False).to(device)
+
+    def look() -> None:
+        with torch.no_grad(), torch.autocast(device.type, kind, kind != torch.float32):
+            frozen(images).float().sum().item()
+
+    segment = config.named("segment")
+    fine = BackboneConfig(segment.model.backbone, output_stride=8, freeze=segment.model.freeze)
+    net = DeepLab(build_backbone(fine, pretrained=False), 3).to(device)
+    larger = F.pad(images, (0, 1, 0, 1))
+
+    def learn() -> None:
+        with torch.autocast(device.type, kind, kind != torch.float32):
+            loss = net(larger).float().square().mean()
+        loss.backward()
+        net.zero_grad()
+
+    def refine() -> None:
+        for photo in photos:
+            labels = torch.zeros(photo.shape[1:], dtype=torch.long, device=device)
+            labels[: photo.shape[1] // 3] = 1
+            mean_field(photo, [unary_from_labels(labels, 2)], CrfConfig())[0].sum().item()
+
+    return Speed(_seconds(look) / BATCH, _seconds(learn) / BATCH, _seconds(refine) / PHOTOS)
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _seconds(work: Callable[[], None], rounds: int = 3) -> float:
+    work()  # the first builds kernels
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
+    """Stage -> about how long it takes."""
+    maps = config.section(MapsConfig)
+    photos = len(index.split(config.data.mask_split))
+    evaluated = len(index.split(config.data.eval_split))
+    shown = photos if index.labels is None else int(index.labels[index.split(config.data.mask_split)].any(1).sum())
+    sources = sum(stage in config.stages for stage in ("classify", "decide", "expand", "shrink"))
+    size = (maps.long_side or config.data.long_side[1]) ** 2 * 0.75 / config.data.crop**2  # of a photo, in crops
+    passes = size * sum(scale**2 for scale in maps.scales) * (2 if maps.flip else 1)
+    predicted = config.named("evaluate")
+    fine = size * sum(scale**2 for scale in predicted.scales) * (2 if predicted.flip else 1)
+    took: dict[str, float] = {}
+    for name in config.stages:
+        own = config.named(name) if table()[name].section else None
+        if isinstance(own, TrainConfig):
+            epoch = len(index.split(config.data.train_split)) // own.global_batch or 1
+            images = Duration.parse(own.duration, name).steps(own.global_batch, epoch) * own.global_batch
+            each = LEARNED.get(name, 0) * speed.passed + LEARNED_FINE.get(name, 0) * speed.learned
+            took[name] = START + images * each
+        elif name == "localize":
+            judged = min(JUDGED, shown) * sources * speed.refined
+            took[name] = START + judged + (photos + min(JUDGED, shown)) * speed.passed * (passes + PACKED * sources)
+        elif name == "evaluate":
+            took[name] = START + evaluated * (fine * speed.learned / 3 + speed.refined)
+        else:
+            took[name] = START + photos * REFINED.get(name, 1.0) * speed.refined
+    return took

@@ -1,0 +1,199 @@
+"""The config that `esol auto` writes: what these photos, this machine and this time ask for, with reasons."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from esol.base.errors import ConfigError, WeightsError
+
+_MAPS = ("classify", "decide", "expand", "shrink", "localize")
+_MASKS = ("seed_masks", "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_masks", "vote_masks")
+CHAIN = (*_MAPS, *_MASKS, "segment", "evaluate")
+# what is left out first where the time is short: IRN gives masks that PSA's mostly beat, Shrinkage maps that the judge
+# mostly passes over, and DeepLab learns from masks that are there by then
+OPTIONAL = (("irn_labels", "irn", "irn_masks", "vote_masks"), ("shrink",), ("segment", "evaluate"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run can count on; memory in GiB."""
+
+    gpu: bool
+    cores: int
+    memory: float
+    bf16: bool
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return "a GPU" if self.gpu else f"{self.cores} CPU core{'s' if self.cores > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Initial weights: backbone as configs name it, file "" where the hub has it."""
+
+    backbone: str
+    file: str
+
+
+_SMALL = ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0.safetensors", "models--timm--tf_efficientnet_lite0.in1k")
+_LARGE = ("resnet50", "resnet50-0676ba61.pth", "resnet50-0676ba61.pth")
+
+
+def this_machine(device: str) -> Machine:
+    """The machine, found without torch, which takes seconds to load; device: auto, cpu or cuda."""
+    gpu = bool(shutil.which("nvidia-smi")) and Path("/dev/nvidia0").exists()
+    if device == "cuda" and not gpu:
+        raise ConfigError("--device cuda: this machine shows no NVIDIA GPU; leave the option out to run on the CPU")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    flags = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    on_gpu = gpu and device != "cpu"
+    return Machine(on_gpu, cores, memory, on_gpu or "avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def initial_weights(machine: Machine) -> Initial:
+    """A small backbone for a CPU, ResNet-50 for a GPU: a file in $ESOL_WEIGHTS, else the hub's; WeightsError at once
+    where there is neither."""
+    folder = os.environ.get("ESOL_WEIGHTS", "")
+    wanted = [_LARGE, _SMALL] if machine.gpu else [_SMALL]
+    for backbone, name, _ in wanted:
+        if folder and (Path(folder) / name).is_file():
+            return Initial(backbone, str((Path(folder) / name).absolute()))
+    backbone, name, cached = wanted[0]
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")) / "hub" / cached
+    if machine.gpu:
+        hub = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints" / cached
+    if hub.exists() or _reachable(_hub(machine)):
+        return Initial(backbone, "")
+    raise WeightsError(
+        f"there are no initial weights: {name} is not in the folder that the variable ESOL_WEIGHTS names "
+        f"({folder or 'it is not set'}), and its hub cannot be reached. Put the file there, or connect to the internet"
+    )
+
+
+def _hub(machine: Machine) -> str:
+    if machine.gpu:
+        return "download.pytorch.org"
+    from huggingface_hub import constants  # what HF_ENDPOINT says, else its own
+
+    return urlsplit(constants.ENDPOINT).hostname or ""
+
+
+def _reachable(host: str, seconds: float = 1.0) -> bool:
+    """Whether a host takes connections; a look-up that hangs counts as no."""
+    answers: list[bool] = []
+
+    def look() -> None:
+        try:
+            socket.create_connection((host, 443), seconds).close()
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(seconds + 0.3)
+    return answers == [True]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """What the shards hold: numbers of photos and of those that show something, long side in the middle, splits."""
+
+    count: int
+    shown: int
+    side: int
+    splits: Mapping[str, int]
+    masks: bool
+
+    @property
+    def evaluated(self) -> str:
+        """The split that DeepLab is to predict: one that nothing learns from, where there is one."""
+        return next((name for name in ("val", "test") if name in self.splits), "train")
+
+
+def config_text(
+    run_dir: Path,
+    photos: Photos,
+    machine: Machine,
+    initial: Initial,
+    stages: Sequence[str],
+    shares: tuple[float, float],
+    reason: str,
+) -> str:
+    """The YAML of a run. stages: which; shares: of the usual training, of maps and walks and
+    of DeepLab; reason: of both, in words."""
+    share, deeplab = shares
+    largest = 448 if machine.gpu else 320
+    side = max(64, min(photos.side, largest))
+    low = max(48, round(0.7 * side / 16) * 16)
+    crop = max(64, low // 16 * 16)
+    batch = min(16, photos.count)
+    half = min(8, photos.count)
+    weights = initial.file or ""
+    model = f"backbone: {initial.backbone}, " + (f'weights: "{weights}", ' if weights else "")
+    frozen = "all" if not machine.gpu else "stem"
+    scored = (
+        "they have masks, so every stage is scored" if photos.masks else "they have no masks, so the judge ranks stages"
+    )
+
+    def images(count: int, least: int) -> str:
+        return f"{max(least, round(share * count / 100) * 100)} images"
+
+    scales = "0.5, 1.0, 1.5, 2.0" if machine.gpu else "1.0, 1.5" if share > 0.7 else "1.0"
+    lines = [
+        "# Written by `esol auto`. Change a line and run the same command again: only what it touches is made anew.",
+        "# docs/config.md has every key, docs/maps.md which to turn when maps are too wide or too tight.",
+        f"run_dir: {run_dir}",
+        f"# {reason}",
+        f"stages: [{', '.join(stages)}]",
+        "data:",
+        f"  root: {run_dir / 'shards'}",
+        f"  eval_split: {photos.evaluated}  # {_of_split(photos.evaluated, photos)}",
+        f"  long_side: [{low}, {side}]  # {photos.count} photos, whose long side is {photos.side} pixels in the middle",
+        f"  crop: {crop}  # pixels; {scored}",
+        f"  workers: {2 if machine.gpu else 1}  # processes that read photos beside training",
+        "model:",
+        f"  {model.rstrip(', ').replace(', ', chr(10) + '  ')}",
+        f"  freeze: {frozen}  # " + ("the machine has a GPU" if machine.gpu else "on a CPU only the head learns"),
+        "classify:",
+        f'  duration: "{max(1, round(4 * share))} epochs, {images(3200, 1600)[:-7]} to 200000 images"',
+        f"  global_batch: {batch}  # images a step",
+        f"  lr: {0.02 if machine.gpu else 0.05}",
+        f"  head_lr: {10 if machine.gpu else 1}",
+        f"decide: {{duration: {images(3200, 1600)}, global_batch: {batch}}}",
+        f"expand: {{duration: {images(1600, 1200)}, global_batch: {batch}}}",
+        f"shrink: {{duration: {images(2400, 1200)}, global_batch: {batch}}}",
+        f"localize: {{scales: [{scales}], long_side: {side}}}",
+        f"psa: {{duration: {images(2000, 1000)}, global_batch: {half}, crop: {crop}}}",
+        f"irn: {{duration: {images(1600, 800)}, global_batch: {batch}, lr_batch: 16, crop: {crop}}}",
+        "segment:",
+        f"  model: {{{model}freeze: stem}}",
+        f"  duration: {round(deeplab * (32000 if machine.gpu else 4000) / 100) * 100} images",
+        f"  global_batch: {half}",
+        "  lr_batch: 8",
+        "  lr: 0.001",
+        "  head_lr: 2",
+        f"  crop: {crop + 1}",
+        "  scale: [0.75, 1.5]",
+        "  inputs: [1.0]",
+        f"evaluate: {{scales: [{'0.75, 1.0, 1.25' if share >= 1 else '1.0'}]}}",
+        f"engine: {{precision: {'bf16' if machine.bf16 else 'fp32'}}}  # "
+        + ("the machine computes in bf16" if machine.bf16 else "the machine has no bf16"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _of_split(name: str, photos: Photos) -> str:
+    if name == "train":
+        return "DeepLab predicts the photos that it learned from, for there is no split val or test"
+    return f"{photos.splits[name]} photos that nothing learns from"

@@ -1,0 +1,1 @@
+"""report.html: a run to look at, without a server."""

@@ -1,0 +1,234 @@
+"""What the page shows of every photo, in layers: the photos, their truth, and what each stage made of them.
+
+A layer is a few files of report_files/: NAME-0000.js, NAME-0001.js, ... with CHUNK photos each, which call
+ESOL.add(layer, first photo, entries) and which the page loads as scripts, and NAME.json with a number or two of each
+photo. A layer is written once for what it is made from: a page that is written anew after every stage costs only the
+newest one.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from esol.base.errors import DataError
+from esol.base.files import atomic_write
+from esol.base.palette import VOID
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.samples import decode_mask
+from esol.data.transforms import decode
+from esol.ops.metrics import confusion_matrix, score
+from esol.report.judge import Evidence
+
+CHUNK = 50  # photos a file
+SIDE, THUMB, MAP = 320, 96, 80  # pixels, long sides: of a photo, of its thumbnail, of a class map
+Beat = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Album:
+    """The photos of a page, and where its layers lie."""
+
+    index: Index
+    reader: ShardReader
+    ordinals: NDArray[np.int64]
+    folder: Path
+    beat: Beat
+
+    def chunks(self, layer: str) -> Iterator[tuple[int, list[int]]]:
+        """The first place of each chunk, and its photos; tells the watchdog."""
+        for start in range(0, len(self.ordinals), CHUNK):
+            self.beat(f"the page's {layer}, photo {start}")
+            yield start, self.ordinals[start : start + CHUNK].tolist()
+
+    def pixels(self, ordinal: int) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3) at the page's size; gray where the photo cannot be read."""
+        try:
+            photo = decode(self.reader.image(ordinal), self.reader.name(ordinal)).permute(1, 2, 0).numpy()
+        except DataError:
+            return np.full((SIDE * 3 // 4, SIDE, 3), 128, np.uint8)
+        image = Image.fromarray(photo)
+        image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    def truth(self, ordinal: int) -> NDArray[np.uint8] | None:
+        """The photo's own mask, if the shards have one that can be read."""
+        masks = self.index.members.get("mask.png")
+        if masks is None or masks[ordinal, 0] < 0:
+            return None
+        try:
+            return decode_mask(self.reader.read(ordinal, "mask.png"), self.reader.name(ordinal))
+        except DataError:
+            return None
+
+    def labels(self, ordinal: int) -> list[int]:
+        """The classes that it is labelled with, without background."""
+        if self.index.labels is not None:
+            return np.flatnonzero(self.index.labels[ordinal]).tolist()
+        return np.flatnonzero(self.reader.labels(ordinal)).tolist()
+
+
+def write_photos(album: Album) -> None:
+    """Layer "photos", and thumbs.json: a JPEG of each, in base64."""
+    thumbs: list[str] = []
+    shapes: list[list[int]] = []
+
+    def entries(ordinals: Sequence[int]) -> list[Any]:
+        found = []
+        for ordinal in ordinals:
+            pixels = album.pixels(ordinal)
+            found.append(encoded(Image.fromarray(pixels), "JPEG", quality=78))
+            small = Image.fromarray(pixels)
+            small.thumbnail((THUMB, THUMB), Image.Resampling.BILINEAR)
+            thumbs.append(encoded(small, "JPEG", quality=60))
+            shapes.append([pixels.shape[1], pixels.shape[0]])
+        return found
+
+    _write(album, "photos", album.index.hash, entries, lambda: {"thumbs": thumbs, "shapes": shapes})
+
+
+def write_truth(album: Album) -> None:
+    """Layer "truth": the photos' own masks."""
+
+    def entries(ordinals: Sequence[int]) -> list[Any]:
+        return [
+            0 if (mask := album.truth(o)) is None else _mask(_fitted(mask, album.pixels(o).shape)) for o in ordinals
+        ]
+
+    _write(album, "truth", album.index.hash, entries, lambda: {})
+
+
+def write_masks(album: Album, stage: str, output: str, run_dir: Path) -> None:
+    """A mask stage's layer, with each photo's number of the judge, its IoU against truth and the classes it lacks.
+
+    output: the hash of what the stage wrote.
+    """
+    reader = ShardReader(Index.load(run_dir / stage))
+    place = {str(key): i for i, key in enumerate(reader.index.keys)}
+    classes = len(album.index.classes)
+    numbers: dict[str, list[Any]] = {"judge": [], "iou": [], "lost": []}
+
+    def entries(ordinals: Sequence[int]) -> list[Any]:
+        found: list[Any] = []
+        for ordinal in ordinals:
+            key = str(album.index.keys[ordinal])
+            if key not in place:
+                found.append(0)
+                for values in numbers.values():
+                    values.append(None)
+                continue
+            pixels = album.pixels(ordinal)
+            mask = _fitted(decode_mask(reader.read(place[key], "mask.png"), f"{stage}, {key}"), pixels.shape)
+            labels = album.labels(ordinal)
+            evidence = Evidence.empty(classes)
+            evidence.add(pixels.transpose(2, 0, 1), mask, labels)
+            judge = evidence.numbers(album.index.classes).get("judge")
+            truth = album.truth(ordinal)
+            found.append(_mask(mask))
+            numbers["judge"].append(None if judge is None else round(judge, 3))
+            numbers["iou"].append(None if truth is None else _iou(_fitted(truth, pixels.shape), mask, classes))
+            numbers["lost"].append(np.flatnonzero(evidence.lost).tolist())
+        return found
+
+    _write(album, stage, output, entries, lambda: numbers)
+
+
+def write_maps(album: Album, stage: str, output: str, run_dir: Path) -> None:
+    """A layer of class maps: for each source the maps of the photo's classes."""
+    sources: dict[str, None] = {}
+    reader = ShardReader(Index.load(run_dir / stage))
+    place = {str(key): i for i, key in enumerate(reader.index.keys)}
+
+    def entries(ordinals: Sequence[int]) -> list[Any]:
+        found: list[Any] = []
+        for ordinal in ordinals:
+            key = str(album.index.keys[ordinal])
+            if key not in place:
+                found.append(0)
+                continue
+            own = _sources(reader, place[key])
+            sources.update(dict.fromkeys(own))
+            found.append({source: _maps(*maps) for source, maps in own.items()})
+        return found
+
+    _write(album, stage, output, entries, lambda: {"sources": list(sources)})
+
+
+def _sources(reader: ShardReader, ordinal: int) -> dict[str, tuple[NDArray[Any], NDArray[np.uint8]]]:
+    """Source -> classes and maps uint8 (n, h, w): of every head where localize kept them, else of what it wrote."""
+    with np.load(io.BytesIO(reader.read(ordinal, "maps.npz")), allow_pickle=False) as arrays:
+        classes, full = arrays["classes"], arrays["full"]
+    members = reader.index.members.get("seen.npz")
+    if members is None or members[ordinal, 0] < 0:
+        return {"": (classes, full)}
+    with np.load(io.BytesIO(reader.read(ordinal, "seen.npz")), allow_pickle=False) as arrays:
+        return {name: (classes, arrays[name]) for name in arrays.files}
+
+
+def _maps(classes: NDArray[Any], maps: NDArray[np.uint8]) -> list[list[Any]]:
+    found = []
+    for number, values in zip(classes.tolist(), maps, strict=True):
+        small = Image.fromarray(values)
+        small.thumbnail((MAP, MAP), Image.Resampling.BILINEAR)
+        found.append([number, encoded(small, "PNG")])
+    return found
+
+
+def _fitted(mask: NDArray[np.uint8], shape: Sequence[int]) -> NDArray[np.uint8]:
+    """A label map at the page's size of its photo."""
+    if mask.shape == tuple(shape[:2]):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
+
+
+def _iou(truth: NDArray[np.uint8], mask: NDArray[np.uint8], classes: int) -> float | None:
+    """Mean IoU in percent over the labels that either has; None where truth is all void."""
+    said = np.where(mask == VOID, np.uint8(0), mask)
+    matrix = confusion_matrix(truth, said, classes + 1)
+    return round(100 * float(np.nanmean(score(matrix).iou)), 1) if matrix.any() else None
+
+
+def _mask(mask: NDArray[np.uint8]) -> str:
+    return encoded(Image.fromarray(mask), "PNG")
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write(
+    album: Album,
+    layer: str,
+    stamp: str,
+    entries: Callable[[Sequence[int]], list[Any]],
+    numbers: Callable[[], dict[str, list[Any]]],
+) -> None:
+    """Writes a layer's files, its numbers last, unless they are there of what has this stamp."""
+    stamp = f"{stamp} {len(album.ordinals)}"
+    about = album.folder / f"{layer}.json"
+    if about.exists() and json.loads(about.read_text()).get("stamp") == stamp:
+        return
+    album.folder.mkdir(exist_ok=True)
+    about.unlink(missing_ok=True)
+    for start, ordinals in album.chunks(layer):
+        call = json.dumps([layer, start, entries(ordinals)], separators=(",", ":"))
+        atomic_write(album.folder / f"{layer}-{start // CHUNK:04d}.js", f"ESOL.add(...{call});\n")
+    atomic_write(about, json.dumps({"stamp": stamp, **numbers()}))
+
+
+def read_numbers(folder: Path, layer: str) -> dict[str, Any]:
+    """The numbers of a layer's photos; empty where it is not there."""
+    path = folder / f"{layer}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
