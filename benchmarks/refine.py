@@ -104,7 +104,7 @@ def main() -> None:
             final.append([name, f"{len(counts[0][which])} of {which}", spread([miou(c[which].sum(0)) for c in counts])])
     print("\n" + table(("final masks", "photos", "mIoU"), final))
     labels = [
-        [stage, *(spread([r[stage][k] for r in runs]) for k in ("labelled", "right"))]
+        [stage, *(spread([r[stage][k] for r in runs]) for k in ("labelled", "accuracy"))]
         for stage in ("psa_labels", "irn_labels")
     ]
     print("\n" + table(("labels", "labelled, % of pixels", "right, % of those"), labels))

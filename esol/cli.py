@@ -16,9 +16,10 @@ def _auto(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from esol.report.tables import results_table
+    from esol.report.tables import aligned, results_table, short_report
 
-    print(results_table(args.run_dir))
+    text = results_table(args.run_dir) if args.full else short_report(args.run_dir)
+    print(text if args.markdown else aligned(text))
     return 0
 
 
@@ -32,6 +33,14 @@ def _export(args: argparse.Namespace) -> int:
     from esol.deploy.export import export
 
     export(args.run_dir, args.out)
+    return 0
+
+
+def _export_masks(args: argparse.Namespace) -> int:
+    from esol.deploy.export_masks import export_masks
+
+    out = args.out or args.run_dir.with_name(f"{args.run_dir.name}-{args.to}")
+    print("\n".join(export_masks(args.run_dir, args.to, out, args.stage, args.split)))
     return 0
 
 
@@ -78,6 +87,8 @@ def _main() -> int:
 
     command = commands.add_parser("report", help="the numbers of a run as a table")
     command.add_argument("run_dir", type=Path)
+    command.add_argument("--full", action="store_true", help="every number instead of a line for each stage")
+    command.add_argument("--markdown", action="store_true", help="Markdown, to paste elsewhere")
     command.set_defaults(run=_report)
 
     command = commands.add_parser("predict", help="masks, overlays and class shares of your own photos")
@@ -93,6 +104,15 @@ def _main() -> int:
     command.add_argument("run_dir", type=Path)
     command.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("export-masks", help="a run's masks with their photos, for other tools")
+    command.add_argument("run_dir", type=Path)
+    formats = "png, voc, coco, yolo, ultralytics, labelme, labelstudio or cvat"
+    command.add_argument("--to", required=True, metavar="FORMAT", help=formats)
+    command.add_argument("--out", type=Path, help="a new or empty folder (default: RUN_DIR-FORMAT)")
+    command.add_argument("--stage", default="", help="whose masks (default: those that the judge takes)")
+    command.add_argument("--split", default="", help="only the photos of this split (default: all that have a mask)")
+    command.set_defaults(run=_export_masks)
 
     command = commands.add_parser(
         "doctor", help="what a config would find on these machines, and what to change; also under a launcher"

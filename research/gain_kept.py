@@ -138,7 +138,7 @@ def tables(found: dict[str, list[Results]], stages: list[str]) -> str:
     parts = [table((*columns, "mIoU at the best threshold"), rows)]
     if labels := [stage for stage in ("psa_labels", "irn_labels") if stage in stages]:
         rows = [
-            [stage, name, *(spread([r[stage][k] for r in own]) for k in ("labelled", "right"))]
+            [stage, name, *(spread([r[stage][k] for r in own]) for k in ("labelled", "accuracy"))]
             for stage in labels
             for name, own in found.items()
         ]

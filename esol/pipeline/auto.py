@@ -19,6 +19,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.pipeline import records
 from esol.pipeline.recipe import CHAIN, OPTIONAL, Initial, Machine, Photos, config_text, initial_weights, this_machine
+from esol.report.tables import best_masks
 
 CONFIG, ABOUT = "config.yaml", "auto.json"
 CPU_MINUTES = 10.0  # that a run takes on a CPU where nobody says how many
@@ -173,11 +174,10 @@ def plan(
 
 def closing(photos: str, out: Path) -> list[str]:
     """Where things are, and three commands that go on from here."""
-    found = records.results(out)
-    judged = {name: own["judge"] for name, own in found.items() if name.endswith("_masks") and "judge" in own}
-    best = max(judged, key=lambda name: judged[name])
-    lines = [f"masks: {out / best}, which the judge takes for the best of {', '.join(judged)}", "", "next:"]
-    lines += [f"  esol-shards export {out / best} --out {out}-masks     # as PNG files"]
+    found = records.finished(out)
+    best = best_masks(found)
+    lines = [f"masks: {out / best}", "", "next:"]
+    lines += [f"  esol export-masks {out} --to coco     # or png, yolo, cvat, labelme, ..."]
     if "segment" in found:
         lines += [f"  esol predict {out} MORE-PHOTOS --out predictions     # masks of photos without any label"]
     lines += [f"  esol auto {photos} --out {out} --minutes 60     # longer training, more stages"]

@@ -20,7 +20,7 @@ from esol.pipeline.registry import table
 from esol.pipeline.runner import check_splits, chosen, run_stages
 from esol.pipeline.store import Store
 from esol.report.page.page import PAGE, write_page
-from esol.report.tables import summary
+from esol.report.tables import aligned, short_report, summary
 from esol.tracking.tracker import Tracker
 from esol.training.loop import Stopped, StopSignal
 
@@ -42,8 +42,8 @@ def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = Fa
     if code:
         return code
     if engine.is_main:
-        stale = "".join(f"\nout of date: {line}" for line in records.outdated(run_dir))
-        print(f"\n{summary(records.finished(run_dir))}\n{stale}\nall numbers: esol report {run_dir}", flush=True)
+        print(f"\n{aligned(short_report(run_dir))}\n\n{aligned(summary(records.finished(run_dir)))}\n")
+        print(f"all numbers: esol report --full {run_dir}", flush=True)
         if config.tracking.page:
             print(f"to look at: {run_dir / PAGE}", flush=True)
     engine.close()

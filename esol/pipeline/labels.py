@@ -54,6 +54,8 @@ class LabelStage(InferenceStage[Label]):
         return {"labels, white is void": paint(sample.pixels, made)}
 
     def results(self, tally: Tally) -> Results:
-        """labelled: percent of the pixels; right: percent of the labelled ones where the truth is known."""
+        """labelled: percent of the pixels; accuracy: percent of the labelled ones where the truth is known."""
         pixels, labelled, known, right = tally["pixels"].tolist()
-        return Results(others={"labelled": 100 * labelled / pixels} | ({"right": 100 * right / known} if known else {}))
+        return Results(
+            others={"labelled": 100 * labelled / pixels} | ({"accuracy": 100 * right / known} if known else {})
+        )

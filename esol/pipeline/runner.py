@@ -18,7 +18,7 @@ from esol.pipeline.records import results as store_results
 from esol.pipeline.registry import Stage, known_stage, table
 from esol.pipeline.store import Store
 
-HEADLINE = {"loss", "images_per_second", "labelled", "right", "seconds", "threshold", "judge", "initial_weights"}
+HEADLINE = {"loss", "images_per_second", "labelled", "accuracy", "seconds", "threshold", "judge", "initial_weights"}
 """What is printed of a finished stage, besides the mIoU of its scores; results.json has all."""
 
 
@@ -60,15 +60,16 @@ def run_stages(
 
     finished: called on the main rank after a stage, while the others may go on.
     """
-    for stage in chosen(context.config, only):
+    stages = chosen(context.config, only)
+    for number, stage in enumerate(stages, 1):
         task = _look(context, stage, store)
+        place = f"stage {number} of {len(stages)}, {stage.name}"
         if task["error"]:
             raise CheckpointError(task["error"])
         if not task["why"]:
-            context.say(f"{stage.name}: done before with these settings, skipped")
+            context.say(f"{place}: done before with these settings, skipped")
             continue
-        if task["had"]:
-            context.say(f"{stage.name}: runs again, {task['why']}")
+        context.say(f"{place}: runs again, {task['why']}" if task["had"] else place)
         context.settings, context.fingerprint = task["settings"], task["fingerprint"]
         _run(context, stage, store)
         if context.engine.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,95 @@ from esol.pipeline.scores import Scores
 
 _MEASURES = ("miou", "precision", "recall")
 _SPOKEN = {"body_recall": "recall of the body", "miou": "mIoU"}
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A finished stage in a line: seconds, the judge's number, mIoU of what it wrote, None where there is none."""
+
+    name: str
+    seconds: float
+    judge: float | None
+    miou: float | None
+    remark: str
+
+
+def stage_rows(found: Mapping[str, Manifest]) -> list[StageRow]:
+    """The stages of a run, in order."""
+    return [_row(name, own, name == best_masks(found)) for name, own in found.items()]
+
+
+def _row(name: str, own: Manifest, best: bool) -> StageRow:
+    results, judge, remark = own.results, own.results.get("judge"), ""
+    if own.makes == "maps":
+        judge = results.get(f"{results.get('write')}_judge")
+        remark = f"hands on the maps of {results.get('write')}"
+    elif own.makes in ("masks", "predictions"):
+        parts = ["the judge's choice"] if best else []
+        parts += [f"{results['lost']:.0f} % of the labels lost"] if results.get("lost") else []
+        parts += [f"learned from {results['masks']}"] if "masks" in results else []
+        remark = "; ".join(parts)
+    elif isinstance(results.get("loss"), float):
+        remark = f"loss {results['loss']:.3g}"
+    return StageRow(name, results.get("seconds", 0.0), judge, own.last_scores.miou if own.last_scores else None, remark)
+
+
+def best_masks(found: Mapping[str, Manifest]) -> str:
+    """The mask stage with the highest judge, "" where there is none."""
+    judged = {n: own.results["judge"] for n, own in found.items() if own.makes == "masks" and "judge" in own.results}
+    return max(judged, key=lambda name: judged[name]) if judged else ""
+
+
+def short_report(run_dir: Path) -> str:
+    """A line for each stage, in Markdown, and what to look at; EsolError where no stage has finished."""
+    found = records.finished(run_dir)
+    lines = ["| stage | seconds | judge | mIoU | |", "|---|---|---|---|---|"]
+    for row in stage_rows(found):
+        numbers = ("" if value is None else _text(value, ".2f") for value in (row.judge, row.miou))
+        lines.append(f"| {row.name} | {row.seconds:.0f} | {' | '.join(numbers)} | {row.remark} |")
+    total = sum(row.seconds for row in stage_rows(found))
+    lines += ["", f"{total / 60:.1f} minutes in all"]
+    if best := best_masks(found):
+        others = [name for name, own in found.items() if own.makes == "masks" and name != best]
+        against = f" before {', '.join(others)}" if others else ""
+        lines.append(f"the judge, which needs no drawn masks, takes {best}{against}: {run_dir / best}")
+    lines += [f"out of date: {line}" for line in records.outdated(run_dir)]
+    return "\n".join(lines)
+
+
+def aligned(text: str) -> str:
+    """Markdown with its tables as columns of plain text, numbers to the right."""
+    lines, block = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            block.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            continue
+        lines += _columns_of(block)
+        block = []
+        lines.append(line)
+    return "\n".join(lines[:-1])
+
+
+def _columns_of(block: list[list[str]]) -> list[str]:
+    rows = [cells for cells in block if not all(set(cell) <= {"-"} and cell for cell in cells)]
+    if not rows:
+        return []
+    count = max(map(len, rows))
+    rows = [cells + [""] * (count - len(cells)) for cells in rows]
+    widths = [max(len(row[c]) for row in rows) for c in range(count)]
+    right = [all(_is_number(row[c]) for row in rows[1:]) and any(row[c] for row in rows[1:]) for c in range(count)]
+    return [
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or "0")
+    except ValueError:
+        return cell == "-"
+    return True
 
 
 def results_table(run_dir: Path) -> str:
@@ -132,19 +222,17 @@ def verdicts(scores: Mapping[str, Scores]) -> list[str]:
     ):
         if not {source, before} <= scores.keys():
             continue
-        parts, done = [], False
+        parts = []
         for name, suffix, where in (
             (aim, "_at_cam", "at the CAM's threshold"),
             ("miou", "", "at the best threshold of each"),
         ):
             old, new = (_value(scores[which + suffix], name) for which in (before, source))
-            done = new > old if name == aim else done
             way = "up" if new > old else "down" if new < old else "unchanged"
             parts.append((old, new, f"{_SPOKEN.get(name, name)} {way} {where} ({old:.1f} -> {new:.1f})"))
         if any(math.isnan(value) for old, new, _ in parts for value in (old, new)):
             continue  # not to be measured on these photos
-        said = "does what it is for" if done else "does not do what it is for"
-        lines.append(f"{source} against {before}: {'; '.join(text for *_, text in parts)}. It {said} here.")
+        lines.append(f"{source} against {before}: {'; '.join(text for *_, text in parts)}.")
     return lines
 
 

@@ -47,7 +47,7 @@ class ClassifyTask(Task):
         with torch.autocast(logits.device.type, enabled=False):
             loss = classification_loss(logits, batch["labels"], absence=self.absence).mean()
         exact = ((logits.detach() > 0) == (batch["labels"] > 0.5)).all(1).float().mean()
-        return {"loss": loss}, {"exact": exact}
+        return {"loss": loss}, {"exact_match": exact}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The backbone's unfrozen part at the base rate; W1 and V at head_lr times it."""

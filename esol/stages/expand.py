@@ -63,7 +63,7 @@ class ExpandTask(HeadTask):
             each = classification_loss(logits, batch["labels"], config.classes, self.absence)
             classification = each.mean()
         loss = classification if config.game else -config.alpha * classification
-        return {"loss": loss}, {"classification": classification.detach(), "offset": offset.detach().abs().mean()}
+        return {"loss": loss}, {"classification": classification.detach(), "mean_offset": offset.detach().abs().mean()}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The offset branch; in the game W1 and V as well."""

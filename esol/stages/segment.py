@@ -97,7 +97,7 @@ class SegmentTask(Task):
         truth = labels_on(labels, size)
         known = truth != VOID
         right = (((logits[0].argmax(1) == truth) & known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)).mean()
-        return {"loss": loss}, {"right": right}
+        return {"loss": loss}, {"accuracy": right}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The backbone at the base rate; ASPP's weights at head_lr times it, its biases at twice that without decay."""

@@ -25,7 +25,7 @@ from esol.pipeline import records
 from esol.pipeline.records import Manifest
 from esol.report.page import charts, layers
 from esol.report.page.layers import CHUNK, Album, read_numbers
-from esol.report.tables import summary_rows
+from esol.report.tables import best_masks, stage_rows, summary_rows
 
 PAGE, FILES, FIRST = "report.html", "report_files", "draw_first.csv"
 EMBEDDED = 500  # photos that one file holds whole
@@ -59,12 +59,6 @@ def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader,
             page.write(part)
     temporary.replace(target)
     return target
-
-
-def best_masks(found: Mapping[str, Manifest]) -> str:
-    """The mask stage with the highest judge, "" where there is none."""
-    judged = {n: own.results["judge"] for n, own in found.items() if own.makes == "masks" and "judge" in own.results}
-    return max(judged, key=lambda name: judged[name]) if judged else ""
 
 
 def _photos(config: Config, index: Index) -> np.ndarray:
@@ -218,25 +212,15 @@ def _first(album: Album, about: Mapping[str, Any]) -> str:
 
 def _chain(config: Config, found: Mapping[str, Manifest]) -> str:
     rows = []
-    best = best_masks(found)
+    made = {row.name: row for row in stage_rows(found)}
     for name in dict.fromkeys((*config.stages, *found)):
-        own = found.get(name)
-        if own is None:
+        if name not in made:
             rows.append(f"<tr class=todo><th>{escape(name)}</th><td colspan=4>not yet</td></tr>")
             continue
-        judge, miou = own.results.get("judge"), own.last_scores.miou if own.last_scores else None
-        if own.makes == "maps":
-            judge = own.results.get(f"{own.results.get('write')}_judge")
-            said = f"hands on the maps of {own.results.get('write')}"
-        elif own.makes == "masks":
-            lost = own.results.get("lost")
-            said = "the judge's choice" if name == best else ""
-            said += f"{'; ' if said else ''}{lost:.0f} % of the labels lost" if lost else ""
-        else:
-            said = f"loss {own.results['loss']:.3g}" if isinstance(own.results.get("loss"), float) else ""
-        cells = (f"{own.results.get('seconds', 0):.0f}", _number(judge), _number(miou), said)
+        row = made[name]
+        cells = (f"{row.seconds:.0f}", _number(row.judge), _number(row.miou), row.remark)
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    total = sum(own.results.get("seconds", 0) for own in found.values())
+    total = sum(row.seconds for row in made.values())
     head = "<tr><th>stage</th><th>seconds</th><th>judge</th><th>mIoU</th><th></th></tr>"
     scores = "".join(
         f"<tr><th>{escape(what)}</th><td>{escape(one.split)}</td><td>{_number(one.miou)}</td>"

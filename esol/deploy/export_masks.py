@@ -1,0 +1,51 @@
+"""`esol export-masks`: a run's masks with their photos for annotation tools and other trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from esol.base.errors import CheckpointError, EsolError
+from esol.base.progress import progress
+from esol.data.index import Index
+from esol.data.reader import ShardReader
+from esol.data.samples import decode_mask
+from esol.deploy.mask_formats import Masked, known_format
+from esol.pipeline import records
+from esol.report.tables import best_masks
+
+
+def export_masks(run_dir: Path, kind: str, out: Path, stage: str = "", split: str = "") -> list[str]:
+    """Writes the masks of a stage in a format, and returns lines on what it wrote and what the format cannot hold.
+
+    stage: "" for the judge's choice; split: "" for all photos that have a mask. out: a new or empty folder. EsolError
+    where there is no such run, stage, format or split.
+    """
+    found = records.finished(run_dir)
+    made = [name for name, own in found.items() if own.makes in ("masks", "predictions")]
+    stage = stage or best_masks(found)
+    if stage not in made:
+        raise CheckpointError(f"{run_dir} has no masks of {stage or 'any stage'}; it has: {', '.join(made) or 'none'}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EsolError(f"--out {out}: choose a new or an empty folder")
+    records.need(run_dir, stage)
+    index = Index.load(found[stage].ran_with.data.root)
+    photos, masks = ShardReader(index), ShardReader(Index.load(run_dir / stage))
+    place = {str(key): i for i, key in enumerate(index.keys)}
+    wanted = {str(key) for key in index.keys[index.split(split)]} if split else set(place)
+    keys = [(i, str(key)) for i, key in enumerate(masks.index.keys) if str(key) in wanted]
+    split_of = np.full(len(index), split or "train", dtype=object)
+    for name, ordinals in index.splits.items() if not split else ():
+        split_of[ordinals] = name
+    writer = known_format(kind)(out, index.classes)
+    with progress("export", len(keys), "photos", visible=True) as advance:
+        for done, (number, key) in enumerate(keys, 1):
+            ordinal = place[key]
+            mask = decode_mask(masks.read(number, "mask.png"), f"{stage}, {key}", len(index.classes))
+            file = f"{key}.{index.image_ext(ordinal)}"
+            writer.add(Masked(key, file, photos.image(ordinal), mask, str(split_of[ordinal])))
+            advance(done, key)
+    writer.close()
+    lines = [f"{out}: {len(keys)} photos with the masks of {stage}, as {kind}"]
+    return lines + [f"{kind} cannot hold {what}: {count}" for what, count in sorted(writer.lost.items())]
