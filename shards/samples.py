@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from esol.base.errors import DataError
-from esol.data.photos import check_png, photo_format, upright_rgb, upright_size
+from esol.data.photos import check_png, other_photo, photo_format, upright_rgb, upright_size
 from esol.data.samples import decode_mask, encode_jpeg, encode_mask
 
 PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
@@ -46,11 +46,14 @@ def pack(
     """Checks a sample and returns it as webdataset writes it: {"__key__", "jpg" (or png, webp), "json", "mask.png"}.
 
     The photo's bytes stay as they are, unless its long side exceeds long_side > 0: then photo (Lanczos, JPEG quality
-    95) and mask (nearest) are made smaller. DataError names photo (name) or mask (mask_name): unreadable, not of one
-    size, unknown value, unknown label.
+    95) and mask (nearest) are made smaller. TIFF, BMP, GIF, AVIF and HEIC become JPEG, quality 95. DataError names
+    photo (name) or mask (mask_name): unreadable, not of one size, unknown value, unknown label.
     """
-    image = open_image(photo, name)
+    other = other_photo(photo, name)
+    image = open_image(photo, name) if other is None else other
     ext = PHOTO_FORMATS.get(image.format or "")
+    if other is not None:
+        ext, photo = "jpg", encode_jpeg(upright_rgb(image))
     if ext is None:
         raise DataError(f"{name}: {image.format} is not supported; convert it to JPEG, PNG or WebP")
     width, height = upright_size(image)

@@ -91,13 +91,13 @@ def test_photos_are_what_their_bytes_say_and_links_are_followed(
     (tmp_path / "folder/d.png").write_bytes(picture("PNG"))
     (tmp_path / "folder/back").symlink_to(root / "images", target_is_directory=True)  # a circle
     (root / "images/Thumbs.db").write_bytes(b"no photo")
-    (root / "images/tif.jpg").write_bytes(picture("TIFF"))
+    (root / "images/tif.jpg").write_bytes(b"\xff\x0a" + bytes(80))  # JPEG XL
     (root / "images/e.jpg").write_bytes(picture()[:-300])
     out = str(tmp_path / "out")
     assert cli.main(["create", "folder", str(root), "--out", out]) == 2
     said = capsys.readouterr().err
     assert "error: 2 images cannot be used; nothing was finished; --drop-damaged leaves them out" in said
-    assert "images/tif.jpg: TIFF is not supported; convert it to JPEG, PNG or WebP" in said
+    assert "images/tif.jpg: unreadable image (JPEG XL: convert it to JPEG, PNG or WebP)" in said
     assert "images/e.jpg: unreadable image" in said
     assert cli.main(["create", "folder", str(root), "--out", out, "--drop-damaged"]) == 0
     assert "warning: 2 images were left out\n  images/e.jpg: unreadable" in capsys.readouterr().out

@@ -35,13 +35,15 @@ def test_bytes_decide_and_what_is_left_out_is_named_or_counted(tmp_path: Path) -
     jpeg, heic = picture(), b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
     read = {f"a{suffix}": jpeg for suffix in (".jfif", ".jpe", ".pjpeg", ".JPG", ".dng", ".txt", "", ".v1.5")}
     read |= {"mpo.jpg": picture("MPO"), "really-webp.jpg": picture("WEBP"), "png": picture("PNG")}
-    left = {"a.heic": heic, "b": heic, "c.tif": picture("TIFF"), "d.jpg": picture("GIF"), "e.bmp": picture("BMP")}
+    read |= {"c.tif": picture("TIFF"), "d.jpg": picture("GIF"), "e.bmp": picture("BMP")}
+    left = {"a.heic": heic, "b": heic, "f.jxl": b"\xff\x0a" + bytes(80)}
     other = {"n.txt": b"notes", "n.json": b"{}", "Thumbs.db": b"\xd0\xcf", "empty": b"", "m.mp4": b"\0\0\0\x14ftypisom"}
     asked = {"empty.png": b"", "page.jpg": b"<html>"}  # pictures by name: decoding them says what is wrong
     found = look(tmp_path, {**read, **left, **other, **asked, ".DS_Store": b"", ".git/a.jpg": jpeg})
     assert found.photos == sorted([*read, *asked])
     assert found.skipped.keys() == left.keys()
-    assert found.skipped["b"] == "HEIC is not read: convert it to JPEG, PNG or WebP"
+    assert found.skipped["f.jxl"] == "JPEG XL is not read: convert it to JPEG, PNG or WebP"
+    assert found.skipped["b"].startswith("HEIC is read with another package: pip install 'esol[heic]'")
     assert found.others.total() == len(other)
     assert found.notes()[0].startswith("5 files are no pictures (1 ")
     assert found.notes()[1] == "2 hidden, not read: .DS_Store, .git"

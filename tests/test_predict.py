@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_skipped_and_named(
     (photos / "cut.jpg").write_bytes((photos / "good.jpg").read_bytes()[:500])
     (photos / "empty.png").touch()
     (photos / "text.webp").write_text("no photo")
-    scene(20, 20).save(photos / "scan.tif")
+    (photos / "scan.jxl").write_bytes(b"\xff\x0a" + bytes(80))
     (photos / "notes.txt").write_text("of no concern")
     assert cli_run("predict", model, photos, "--out", out) == 1
     said = capsys.readouterr()
@@ -148,10 +148,10 @@ def test_what_cannot_be_read_is_skipped_and_named(
     assert "1 files are no pictures (1 .txt)" in said.out
     assert "skipped text.webp: the image cannot be decoded (it is neither JPEG, PNG nor WebP)" in said.err
     assert "skipped empty.png: the image is empty" in said.err
-    assert "skipped scan.tif: TIFF or RAW is not read: convert it to JPEG, PNG or WebP" in said.err
+    assert "skipped scan.jxl: JPEG XL is not read: convert it to JPEG, PNG or WebP" in said.err
     report = json.loads((out / "predictions.json").read_text())
     assert list(report["images"]) == ["good.jpg"]
-    assert set(report["skipped"]) == {"cut.jpg", "empty.png", "text.webp", "scan.tif"}
+    assert set(report["skipped"]) == {"cut.jpg", "empty.png", "text.webp", "scan.jxl"}
     for number in range(30):
         (photos / f"{number}.gif").write_bytes(b"GIF89a")
     assert cli_run("predict", model, photos, "--out", out) == 1
@@ -284,7 +284,7 @@ def test_errors_name_the_place_and_what_to_give(model: Path, tmp_path: Path) -> 
     with pytest.raises(EsolError, match="no such photo or folder"):
         predict(model, tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EsolError, match=r"empty holds no photo \(JPEG, PNG, WebP\)$"):
+    with pytest.raises(EsolError, match=r"empty holds no photo \(JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF\)$"):
         predict(model, tmp_path / "empty", out)
     with pytest.raises(EsolError, match=r"--cam: .*model\.safetensors is no run directory"):
         predict(model, photo, out, cam=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 import zlib
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from esol.base.errors import DataError
 
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # such a block counts for nothing, and every reader meets it
 
@@ -22,6 +25,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 HEAD = 64  # bytes that tell a format
+NEEDS_HEIC = "HEIC is read with another package: pip install 'esol[heic]', or convert it to JPEG"
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"crx ": "RAW"}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -46,6 +50,43 @@ def photo_format(data: bytes) -> str:
     if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
         return "BMP"
     return next((name for start, name in _STARTS.items() if data.startswith(start)), "")
+
+
+OTHERS = {"TIFF or RAW": "TIFF", "TIFF": "TIFF", "BMP": "BMP", "GIF": "GIF", "AVIF": "AVIF", "HEIC": "HEIF"}
+"""Formats that are read by way of Pillow, as `photo_format` names them, and Pillow's own names."""
+
+_SUBFILE, _DNG = 254, 50706  # TIFF tags: a smaller version of another picture; a camera's raw data
+
+
+def other_photo(data: bytes, name: str) -> Image.Image | None:
+    """The first picture of a file in one of OTHERS, None for any other file.
+
+    DataError where such a file cannot be read, or holds numbers that are no picture's.
+    """
+    kind = photo_format(data)
+    if kind not in OTHERS:
+        return None
+    if kind == "HEIC":
+        try:
+            import pillow_heif
+        except ImportError:
+            raise DataError(f"{name}: {NEEDS_HEIC}") from None
+        pillow_heif.register_heif_opener()
+    try:
+        image = Image.open(io.BytesIO(data), formats=[OTHERS[kind]])
+        tags = getattr(image, "tag_v2", {})
+        if data[8:10] == b"CR" or _DNG in tags or int(tags.get(_SUBFILE, 0)) & 1:
+            raise DataError(f"{name}: camera raw data are not read: convert them to JPEG, PNG or WebP")
+        image.load()
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: this kind of {kind} is not read: convert it to 8 bits, or to PNG") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises whatever a damaged file leads its parsers to
+        raise DataError(f"{name}: unreadable {kind} ({error}); {len(data)} bytes") from error
+    if image.mode in ("F", "I"):
+        raise DataError(f"{name}: its pixels are fractions or wide numbers, not brightness: scale them to 8 or 16 bits")
+    return image
 
 
 def check_png(data: bytes) -> None:

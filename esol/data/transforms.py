@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 
 from esol.base.errors import DataError
-from esol.data.photos import check_png, orientation, photo_format, upright_rgb
+from esol.data.photos import check_png, orientation, other_photo, photo_format, upright_rgb
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # the decoder only reads it
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # moved out after torchvision 0.30
@@ -34,9 +34,13 @@ def decode(data: bytes, name: str) -> Tensor:
                 return pixels
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
                 return turned(pixels, orientation(header))
+        if (other := other_photo(data, name)) is not None:
+            return torch.from_numpy(np.array(upright_rgb(other))).permute(2, 0, 1).contiguous()
         check_png(data)
         with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as file:  # torchvision crashes on damaged PNG files
             return torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1).contiguous()
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         known = photo_format(data)
         what = f"{known} is not read, convert it to JPEG" if known else "it is neither JPEG, PNG nor WebP"

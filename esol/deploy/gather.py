@@ -11,16 +11,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from esol.base.errors import EsolError
-from esol.data.photos import HEAD, photo_format
+from esol.data.photos import HEAD, NEEDS_HEIC, OTHERS, photo_format
 
 OUTPUTS = ("masks", "overlays", "cams")  # the folders that predict writes into
 REPORT = "predictions.json"
 UNFINISHED = "predictions-unfinished"  # stands in a folder while predict writes into it, and says MARK
 MARK = f"esol predict writes {REPORT} last\n"
-READ = ("JPEG", "PNG", "WebP")
+READ = ("JPEG", "PNG", "WebP", *(kind for kind in OTHERS if kind != "HEIC" or find_spec("pillow_heif")))
 SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".avif",
     ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".ico", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".tif",
@@ -80,7 +81,7 @@ def gather(photos: Path, out: Path) -> Gathered:
         raise EsolError(f"cannot read {error.filename or photos}: {error.strerror or error}") from error
     if not found.photos and not found.skipped:
         more = "".join(f"; {note}" for note in found.notes())
-        raise EsolError(f"{photos} holds no photo ({', '.join(READ)}){more}")
+        raise EsolError(f"{photos} holds no photo (JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF){more}")
     for paths in (found.photos, found.hidden, found.repeated, found.written):
         paths.sort()
     return found
@@ -160,7 +161,8 @@ def _sort_in(found: Gathered, path: str, place: Path) -> None:
     if kind in READ or (not kind and not reason and suffix in SUFFIXES):  # decoding says what is wrong with the latter
         found.photos.append(path)
     elif kind or suffix in SUFFIXES:
-        found.skipped[path] = reason or f"{kind} is not read: convert it to JPEG, PNG or WebP"
+        advice = NEEDS_HEIC if kind == "HEIC" else f"{kind} is not read: convert it to JPEG, PNG or WebP"
+        found.skipped[path] = reason or advice
     else:
         found.others[suffix or "without suffix"] += 1
 
