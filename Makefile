@@ -36,8 +36,8 @@ test-page: env  ## the report page in headless Chromium (apt-get install chromiu
 check: env  ## lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-ui: env  ## the MLflow UI of runs/ on 127.0.0.1:5000
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+ui: env  ## MLflow's pages of the newest run in runs/, on 127.0.0.1:5000
+	$(BIN)/esol ui $(RUNS)
 
 clean:  ## removes runs and generated data, not the environment
 	rm -rf $(RUNS) data/demo

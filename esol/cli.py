@@ -57,6 +57,12 @@ def _replay(args: argparse.Namespace) -> int:
     return 1 if replay(args.run_dir, args.uri) else 0
 
 
+def _ui(args: argparse.Namespace) -> int:
+    from esol.tracking.ui import ui
+
+    return ui(args.run_dir, args.port)
+
+
 def _main() -> int:
     from esol import __version__, train  # where Ctrl-C is one line already
 
@@ -128,6 +134,11 @@ def _main() -> int:
     command.add_argument("run_dir", type=Path)
     command.add_argument("--uri", default="", help="MLflow tracking URI; default: the sqlite file beside the runs")
     command.set_defaults(run=_replay)
+
+    command = commands.add_parser("ui", help="MLflow's pages of a run, on 127.0.0.1")
+    command.add_argument("run_dir", type=Path, help="a run directory, or a folder of them: its newest run")
+    command.add_argument("--port", type=int, default=5000)
+    command.set_defaults(run=_ui)
 
     args = parser.parse_args()
     return int(args.run(args))

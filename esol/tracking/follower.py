@@ -23,13 +23,11 @@ import yaml
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write, hold
-from esol.tracking.mlflow_store import PARAM, TAG, follow_the_move, for_good, mlflow_name
+from esol.tracking.mlflow_store import BESIDE, PARAM, STATE, TAG, follow_the_move, for_good, mlflow_name
 from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
-_STATE = "mlflow.json"
 _PERIOD = 5.0  # seconds between two looks at the file
-_BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 
 
 def replay(run_dir: Path, uri: str = "") -> int:
@@ -62,7 +60,7 @@ class _Follower:
         self._runs = self._run_dir.parent
         self._artifacts = None if uri else (self._runs / "mlartifacts").as_uri()
         self.uri = uri or f"sqlite:///{self._runs / 'mlflow.db'}"
-        self._store = uri or _BESIDE
+        self._store = uri or BESIDE
         self.refused = 0  # records that MLflow will never take
         self._client: Any = None
         self._state: dict[str, Any] = {}
@@ -114,7 +112,7 @@ class _Follower:
                 print(text, flush=True)
 
     def _save_state(self) -> None:
-        atomic_write(self._run_dir / _STATE, json.dumps(self._state))
+        atomic_write(self._run_dir / STATE, json.dumps(self._state))
 
     def _connect(self) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # read when MLflow is imported
@@ -125,15 +123,15 @@ class _Follower:
 
         client = MlflowClient(self.uri)
         try:
-            state = json.loads((self._run_dir / _STATE).read_text())
+            state = json.loads((self._run_dir / STATE).read_text())
             if not isinstance(state, dict) or not {"uri", "offset", "identity", "parent", "stages"} <= state.keys():
                 state = {}
         except (OSError, ValueError):
             state = {}
-        if self._store == _BESIDE:
+        if self._store == BESIDE:
             follow_the_move(self._runs / "mlflow.db", self._artifacts or "")
             if str(state.get("uri", "")).startswith("sqlite:///") and str(state["uri"]).endswith("/mlflow.db"):
-                state["uri"] = _BESIDE  # as earlier versions wrote it
+                state["uri"] = BESIDE  # as earlier versions wrote it
         if state.get("uri") == self._store and state["parent"]:
             try:
                 client.get_run(state["parent"])
@@ -253,7 +251,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:
     """Sends until the training process says "end" or is gone, then once more; 1 where something stays unsent."""
     os.nice(5)
-    with hold(run_dir / f".{_STATE}.lock", math.inf):  # the follower of a killed run may still be sending
+    with hold(run_dir / f".{STATE}.lock", math.inf):  # the follower of a killed run may still be sending
         follower, warned, ended = _Follower(run_dir, uri, experiment), False, False
         while True:
             try:

@@ -12,6 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+STATE = "mlflow.json"  # in the run directory: how far it was sent, and where to
+BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 _LOG = logging.getLogger(__name__)
 NAME, PARAM, TAG = 250, 6000, 8000  # MLflow's limits, in characters
 

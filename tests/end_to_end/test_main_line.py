@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from tiny import ACCELERATE, MAIN_LINE, PLAIN, ROOT, STAGES, TRAINING, TWO_RANKS, launch
 
+from esol.base.errors import EsolError
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask, encode_mask
@@ -47,6 +48,18 @@ def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:
     logged = [r for r in records if r.get("stage") == "classify" and "metrics" in r]
     assert [r["step"] for r in logged] == list(range(2, 13, 2))
     assert {"lr", "loss", "images_per_second", "data_wait_seconds", "peak_memory_mib"} <= logged[0]["metrics"].keys()
+
+
+def test_the_ui_opens_the_run_itself(one: Path, tmp_path: Path) -> None:
+    from esol.tracking.ui import where
+
+    parent = json.loads((one / "mlflow.json").read_text())["parent"]
+    for place in (one, one.parent):
+        uri, path = where(place)
+        assert uri == f"sqlite:///{one.parent.resolve() / 'mlflow.db'}"
+        assert re.fullmatch(rf"#/experiments/\d+/runs/{parent}", path)
+    with pytest.raises(EsolError, match="holds no run that MLflow knows"):
+        where(tmp_path)
 
 
 def test_mlflow_has_a_parent_and_a_child_per_stage(one: Path) -> None:

@@ -1,0 +1,51 @@
+"""`esol ui`: MLflow's pages of a run, opened at the run and not at a list of experiments."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from esol.base.errors import EsolError
+from esol.tracking.mlflow_store import BESIDE, STATE, follow_the_move
+
+
+def ui(place: Path, port: int = 5000) -> int:
+    """Prints the run's address and becomes MLflow's server on 127.0.0.1; with a server of its own it only prints.
+
+    place: a run directory, or a folder of them, of which the newest is shown. EsolError where none was sent to MLflow.
+    """
+    uri, path = where(place)
+    if uri.startswith(("http://", "https://")):
+        print(f"{uri.rstrip('/')}/{path}")
+        return 0
+    print(f"http://127.0.0.1:{port}/{path}     (Ctrl-C ends it)", flush=True)
+    server = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [*server, "--backend-store-uri", uri])
+
+
+def where(place: Path) -> tuple[str, str]:
+    """MLflow's address of a run, and the run's place in its pages."""
+    states = [place / STATE] if (place / STATE).exists() else sorted(place.glob(f"*/{STATE}"), key=_time)
+    if not states:
+        raise EsolError(f"{place} holds no run that MLflow knows: give a run directory, or esol replay RUN_DIR first")
+    run_dir, state = states[-1].resolve().parent, json.loads(states[-1].read_text())
+    uri = str(state["uri"])
+    if uri == BESIDE:
+        follow_the_move(run_dir.parent / "mlflow.db", (run_dir.parent / "mlartifacts").as_uri())
+        uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    try:
+        experiment = MlflowClient(uri).get_run(state["parent"]).info.experiment_id
+    except Exception as error:  # every store has its own
+        raise EsolError(
+            f"MLflow at {uri} does not show {run_dir}: {(str(error) or 'no answer').splitlines()[0]}"
+        ) from error
+    return uri, f"#/experiments/{experiment}/runs/{state['parent']}"
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
