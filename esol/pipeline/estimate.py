@@ -26,15 +26,9 @@ JUDGED = 64  # photos by which localize compares maps
 # Seconds of a stage for each of the seconds that were measured. Fitted to two runs on two cores (docs/cost.md), 60 and
 # 400 photos of 320 pixels; the learning stages' are of an image, the others' of a photo.
 LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 4.0}  # of a frozen pass
-LEARNED_FINE = {"psa": 0.8, "segment": 0.9}  # of a learning step at stride 8
-REFINED = {
-    "seed_masks": 1.1,
-    "psa_labels": 1.0,
-    "psa_masks": 1.6,
-    "irn_labels": 1.6,
-    "irn_masks": 1.8,
-    "vote_masks": 0.1,
-}
+LEARNED_FINE = {"psa": 1.05, "segment": 1.0}  # of a learning step at stride 8
+REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
+HANDLED, SCORED = 0.04, 0.03  # seconds a photo, read and written; against each mask that is drawn, for each of ours
 PACKED = 3.0  # of a frozen pass: what localize adds for each source
 
 
@@ -109,6 +103,8 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
     passes = size * sum(scale**2 for scale in maps.scales) * (2 if maps.flip else 1)
     predicted = config.named("evaluate")
     fine = size * sum(scale**2 for scale in predicted.scales) * (2 if predicted.flip else 1)
+    drawn = index.members.get("mask.png")
+    scored = SCORED if drawn is not None and (drawn[index.split(config.data.score_split), 0] >= 0).any() else 0.0
     took: dict[str, float] = {}
     for name in config.stages:
         own = config.named(name) if table()[name].section else None
@@ -119,9 +115,10 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
             took[name] = START + images * each
         elif name == "localize":
             judged = min(JUDGED, shown) * sources * speed.refined
-            took[name] = START + judged + (photos + min(JUDGED, shown)) * speed.passed * (passes + PACKED * sources)
+            each = speed.passed * (passes + PACKED * sources) + scored * sources
+            took[name] = START + judged + (photos + min(JUDGED, shown)) * each
         elif name == "evaluate":
-            took[name] = START + evaluated * (fine * speed.learned / 3 + speed.refined)
+            took[name] = START + evaluated * (HANDLED + scored + fine * speed.learned / 3 + speed.refined)
         else:
-            took[name] = START + photos * REFINED.get(name, 1.0) * speed.refined
+            took[name] = START + photos * (HANDLED + scored + REFINED.get(name, 0.0) * speed.refined)
     return took

@@ -84,12 +84,13 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
 
 
 def _page(context: Context) -> bool:
-    """Writes the page of the run as it stands; False where the config wants none, or the disk had no room for it."""
+    """Writes the page of the run as it stands; False where the config wants none, or it cannot be written."""
     if not context.config.tracking.page:
         return False
     try:
         write_page(context.run_dir, context.config, context.index, context.reader, context.engine.beat)
-    except OSError as error:
-        context.say(f"warning: {context.run_dir / PAGE} could not be written: {error.strerror or error}")
+    except Exception as error:  # it is there to look at: nothing that befalls it may end a run
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        context.say(f"warning: {context.run_dir / PAGE} could not be written ({reason}); the run goes on")
         return False
     return True

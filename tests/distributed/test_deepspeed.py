@@ -11,9 +11,10 @@ import torch
 import toy
 from ranks import run_ranks
 
-from esol.base.errors import ConfigError
+from esol.base.errors import ConfigError, LaunchError
 from esol.base.schema import build
 from esol.config import DeepSpeedConfig, EngineConfig
+from esol.engines import make_engine
 from esol.engines.deepspeed_config import deepspeed_config
 
 ALL = (0, 1, 2, 3)
@@ -34,6 +35,12 @@ def assert_equal(found: Any, expected: Any) -> None:
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=0, atol=1e-6)
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-6)
+
+
+def test_without_deepspeed_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esol.engines.find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="deepspeed is not installed here: pip install deepspeed, or leave "):
+        make_engine(EngineConfig(name="deepspeed"), seed=0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
