@@ -168,16 +168,16 @@ def test_verify_knows_the_classes_and_splits_that_were_written(tmp_path: Path) -
 
 def test_photos_that_training_cannot_decode_and_endless_sizes_are_found_by_verify(tmp_path: Path) -> None:
     samples = []
-    for key, photo, height in (("gif", encoded(PIXELS, "GIF"), 12), ("size", encoded(PIXELS, "JPEG"), float("inf"))):
+    for key, photo, height in (("ppm", encoded(PIXELS, "PPM"), 12), ("size", encoded(PIXELS, "JPEG"), float("inf"))):
         about = json.dumps({"labels": ["cat"], "height": height, "width": 17}).encode()
         samples.append({"__key__": key, "jpg": photo, "json": about})
     record = write_mirror_shard(tmp_path, "s.tar", samples)
     write_index(tmp_path, ("cat",), {"train": [0, 1]}, [record])
     found = verify(str(tmp_path))
     assert len(found) == 2
-    assert "s.tar: sample gif, member jpg: GIF is not supported" in found[0]
+    assert "s.tar: sample ppm, member jpg: PPM is not supported" in found[0]
     assert "s.tar: sample size, member json" in found[1]
-    with pytest.raises(DataError, match="sample gif: the image cannot be decoded"):
+    with pytest.raises(DataError, match="sample ppm: the image cannot be decoded"):
         decode(samples[0]["jpg"], ShardReader(Index.load(tmp_path)).name(0))
 
 

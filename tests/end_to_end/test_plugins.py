@@ -67,7 +67,10 @@ def test_an_installed_package_adds_one_of_each(tmp_path: Path) -> None:
         assert 0 < results[stage]["crf_right"] <= 100
         assert "judge" in results[stage]
     report = subprocess.run(
-        [sys.executable, "-m", "esol.cli", "report", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "esol.cli", "report", "--full", "--markdown", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert "| pseudo masks | seed_masks | power_masks | vote_masks |" in report.stdout  # without the package
     more = launch([sys.executable], config, "--set", "areas.small=0.2", PYTHONPATH=str(site))
