@@ -20,7 +20,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: env  ## the whole main line on a synthetic set, with its table
 	test -f data/demo/index.json || $(BIN)/esol-shards create synthetic --out data/demo
 	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_processes 1 esol/train.py --config configs/demo.yaml
-	$(BIN)/esol report $(RUNS)/demo
 
 test: env  ## all tests that need neither a GPU nor root
 	$(BIN)/python -m pytest -n logical --dist loadfile  # a file's tests share what they build, and run on one core

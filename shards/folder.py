@@ -15,7 +15,7 @@ from esol.base.palette import VOID
 from esol.data.samples import encode_mask
 from shards.inputs import list_files, read_bytes
 from shards.labels import Row
-from shards.layout import PICTURES, is_picture, lay_out
+from shards.layout import PICTURES, Layout, is_picture, lay_out
 from shards.names import FileNames, safe_key
 from shards.samples import Source, check_labels, listing, negatives, pack
 
@@ -40,42 +40,8 @@ def folder_source(
     laid = lay_out(root, table, negative)
     if not laid.classes:
         raise DataError(f"{laid.table or root} names no class: no photo has a label, so that there is nothing to learn")
-    table, base, rows, classes, photos = laid.table, laid.base, laid.rows, laid.classes, laid.photos
-    notes = list(laid.notes)
-    problems: list[str] = []
-    by_photo: dict[str, Row] = {}
-    keys: dict[str, str] = {}
-    renamed: list[str] = []
-    for row in rows:
-        where = f"{table}, line {row.line}" if row.line else f"{root}/{base}{row.image}"
-        photo = photos.find(row.image) or photos.find_stem(row.image)
-        if photo is None:
-            problems.append(f"{where}: there is no image {base}{row.image}")
-            continue
-        if photo != photos.same(row.image):
-            renamed.append(f"{row.image!r} is {photo!r}")
-        key = safe_key(_stem(photo if photo == row.image else unicodedata.normalize("NFC", photo)))
-        if photo in by_photo:
-            line = by_photo[photo].line
-            problems.append(
-                f"{where}: image {row.image} stands in line {line} too; one row an image, labels joined by ;"
-            )
-            continue
-        if key in keys:
-            line = by_photo[keys[key]].line
-            problems.append(f"{where}: image {row.image} has the same key {key} as line {line}")
-            continue
-        by_photo[photo], keys[key] = row, photo
-        try:
-            check_labels(row.labels, classes, where)
-        except DataError as error:
-            problems.append(str(error))
-        if row.split in classes and row.split not in _SPLITS:
-            problems.append(f"{where}: split {row.split!r} is the name of a class; labels are joined by ; in one cell")
-    unlisted = sorted(photos.names - by_photo.keys())
-    problems += [
-        f"{base}{name} has no row in {table}" for name in unlisted if table and is_picture(f"{root}/{base}{name}")
-    ]
+    table, base, classes, notes = laid.table, laid.base, laid.classes, list(laid.notes)
+    by_photo, keys, renamed, problems = _matched(root, laid)
     masks, odd = _masks(root, by_photo, table or f"{root}/{base}")
     problems += odd
     if problems:
@@ -105,6 +71,46 @@ def folder_source(
             continue
         splits.setdefault(by_photo[photo].split, []).append(key)
     return Source(classes, splits, read, tuple(notes))
+
+
+def _matched(root: str, laid: Layout) -> tuple[dict[str, Row], dict[str, str], list[str], list[str]]:
+    """Photo -> its row, key -> photo, rows whose photo has another name, and a line for whatever does not fit."""
+    table, base, photos = laid.table, laid.base, laid.photos
+    by_photo: dict[str, Row] = {}
+    keys: dict[str, str] = {}
+    renamed: list[str] = []
+    problems: list[str] = []
+    for row in laid.rows:
+        where = f"{table}, line {row.line}" if row.line else f"{root}/{base}{row.image}"
+        photo = photos.find(row.image) or photos.find_stem(row.image)
+        if photo is None:
+            problems.append(f"{where}: there is no image {base}{row.image}")
+            continue
+        if photo != photos.same(row.image):
+            renamed.append(f"{row.image!r} is {photo!r}")
+        key = safe_key(_stem(photo if photo == row.image else unicodedata.normalize("NFC", photo)))
+        if photo in by_photo:
+            line = by_photo[photo].line
+            problems.append(
+                f"{where}: image {row.image} stands in line {line} too; one row an image, labels joined by ;"
+            )
+            continue
+        if key in keys:
+            line = by_photo[keys[key]].line
+            problems.append(f"{where}: image {row.image} has the same key {key} as line {line}")
+            continue
+        by_photo[photo], keys[key] = row, photo
+        try:
+            check_labels(row.labels, laid.classes, where)
+        except DataError as error:
+            problems.append(str(error))
+        if row.split in laid.classes and row.split not in _SPLITS:
+            problems.append(f"{where}: split {row.split!r} is the name of a class; labels are joined by ; in one cell")
+    unlisted = sorted(photos.names - by_photo.keys())
+    problems += [
+        f"{base}{name} has no row in {table}" for name in unlisted if table and is_picture(f"{root}/{base}{name}")
+    ]
+    return by_photo, keys, renamed, problems
 
 
 def _masks(root: str, photos: Mapping[str, Row], table: str) -> tuple[dict[str, str], list[str]]:

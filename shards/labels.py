@@ -82,7 +82,7 @@ def read_table(table: str, listed: Sequence[str] | None) -> tuple[list[Row], tup
     if not rows:
         raise DataError(f"{table} lists no image")
     if columns.labels >= 0:
-        classes, more = name_labels(rows, table, listed)
+        classes, more = _name_labels(rows, table, listed)
         return rows, classes, notes + more
     if listed is None:
         classes, more = foreground([name for name in columns.classes.values() if not is_background(name)], table)
@@ -159,7 +159,7 @@ def _holds_marks(lines: Sequence[str], column: int, delimiter: str) -> bool:
     return bool(cells) and set(cells) <= {*_YES, *_NO}
 
 
-def name_labels(rows: Sequence[Row], table: str, listed: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+def _name_labels(rows: Sequence[Row], table: str, listed: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
     """Fills the labels of all rows in; returns the classes, and notes of what was merged or split on the way.
 
     listed: the lines of classes.txt. A label is the line of its exact spelling, else the only one that differs by case,

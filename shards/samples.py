@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from esol.base.errors import DataError
-from esol.data.photos import check_png, other_photo, photo_format, upright_rgb, upright_size
+from esol.data.photos import OTHERS, check_png, other_photo, photo_format, upright_rgb, upright_size
 from esol.data.samples import decode_mask, encode_jpeg, encode_mask
 
 PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
@@ -49,10 +49,9 @@ def pack(
     95) and mask (nearest) are made smaller. TIFF, BMP, GIF, AVIF and HEIC become JPEG, quality 95. DataError names
     photo (name) or mask (mask_name): unreadable, not of one size, unknown value, unknown label.
     """
-    other = other_photo(photo, name)
-    image = open_image(photo, name) if other is None else other
+    image = open_image(photo, name)
     ext = PHOTO_FORMATS.get(image.format or "")
-    if other is not None:
+    if image.format in OTHERS.values():
         ext, photo = "jpg", encode_jpeg(upright_rgb(image))
     if ext is None:
         raise DataError(f"{name}: {image.format} is not supported; convert it to JPEG, PNG or WebP")
@@ -103,6 +102,8 @@ def check_labels(labels: Iterable[str], classes: Sequence[str], name: str) -> li
 
 def open_image(data: bytes, name: str) -> Image.Image:
     """Decodes all of an image; DataError names it where that fails."""
+    if (other := other_photo(data, name)) is not None:
+        return other
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks, big images: neither is damage

@@ -13,7 +13,7 @@ from typing import Any
 from esol.base.errors import DataError
 from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
-from esol.data.photos import other_photo, upright_size
+from esol.data.photos import OTHERS, upright_size
 from esol.data.samples import decode_mask
 from esol.data.storage import writer_of
 from shards.census import Census
@@ -141,10 +141,9 @@ def check_sample(members: Mapping[str, bytes], classes: Sequence[str], where: st
     size = None
     for ext in (e for e in PHOTO_EXTENSIONS if e in members):
         try:
-            other = other_photo(members[ext], f"{where}, member {ext}")  # of shards that something else has made
-            image = open_image(members[ext], f"{where}, member {ext}") if other is None else other
+            image = open_image(members[ext], f"{where}, member {ext}")
             size = upright_size(image)
-            if other is None and image.format not in PHOTO_FORMATS:
+            if image.format not in (*PHOTO_FORMATS, *OTHERS.values()):
                 problems.append(f"{where}, member {ext}: {image.format} is not supported; convert it to JPEG")
         except DataError as error:
             problems.append(str(error))

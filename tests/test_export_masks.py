@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 
 from esol import cli
 from esol.deploy.export_masks import export_masks
-from esol.deploy.mask_formats import FORMATS, Masked, run_lengths
+from esol.deploy.mask_formats import FORMATS
+from esol.deploy.masked import Masked, run_lengths
 from shards.recognise import any_source
 from shards.samples import Source
 

@@ -29,7 +29,7 @@ ROWS = (
     ("esol.report",),
     ("esol.deploy",),
     ("esol.pipeline.job", "esol.pipeline.doctor"),
-    ("esol.pipeline.auto",),
+    ("esol.pipeline.auto", "esol.pipeline.estimate", "esol.pipeline.recipe"),
     ("esol", "esol.cli", "esol.train"),
 )
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from esol.base.errors import CheckpointError, EsolError
+from esol.base.errors import CheckpointError, DataError, EsolError
 from esol.base.progress import progress
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
-from esol.deploy.mask_formats import Masked, known_format
+from esol.deploy.mask_formats import FORMATS
+from esol.deploy.masked import Masked
 from esol.pipeline import records
 from esol.report.tables import best_masks
 
@@ -38,7 +39,9 @@ def export_masks(run_dir: Path, kind: str, out: Path, stage: str = "", split: st
     split_of = np.full(len(index), split or "train", dtype=object)
     for name, ordinals in index.splits.items() if not split else ():
         split_of[ordinals] = name
-    writer = known_format(kind)(out, index.classes)
+    if kind not in FORMATS:
+        raise DataError(f"--to {kind}: the formats are {', '.join(FORMATS)}")
+    writer = FORMATS[kind](out, index.classes)
     with progress("export", len(keys), "photos", visible=True) as advance:
         for done, (number, key) in enumerate(keys, 1):
             ordinal = place[key]

@@ -24,7 +24,7 @@ from esol.base.errors import CheckpointError, LaunchError
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, write_state
 from esol.training.task import Task
 
 
@@ -33,7 +33,7 @@ class AccelerateEngine(Ranks):
 
     def __init__(self, config: EngineConfig, seed: int) -> None:
         super().__init__(config, seed)
-        cpu, threads = self._wants_cpu(), self._set_threads()
+        cpu, threads = wants_cpu(), self._set_threads()
         with self._bounded():
             self._accelerator = self._start(cpu)
         torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.deepspeed_config import deepspeed_config
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, write_state
 from esol.training.task import Task
 
 _SLOTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # per weight; AdamW's step is one number
@@ -36,7 +36,7 @@ class DeepSpeedEngine(Ranks):
 
     def __init__(self, config: EngineConfig, seed: int) -> None:
         super().__init__(config, seed)
-        cpu, threads = self._wants_cpu(), self._set_threads()
+        cpu, threads = wants_cpu(), self._set_threads()
         if cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         self.device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

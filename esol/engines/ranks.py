@@ -30,10 +30,16 @@ from esol.engines.environment import check_environment, given
 from esol.engines.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PATIENCE = timedelta(days=30)  # of waits that the watchdog bounds
 _GRACE = 10  # seconds: torch says itself, and better, what it waited for in vain, where it can
 _NOTICE = 10  # seconds after which a process says whom it waits for: the variables may be another job's leftovers
+
+
+def wants_cpu() -> bool:
+    """Whether a job computes on the CPU: no GPU is there, or its launcher says so."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.cuda.is_available()
 
 
 class Ranks(Engine):
@@ -50,11 +56,6 @@ class Ranks(Engine):
         self._patient: Any = None  # the same under a watchdog, whose waits it bounds
         self._timeout = timedelta(minutes=config.timeout)
         self._watchdog: Watchdog | None = None
-
-    @staticmethod
-    def _wants_cpu() -> bool:
-        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        return asked or not torch.cuda.is_available()
 
     def _set_threads(self) -> int:
         """Gives this process its share of the cores; launchers put 1 into OMP_NUM_THREADS."""
@@ -137,7 +138,7 @@ class Ranks(Engine):
         """See base.Engine."""
         if self._config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, _DTYPES[self._config.precision])
+        return torch.autocast(self.device.type, DTYPES[self._config.precision])
 
     def reduce(self, values: Tensor, op: Literal["mean", "sum", "max"]) -> Tensor:
         """See base.Engine."""

@@ -18,7 +18,7 @@ from esol.base.files import atomic_write, writable
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.pipeline import records
-from esol.pipeline.recipe import CHAIN, OPTIONAL, Initial, Machine, Photos, config_text, initial_weights, this_machine
+from esol.pipeline.recipe import CHAIN, OPTIONAL, Initial, Machine, Photos, config_text, find_weights, this_machine
 from esol.report.tables import best_masks
 
 CONFIG, ABOUT = "config.yaml", "auto.json"
@@ -44,7 +44,7 @@ def auto(
     whatever the user can mend.
     """
     machine = this_machine(device)
-    initial = initial_weights(machine)
+    initial = find_weights(machine)
     if not machine.gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     writable(out)
@@ -125,7 +125,7 @@ def look(index: Index) -> Photos:
     splits = {name: len(ordinals) for name, ordinals in index.splits.items()}
     members = index.members.get("mask.png")
     masks = members is not None and bool((members[train, 0] >= 0).any())
-    return Photos(len(train), int(labels.any(1).sum()), int(np.median(sides)), splits, masks)
+    return Photos(len(train), int(np.median(sides)), splits, masks)
 
 
 def plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,16 +14,17 @@ from esol.config import BackboneConfig, Config, CrfConfig, Duration, MapsConfig,
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, resize
+from esol.engines.ranks import DTYPES, wants_cpu
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.pipeline.registry import table
+from esol.stages.localize import SAMPLED
 
 BATCH, PHOTOS = 8, 4
 START = 4.0  # seconds that a stage takes before its first step and behind its last, its pictures among them
-JUDGED = 64  # photos by which localize compares maps
-# Seconds of a stage for each of the seconds that were measured. Fitted to two runs on two cores (docs/cost.md), 60 and
-# 400 photos of 320 pixels; the learning stages' are of an image, the others' of a photo.
+# Seconds of a stage for each of the seconds that were measured. Fitted to runs on two cores (docs/cost.md) of 400
+# photos of 320 pixels and of 498 smaller ones; the learning stages' are of an image, the others' of a photo.
 LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 4.0}  # of a frozen pass
 LEARNED_FINE = {"psa": 1.05, "segment": 1.0}  # of a learning step at stride 8
 REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
@@ -43,19 +43,16 @@ class Speed:
 
 def measure(config: Config, index: Index) -> Speed:
     """A few steps of the run's networks, with random weights, on photos of its shards; about ten seconds on a CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu")
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
+    device, kind = torch.device("cpu" if wants_cpu() else "cuda"), DTYPES.get(config.engine.precision)
     crop = config.data.crop
     train, reader = index.split(config.data.train_split), ShardReader(index)
-    chosen = train[
-        np.linspace(0, len(train) - 1, PHOTOS).astype(int)
-    ].tolist()  # noise would make the CRF's lattice huge
+    chosen = train[np.linspace(0, len(train) - 1, PHOTOS).astype(int)].tolist()  # noise would be a huge lattice
     photos = [decode(reader.image(one), reader.name(one)).to(device) for one in chosen]
     images = torch.stack([resize(photos[i % len(photos)], crop, crop) for i in range(BATCH)])
     frozen = build_backbone(replace(config.model, freeze="all"), pretrained=False).to(device)
 
     def look() -> None:
-        with torch.no_grad(), torch.autocast(device.type, kind, kind != torch.float32):
+        with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
             frozen(images).float().sum().item()
 
     segment = config.named("segment")
@@ -64,7 +61,7 @@ def measure(config: Config, index: Index) -> Speed:
     larger = F.pad(images, (0, 1, 0, 1))
 
     def learn() -> None:
-        with torch.autocast(device.type, kind, kind != torch.float32):
+        with torch.autocast(device.type, kind, enabled=kind is not None):
             loss = net(larger).float().square().mean()
         loss.backward()
         net.zero_grad()
@@ -76,10 +73,6 @@ def measure(config: Config, index: Index) -> Speed:
             mean_field(photo, [unary_from_labels(labels, 2)], CrfConfig())[0].sum().item()
 
     return Speed(_seconds(look) / BATCH, _seconds(learn) / BATCH, _seconds(refine) / PHOTOS)
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def _seconds(work: Callable[[], None], rounds: int = 3) -> float:
@@ -114,9 +107,9 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
             each = LEARNED.get(name, 0) * speed.passed + LEARNED_FINE.get(name, 0) * speed.learned
             took[name] = START + images * each
         elif name == "localize":
-            judged = min(JUDGED, shown) * sources * speed.refined
+            judged = min(SAMPLED, shown) * sources * speed.refined
             each = speed.passed * (passes + PACKED * sources) + scored * sources
-            took[name] = START + judged + (photos + min(JUDGED, shown)) * each
+            took[name] = START + judged + (photos + min(SAMPLED, shown)) * each
         elif name == "evaluate":
             took[name] = START + evaluated * (HANDLED + scored + fine * speed.learned / 3 + speed.refined)
         else:

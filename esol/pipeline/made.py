@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +17,35 @@ from esol.data.samples import decode_mask
 from esol.pipeline.context import Context
 
 
+class _OfRun(Protocol):
+    """Whatever knows a run and its data, as a stage's context does."""
+
+    @property
+    def index(self) -> Index: ...
+
+    @property
+    def run_dir(self) -> Path: ...
+
+
 class StageShards:
     """What an inference stage of the run wrote, read by the ordinals of the data.
 
     Safe to hand to data workers. CheckpointError or DataError where it is not there or damaged.
     """
 
-    def __init__(self, context: Context, stage: str) -> None:
-        self._keys = context.index.keys
-        self._reader = ShardReader(Index.load(context.run_dir / stage))
+    def __init__(self, run: _OfRun, stage: str) -> None:
+        self._keys = run.index.keys
+        self._reader = ShardReader(Index.load(run.run_dir / stage))
         self._place = {str(key): i for i, key in enumerate(self._reader.index.keys)}
         self._stage = stage
 
     def __contains__(self, ordinal: int) -> bool:
         return str(self._keys[ordinal]) in self._place
+
+    def holds(self, ordinal: int, member: str) -> bool:
+        """Whether the stage's sample has this member."""
+        members, place = self._reader.index.members, self._place.get(str(self._keys[ordinal]), -1)
+        return place >= 0 and member in members and bool(members[member][place, 0] >= 0)
 
     def read(self, ordinal: int, member: str) -> bytes:
         """A member of the stage's sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -23,11 +24,10 @@ OPTIONAL = (("irn_labels", "irn", "irn_masks", "vote_masks"), ("shrink",), ("seg
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run can count on; memory in GiB."""
+    """What the run can count on."""
 
     gpu: bool
     cores: int
-    memory: float
     bf16: bool
 
     @property
@@ -44,8 +44,29 @@ class Initial:
     file: str
 
 
-_SMALL = ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0.safetensors", "models--timm--tf_efficientnet_lite0.in1k")
-_LARGE = ("resnet50", "resnet50-0676ba61.pth", "resnet50-0676ba61.pth")
+@dataclass(frozen=True)
+class _Published:
+    """Published weights: their file's name, and where their hub's library keeps it: variable, default, place below."""
+
+    backbone: str
+    file: str
+    kept: tuple[str, str, str]
+
+    @property
+    def cached(self) -> bool:
+        """Whether it was downloaded before."""
+        variable, default, below = self.kept
+        return (Path(os.environ.get(variable, Path.home() / default)) / below).exists()
+
+
+_SMALL = _Published(
+    "timm:tf_efficientnet_lite0",
+    "tf_efficientnet_lite0.safetensors",
+    ("HF_HOME", ".cache/huggingface", "hub/models--timm--tf_efficientnet_lite0.in1k"),
+)
+_LARGE = _Published(
+    "resnet50", "resnet50-0676ba61.pth", ("TORCH_HOME", ".cache/torch", "hub/checkpoints/resnet50-0676ba61.pth")
+)
 
 
 def this_machine(device: str) -> Machine:
@@ -54,35 +75,34 @@ def this_machine(device: str) -> Machine:
     if device == "cuda" and not gpu:
         raise ConfigError("--device cuda: this machine shows no NVIDIA GPU; leave the option out to run on the CPU")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     flags = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").exists() else ""
     on_gpu = gpu and device != "cpu"
-    return Machine(on_gpu, cores, memory, on_gpu or "avx512_bf16" in flags or "amx_bf16" in flags)
+    return Machine(on_gpu, cores, on_gpu or "avx512_bf16" in flags or "amx_bf16" in flags)
 
 
-def initial_weights(machine: Machine) -> Initial:
-    """A small backbone for a CPU, ResNet-50 for a GPU: a file in $ESOL_WEIGHTS, else the hub's; WeightsError at once
-    where there is neither."""
+def find_weights(machine: Machine) -> Initial:
+    """A small backbone for a CPU, ResNet-50 for a GPU: a file in $ESOL_WEIGHTS, else the hub's.
+
+    WeightsError, within two seconds, where there is neither.
+    """
     folder = os.environ.get("ESOL_WEIGHTS", "")
     wanted = [_LARGE, _SMALL] if machine.gpu else [_SMALL]
-    for backbone, name, _ in wanted:
-        if folder and (Path(folder) / name).is_file():
-            return Initial(backbone, str((Path(folder) / name).absolute()))
-    backbone, name, cached = wanted[0]
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")) / "hub" / cached
-    if machine.gpu:
-        hub = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache/torch")) / "hub/checkpoints" / cached
-    if hub.exists() or _reachable(_hub(machine)):
-        return Initial(backbone, "")
+    for one in wanted:
+        if folder and (Path(folder) / one.file).is_file():
+            return Initial(one.backbone, str((Path(folder) / one.file).absolute()))
+    if wanted[0].cached or _reachable(_hub(machine)):
+        return Initial(wanted[0].backbone, "")
     raise WeightsError(
-        f"there are no initial weights: {name} is not in the folder that the variable ESOL_WEIGHTS names "
+        f"there are no initial weights: {wanted[0].file} is not in the folder that the variable ESOL_WEIGHTS names "
         f"({folder or 'it is not set'}), and its hub cannot be reached. Put the file there, or connect to the internet"
     )
 
 
 def _hub(machine: Machine) -> str:
     if machine.gpu:
-        return "download.pytorch.org"
+        from torchvision.models import ResNet50_Weights
+
+        return urlsplit(ResNet50_Weights.IMAGENET1K_V1.url).hostname or ""
     from huggingface_hub import constants  # what HF_ENDPOINT says, else its own
 
     return urlsplit(constants.ENDPOINT).hostname or ""
@@ -107,10 +127,9 @@ def _reachable(host: str, seconds: float = 1.0) -> bool:
 
 @dataclass(frozen=True)
 class Photos:
-    """What the shards hold: numbers of photos and of those that show something, long side in the middle, splits."""
+    """What the shards hold: photos to learn from, their long side in the middle, photos by split, any masks."""
 
     count: int
-    shown: int
     side: int
     splits: Mapping[str, int]
     masks: bool
@@ -130,54 +149,50 @@ def config_text(
     shares: tuple[float, float],
     reason: str,
 ) -> str:
-    """The YAML of a run. stages: which; shares: of the usual training, of maps and walks and
-    of DeepLab; reason: of both, in words."""
+    """The YAML of a run.
+
+    stages: which; shares: of the usual training, of maps and walks and of DeepLab; reason: of both, in words.
+    """
     share, deeplab = shares
-    largest = 448 if machine.gpu else 320
-    side = max(64, min(photos.side, largest))
+    side = max(64, min(photos.side, 448 if machine.gpu else 320))
     low = max(48, round(0.7 * side / 16) * 16)
     crop = max(64, low // 16 * 16)
-    batch = min(16, photos.count)
-    half = min(8, photos.count)
-    weights = initial.file or ""
-    model = f"backbone: {initial.backbone}, " + (f'weights: "{weights}", ' if weights else "")
-    frozen = "all" if not machine.gpu else "stem"
-    scored = (
-        "they have masks, so every stage is scored" if photos.masks else "they have no masks, so the judge ranks stages"
-    )
+    batch, half = min(16, photos.count), min(8, photos.count)
+    model = [f"backbone: {initial.backbone}", *([f"weights: {json.dumps(initial.file)}"] if initial.file else [])]
+    masks = "they have masks, so every stage is scored" if photos.masks else "without masks the judge ranks the stages"
 
-    def images(count: int, least: int) -> str:
-        return f"{max(least, round(share * count / 100) * 100)} images"
+    def images(usual: int, least: int) -> int:
+        return max(least, round(share * usual / 100) * 100)
 
     scales = "0.5, 1.0, 1.5, 2.0" if machine.gpu else "1.0, 1.5" if share > 0.7 else "1.0"
     lines = [
         "# Written by `esol auto`. Change a line and run the same command again: only what it touches is made anew.",
         "# docs/config.md has every key, docs/maps.md which to turn when maps are too wide or too tight.",
-        f"run_dir: {run_dir}",
+        f"run_dir: {json.dumps(str(run_dir))}",
         f"# {reason}",
         f"stages: [{', '.join(stages)}]",
         "data:",
-        f"  root: {run_dir / 'shards'}",
+        f"  root: {json.dumps(str(run_dir / 'shards'))}",
         f"  eval_split: {photos.evaluated}  # {_of_split(photos.evaluated, photos)}",
         f"  long_side: [{low}, {side}]  # {photos.count} photos, whose long side is {photos.side} pixels in the middle",
-        f"  crop: {crop}  # pixels; {scored}",
+        f"  crop: {crop}  # pixels; {masks}",
         f"  workers: {2 if machine.gpu else 1}  # processes that read photos beside training",
         "model:",
-        f"  {model.rstrip(', ').replace(', ', chr(10) + '  ')}",
-        f"  freeze: {frozen}  # " + ("the machine has a GPU" if machine.gpu else "on a CPU only the head learns"),
+        *(f"  {line}" for line in model),
+        "  freeze: stem  # the machine has a GPU" if machine.gpu else "  freeze: all  # on a CPU only the head learns",
         "classify:",
-        f'  duration: "{max(1, round(4 * share))} epochs, {images(3200, 1600)[:-7]} to 200000 images"',
+        f'  duration: "{max(1, round(4 * share))} epochs, {images(3200, 1600)} to 200000 images"',
         f"  global_batch: {batch}  # images a step",
         f"  lr: {0.02 if machine.gpu else 0.05}",
         f"  head_lr: {10 if machine.gpu else 1}",
-        f"decide: {{duration: {images(3200, 1600)}, global_batch: {batch}}}",
-        f"expand: {{duration: {images(1600, 1200)}, global_batch: {batch}}}",
-        f"shrink: {{duration: {images(2400, 1200)}, global_batch: {batch}}}",
+        f"decide: {{duration: {images(3200, 1600)} images, global_batch: {batch}}}",
+        f"expand: {{duration: {images(1600, 1200)} images, global_batch: {batch}}}",
+        f"shrink: {{duration: {images(2400, 1200)} images, global_batch: {batch}}}",
         f"localize: {{scales: [{scales}], long_side: {side}}}",
-        f"psa: {{duration: {images(2000, 1000)}, global_batch: {half}, crop: {crop}}}",
-        f"irn: {{duration: {images(1600, 800)}, global_batch: {batch}, lr_batch: 16, crop: {crop}}}",
+        f"psa: {{duration: {images(2000, 1000)} images, global_batch: {half}, crop: {crop}}}",
+        f"irn: {{duration: {images(1600, 800)} images, global_batch: {batch}, lr_batch: 16, crop: {crop}}}",
         "segment:",
-        f"  model: {{{model}freeze: stem}}",
+        f"  model: {{{', '.join(model)}, freeze: stem}}",
         f"  duration: {round(deeplab * (32000 if machine.gpu else 4000) / 100) * 100} images",
         f"  global_batch: {half}",
         "  lr_batch: 8",

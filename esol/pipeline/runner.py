@@ -12,9 +12,8 @@ from esol.base.errors import CheckpointError, ConfigError, DataError
 from esol.config import Config
 from esol.data.index import Index
 from esol.engines.base import gather_text
+from esol.pipeline import records
 from esol.pipeline.context import Context
-from esol.pipeline.records import MANIFEST
-from esol.pipeline.records import results as store_results
 from esol.pipeline.registry import Stage, known_stage, table
 from esol.pipeline.store import Store
 
@@ -80,7 +79,7 @@ def _run(context: Context, stage: type[Stage], store: Store) -> None:
     work = stage(context)
     if context.engine.is_main:
         work.folder.mkdir(parents=True, exist_ok=True)
-        (work.folder / MANIFEST).unlink(missing_ok=True)
+        (work.folder / records.MANIFEST).unlink(missing_ok=True)
     context.engine.barrier(f"the folder of {stage.name}")
     begun = time.monotonic()
     context.engine.beat(f"the start of {stage.name}")
@@ -95,7 +94,7 @@ def _run(context: Context, stage: type[Stage], store: Store) -> None:
         context.tracker.results(flat)
     context.engine.barrier(f"the manifest of {stage.name}")
     if context.engine.is_main:
-        for line in work.remarks(store_results(context.run_dir)):
+        for line in work.remarks(records.results(context.run_dir)):
             context.say(line)
     headline = HEADLINE | {f"{name}_miou" for name in results.scores if "_at_" not in name and name != "best"}
     shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in flat.items() if k in headline)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esol.pipeline import records
+from esol.pipeline.masks import highest
 from esol.pipeline.records import Manifest
 from esol.pipeline.scores import Scores
 
@@ -50,7 +51,7 @@ def _row(name: str, own: Manifest, best: bool) -> StageRow:
 def best_masks(found: Mapping[str, Manifest]) -> str:
     """The mask stage with the highest judge, "" where there is none."""
     judged = {n: own.results["judge"] for n, own in found.items() if own.makes == "masks" and "judge" in own.results}
-    return max(judged, key=lambda name: judged[name]) if judged else ""
+    return highest(judged)
 
 
 def short_report(run_dir: Path) -> str:

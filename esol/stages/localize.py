@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from esol.base.errors import ConfigError
 from esol.base.palette import VOID
@@ -188,19 +189,16 @@ def sampled_photos(stage: MapStage) -> list[int]:
 
 def _pack(maps: ClassMaps) -> bytes:
     """maps.npz: classes int64 (n,), stride 4 float16 (n, H/4, W/4), full uint8 (n, H, W) in 1/255."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
+    return _npz(
         classes=maps.classes.cpu().numpy(),
         stride4=maps.low.cpu().numpy().astype(np.float16),
         full=(maps.full * 255).round().to(torch.uint8).cpu().numpy(),
     )
-    return buffer.getvalue()
 
 
 def _pack_small(made: dict[str, ClassMaps]) -> bytes:
     """seen.npz, for people to look at: every source's maps, uint8 (n, h, w) in 1/255, long side SEEN at most."""
-    small: dict[str, Any] = {}
+    small = {}
     for source, own in made.items():
         height, width = own.full.shape[1:]
         scale = min(1.0, SEEN / max(height, width))
@@ -208,8 +206,12 @@ def _pack_small(made: dict[str, ClassMaps]) -> bytes:
         full = own.full if len(own.full) else own.full.new_zeros(1, height, width)
         pooled = F.adaptive_avg_pool2d(full[None], size)[0][: len(own.full)]
         small[source] = (pooled * 255).round().to(torch.uint8).cpu().numpy()
+    return _npz(**small)
+
+
+def _npz(**arrays: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **small)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

@@ -23,7 +23,7 @@ import yaml
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write, hold
-from esol.tracking.mlflow_store import BESIDE, PARAM, STATE, TAG, follow_the_move, for_good, mlflow_name
+from esol.tracking.mlflow_store import BESIDE, PARAM, STATE, TAG, follow_the_move, for_good, mlflow_name, own_store
 from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class _Follower:
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self._run_dir, self._experiment = run_dir.resolve(), experiment
         self._runs = self._run_dir.parent
-        self._artifacts = None if uri else (self._runs / "mlartifacts").as_uri()
-        self.uri = uri or f"sqlite:///{self._runs / 'mlflow.db'}"
+        own = own_store(self._runs)
+        self.uri, self._artifacts = uri or own[0], None if uri else own[1]
         self._store = uri or BESIDE
         self.refused = 0  # records that MLflow will never take
         self._client: Any = None

@@ -20,6 +20,11 @@ NAME, PARAM, TAG = 250, 6000, 8000  # MLflow's limits, in characters
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
 
 
+def own_store(runs: Path) -> tuple[str, str]:
+    """The addresses of the store that esol keeps beside its runs, and of its artifacts."""
+    return f"sqlite:///{runs / 'mlflow.db'}", (runs / "mlartifacts").as_uri()
+
+
 def mlflow_name(name: str) -> str:
     """A metric's, parameter's or tag's name as MLflow takes it, different for different names.
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from esol.base.errors import EsolError
-from esol.tracking.mlflow_store import BESIDE, STATE, follow_the_move
+from esol.tracking.mlflow_store import BESIDE, STATE, follow_the_move, own_store
 
 
 def ui(place: Path, port: int = 5000) -> int:
@@ -33,8 +33,8 @@ def where(place: Path) -> tuple[str, str]:
     run_dir, state = states[-1].resolve().parent, json.loads(states[-1].read_text())
     uri = str(state["uri"])
     if uri == BESIDE:
-        follow_the_move(run_dir.parent / "mlflow.db", (run_dir.parent / "mlartifacts").as_uri())
-        uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+        uri, artifacts = own_store(run_dir.parent)
+        follow_the_move(run_dir.parent / "mlflow.db", artifacts)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 

@@ -9,6 +9,7 @@ newest one.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,10 @@ from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
 from esol.data.transforms import decode
 from esol.ops.metrics import confusion_matrix, score
+from esol.pipeline.made import StageShards
 from esol.report.judge import Evidence
 
+FILES = "report_files"
 CHUNK = 50  # photos a file
 SIDE, THUMB, MAP = 320, 96, 80  # pixels, long sides: of a photo, of its thumbnail, of a class map
 Beat = Callable[[str], None]
@@ -37,13 +40,18 @@ Beat = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Album:
-    """The photos of a page, and where its layers lie."""
+    """The photos of a run's page; beat: tells the watchdog what is being done."""
 
+    run_dir: Path
     index: Index
     reader: ShardReader
     ordinals: NDArray[np.int64]
-    folder: Path
     beat: Beat
+
+    @property
+    def folder(self) -> Path:
+        """Where the layers lie."""
+        return self.run_dir / FILES
 
     def chunks(self, layer: str) -> Iterator[tuple[int, list[int]]]:
         """The first place of each chunk, and its photos; tells the watchdog."""
@@ -79,100 +87,77 @@ class Album:
 
 
 def write_photos(album: Album) -> None:
-    """Layer "photos", and thumbs.json: a JPEG of each, in base64."""
+    """Layer "photos", and in its numbers the photos' sizes and thumbnails: JPEG, in base64."""
     thumbs: list[str] = []
     shapes: list[list[int]] = []
 
-    def entries(ordinals: Sequence[int]) -> list[Any]:
-        found = []
-        for ordinal in ordinals:
-            pixels = album.pixels(ordinal)
-            found.append(encoded(Image.fromarray(pixels), "JPEG", quality=78))
-            small = Image.fromarray(pixels)
-            small.thumbnail((THUMB, THUMB), Image.Resampling.BILINEAR)
-            thumbs.append(encoded(small, "JPEG", quality=60))
-            shapes.append([pixels.shape[1], pixels.shape[0]])
-        return found
+    def entry(ordinal: int) -> str:
+        image = Image.fromarray(album.pixels(ordinal))
+        shapes.append([image.width, image.height])
+        large = encoded(image, "JPEG", quality=78)
+        image.thumbnail((THUMB, THUMB), Image.Resampling.BILINEAR)
+        thumbs.append(encoded(image, "JPEG", quality=60))
+        return large
 
-    _write(album, "photos", album.index.hash, entries, lambda: {"thumbs": thumbs, "shapes": shapes})
+    _write(album, "photos", album.index.hash, entry, lambda: {"thumbs": thumbs, "shapes": shapes})
 
 
 def write_truth(album: Album) -> None:
     """Layer "truth": the photos' own masks."""
 
-    def entries(ordinals: Sequence[int]) -> list[Any]:
-        return [
-            0 if (mask := album.truth(o)) is None else _mask(_fitted(mask, album.pixels(o).shape)) for o in ordinals
-        ]
+    def entry(ordinal: int) -> str | int:
+        mask = album.truth(ordinal)
+        return 0 if mask is None else _mask(_fitted(mask, album.pixels(ordinal).shape))
 
-    _write(album, "truth", album.index.hash, entries, lambda: {})
+    _write(album, "truth", album.index.hash, entry, lambda: {})
 
 
-def write_masks(album: Album, stage: str, output: str, run_dir: Path) -> None:
+def write_masks(album: Album, stage: str, output: str) -> None:
     """A mask stage's layer, with each photo's number of the judge, its IoU against truth and the classes it lacks.
 
     output: the hash of what the stage wrote.
     """
-    reader = ShardReader(Index.load(run_dir / stage))
-    place = {str(key): i for i, key in enumerate(reader.index.keys)}
-    classes = len(album.index.classes)
+    made, classes = StageShards(album, stage), len(album.index.classes)
     numbers: dict[str, list[Any]] = {"judge": [], "iou": [], "lost": []}
 
-    def entries(ordinals: Sequence[int]) -> list[Any]:
-        found: list[Any] = []
-        for ordinal in ordinals:
-            key = str(album.index.keys[ordinal])
-            if key not in place:
-                found.append(0)
-                for values in numbers.values():
-                    values.append(None)
-                continue
-            pixels = album.pixels(ordinal)
-            mask = _fitted(decode_mask(reader.read(place[key], "mask.png"), f"{stage}, {key}"), pixels.shape)
-            labels = album.labels(ordinal)
-            evidence = Evidence.empty(classes)
-            evidence.add(pixels.transpose(2, 0, 1), mask, labels)
-            judge = evidence.numbers(album.index.classes).get("judge")
-            truth = album.truth(ordinal)
-            found.append(_mask(mask))
-            numbers["judge"].append(None if judge is None else round(judge, 3))
-            numbers["iou"].append(None if truth is None else _iou(_fitted(truth, pixels.shape), mask, classes))
-            numbers["lost"].append(np.flatnonzero(evidence.lost).tolist())
-        return found
+    def entry(ordinal: int) -> str | int:
+        if ordinal not in made:
+            for values in numbers.values():
+                values.append(None)
+            return 0
+        pixels = album.pixels(ordinal)
+        mask = _fitted(made.label_map(ordinal, "mask.png"), pixels.shape)
+        evidence = Evidence.empty(classes)
+        evidence.add(pixels.transpose(2, 0, 1), mask, album.labels(ordinal))
+        judge, truth = evidence.numbers(album.index.classes).get("judge"), album.truth(ordinal)
+        numbers["judge"].append(None if judge is None else round(judge, 3))
+        numbers["iou"].append(None if truth is None else _iou(_fitted(truth, pixels.shape), mask, classes))
+        numbers["lost"].append(np.flatnonzero(evidence.lost).tolist())
+        return _mask(mask)
 
-    _write(album, stage, output, entries, lambda: numbers)
+    _write(album, stage, output, entry, lambda: numbers)
 
 
-def write_maps(album: Album, stage: str, output: str, run_dir: Path) -> None:
+def write_maps(album: Album, stage: str, output: str) -> None:
     """A layer of class maps: for each source the maps of the photo's classes."""
-    sources: dict[str, None] = {}
-    reader = ShardReader(Index.load(run_dir / stage))
-    place = {str(key): i for i, key in enumerate(reader.index.keys)}
+    made, sources = StageShards(album, stage), dict[str, None]()
 
-    def entries(ordinals: Sequence[int]) -> list[Any]:
-        found: list[Any] = []
-        for ordinal in ordinals:
-            key = str(album.index.keys[ordinal])
-            if key not in place:
-                found.append(0)
-                continue
-            own = _sources(reader, place[key])
-            sources.update(dict.fromkeys(own))
-            found.append({source: _maps(*maps) for source, maps in own.items()})
-        return found
+    def entry(ordinal: int) -> dict[str, list[list[Any]]] | int:
+        if ordinal not in made:
+            return 0
+        own = _sources(made, ordinal)
+        sources.update(dict.fromkeys(own))
+        return {source: _maps(*maps) for source, maps in own.items()}
 
-    _write(album, stage, output, entries, lambda: {"sources": list(sources)})
+    _write(album, stage, output, entry, lambda: {"sources": list(sources)})
 
 
-def _sources(reader: ShardReader, ordinal: int) -> dict[str, tuple[NDArray[Any], NDArray[np.uint8]]]:
+def _sources(made: StageShards, ordinal: int) -> dict[str, tuple[NDArray[Any], NDArray[np.uint8]]]:
     """Source -> classes and maps uint8 (n, h, w): of every head where localize kept them, else of what it wrote."""
-    with np.load(io.BytesIO(reader.read(ordinal, "maps.npz")), allow_pickle=False) as arrays:
-        classes, full = arrays["classes"], arrays["full"]
-    members = reader.index.members.get("seen.npz")
-    if members is None or members[ordinal, 0] < 0:
-        return {"": (classes, full)}
-    with np.load(io.BytesIO(reader.read(ordinal, "seen.npz")), allow_pickle=False) as arrays:
-        return {name: (classes, arrays[name]) for name in arrays.files}
+    written = made.arrays(ordinal, "maps.npz")
+    if not made.holds(ordinal, "seen.npz"):
+        return {"": (written["classes"], written["full"])}
+    return {name: (written["classes"], maps) for name, maps in made.arrays(ordinal, "seen.npz").items()}
 
 
 def _maps(classes: NDArray[Any], maps: NDArray[np.uint8]) -> list[list[Any]]:
@@ -203,6 +188,7 @@ def _mask(mask: NDArray[np.uint8]) -> str:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture in one of Pillow's formats, in base64."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -212,18 +198,21 @@ def _write(
     album: Album,
     layer: str,
     stamp: str,
-    entries: Callable[[Sequence[int]], list[Any]],
+    entry: Callable[[int], Any],
     numbers: Callable[[], dict[str, list[Any]]],
 ) -> None:
-    """Writes a layer's files, its numbers last, unless they are there of what has this stamp."""
-    stamp = f"{stamp} {len(album.ordinals)}"
+    """Writes a layer's files, its numbers last, unless they are there of what has this stamp and of these photos.
+
+    entry: what the layer has of a photo, called in order; numbers: what was found on the way.
+    """
+    stamp = f"{stamp} {hashlib.sha256(album.ordinals.tobytes()).hexdigest()[:16]}"
     about = album.folder / f"{layer}.json"
     if about.exists() and json.loads(about.read_text()).get("stamp") == stamp:
         return
     album.folder.mkdir(exist_ok=True)
     about.unlink(missing_ok=True)
     for start, ordinals in album.chunks(layer):
-        call = json.dumps([layer, start, entries(ordinals)], separators=(",", ":"))
+        call = json.dumps([layer, start, [entry(ordinal) for ordinal in ordinals]], separators=(",", ":"))
         atomic_write(album.folder / f"{layer}-{start // CHUNK:04d}.js", f"ESOL.add(...{call});\n")
     atomic_write(about, json.dumps({"stamp": stamp, **numbers()}))
 

@@ -201,5 +201,5 @@ const ESOL = (() => {
     sorted();
     pick((views.find((view) => view.layer === ABOUT.best) || views[views.length - 1]).name);
   };
-  return { add, start, thumbs: (from, some) => { thumbs = thumbs.concat(some); }, order: () => order, views };
+  return { add, start, thumbs: (some) => { thumbs = thumbs.concat(some); }, order: () => order, views };
 })();

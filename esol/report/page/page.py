@@ -6,9 +6,10 @@ report_files/ as scripts, so that it works without a server. Whatever comes from
 
 from __future__ import annotations
 
+import csv
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -24,38 +25,39 @@ from esol.data.reader import ShardReader
 from esol.pipeline import records
 from esol.pipeline.records import Manifest
 from esol.report.page import charts, layers
-from esol.report.page.layers import CHUNK, Album, read_numbers
+from esol.report.page.layers import CHUNK, FILES, Album, read_numbers
 from esol.report.tables import best_masks, stage_rows, summary_rows
 
-PAGE, FILES, FIRST = "report.html", "report_files", "draw_first.csv"
+PAGE, FIRST = "report.html", "draw_first.csv"
 EMBEDDED = 500  # photos that one file holds whole
 FIRST_COUNT = 20  # photos to draw first
 
 
 def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader, beat: layers.Beat) -> Path:
     """Writes the page anew from all stages that have finished, and returns its path; beat: tells the watchdog."""
-    album = Album(index, reader, _photos(config, index), run_dir / FILES, beat)
+    album = Album(run_dir, index, reader, _photos(config, index), beat)
     found = records.manifests(run_dir)
     layers.write_photos(album)
     shown: list[dict[str, Any]] = [{"name": "photos", "kind": "photo"}]
     for name, own in found.items():
         if own.makes == "maps":
-            layers.write_maps(album, name, own.output, run_dir)
+            layers.write_maps(album, name, own.output)
             sources = read_numbers(album.folder, name)["sources"]
             shown.append({"name": name, "kind": "maps", "sources": sources})
         elif own.makes in ("masks", "predictions"):
-            layers.write_masks(album, name, own.output, run_dir)
+            layers.write_masks(album, name, own.output)
             shown.append({"name": name, "kind": "mask"})
     masks = index.members.get("mask.png")
     if masks is not None and (masks[album.ordinals, 0] >= 0).any():
         layers.write_truth(album)
         shown.append({"name": "truth", "kind": "mask"})
     best = best_masks(found)
-    about = _about(album, shown, best)
-    _write_first(run_dir, album, best)
+    drawn = read_numbers(album.folder, "photos")
+    about = _about(album, shown, best, drawn["shapes"])
+    _write_first(run_dir, about)
     target, temporary = run_dir / PAGE, run_dir / f"{PAGE}.tmp"
     with open(temporary, "w", encoding="utf-8") as page:
-        for part in _parts(run_dir, config, album, found, about, shown):
+        for part in _parts(run_dir, config, album, found, about, drawn["thumbs"]):
             page.write(part)
     temporary.replace(target)
     return target
@@ -71,19 +73,13 @@ def _photos(config: Config, index: Index) -> np.ndarray:
     return ordinals
 
 
-def _about(album: Album, shown: list[dict[str, Any]], best: str) -> dict[str, Any]:
+def _about(album: Album, shown: list[dict[str, Any]], best: str, shapes: Sequence[Any]) -> dict[str, Any]:
     """What the gallery's script gets to know of every photo, without pictures."""
     index = album.index
-    split_of: dict[int, str] = {}
-    for name, ordinals in index.splits.items():
-        for ordinal in ordinals.tolist():
-            split_of.setdefault(ordinal, name)
     numbers = read_numbers(album.folder, best) if best else {}
-    shapes = read_numbers(album.folder, "photos")["shapes"]
     photos = [
         {
             "key": str(index.keys[ordinal]),
-            "split": split_of.get(ordinal, ""),
             "labels": album.labels(ordinal),
             "shape": shapes[i],
             "judge": numbers.get("judge", [None] * (i + 1))[i],
@@ -98,16 +94,21 @@ def _about(album: Album, shown: list[dict[str, Any]], best: str) -> dict[str, An
             "chunk": CHUNK, "files": "" if whole else FILES}  # fmt: skip
 
 
-def _write_first(run_dir: Path, album: Album, best: str) -> None:
+def _write_first(run_dir: Path, about: Mapping[str, Any]) -> None:
     """draw_first.csv: the photos whose masks the judge trusts least, which are worth drawing first."""
-    numbers = read_numbers(album.folder, best) if best else {}
-    if not numbers:
+    if not about["best"]:
         return
-    rows = []
-    for place in least_trusted(numbers["judge"], numbers["lost"])[:FIRST_COUNT]:
-        lost = ";".join(album.index.classes[c] for c in numbers["lost"][place] or ())
-        rows.append(f'"{album.index.keys[album.ordinals[place]]}",{numbers["judge"][place]},"{lost}"')
-    (run_dir / FIRST).write_text("photo,judge,classes that its mask lacks\n" + "".join(f"{row}\n" for row in rows))
+    with open(run_dir / FIRST, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("photo", "judge", "classes that its mask lacks"))
+        for photo in _first_photos(about):
+            rows.writerow((photo["key"], photo["judge"], ";".join(about["classes"][c] for c in photo["lost"] or ())))
+
+
+def _first_photos(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    photos = about["photos"]
+    places = least_trusted([photo["judge"] for photo in photos], [photo["lost"] for photo in photos])
+    return [photos[place] for place in places[:FIRST_COUNT]]
 
 
 def least_trusted(judge: list[float | None], lost: list[list[int] | None]) -> list[int]:
@@ -122,7 +123,7 @@ def _parts(
     album: Album,
     found: Mapping[str, Manifest],
     about: Mapping[str, Any],
-    shown: list[dict[str, Any]],
+    thumbs: Sequence[str],
 ) -> Iterator[str]:
     static = files("esol.report.page")
     style, script = (static.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -134,18 +135,17 @@ def _parts(
     yield "<nav><a href=#gallery>Photos</a> <a href=#chain>Stages</a> <a href=#charts>Charts</a> "
     yield "<a href=#pictures>Pictures</a></nav></header><main>"
     yield _gallery(about)
-    yield _first(album, about)
+    yield _first(about)
     yield _chain(config, found)
     yield _charts(run_dir, album, found)
     yield from _pictures(run_dir)
     yield f"</main><footer>esol, {time.strftime('%Y-%m-%d %H:%M')}. The numbers: esol report {escape(str(run_dir))}."
     yield " DeepLab needs no label to predict.</footer>"
     yield f"<script>const ABOUT={_json(about)};\n{script}</script>"
-    thumbs = read_numbers(album.folder, "photos")["thumbs"]
     for start in range(0, len(thumbs), 500):
-        yield f"<script>ESOL.thumbs({start},{json.dumps(thumbs[start : start + 500])})</script>\n"
+        yield f"<script>ESOL.thumbs({json.dumps(thumbs[start : start + 500])})</script>\n"
     if not about["files"]:
-        for layer in shown:
+        for layer in about["layers"]:
             for start in range(0, len(album.ordinals), CHUNK):
                 name = f"{layer['name']}-{start // CHUNK:04d}.js"
                 yield f"<script>{(album.folder / name).read_text()}</script>\n"
@@ -195,15 +195,13 @@ def _gallery(about: Mapping[str, Any]) -> str:
 <h3 id=caption></h3><div id=views></div><p class=hint>arrow keys: next photo, Esc: back</p></dialog>"""
 
 
-def _first(album: Album, about: Mapping[str, Any]) -> str:
-    photos = about["photos"]
-    places = least_trusted([p["judge"] for p in photos], [p["lost"] for p in photos])[:FIRST_COUNT]
-    if not places:
-        return ""
+def _first(about: Mapping[str, Any]) -> str:
     items = []
-    for place in places:
-        lost = ", ".join(about["classes"][c] for c in photos[place]["lost"] or ())
-        items.append(f"<li>{escape(photos[place]['key'])}{f' (lacks {escape(lost)})' if lost else ''}</li>")
+    for photo in _first_photos(about):
+        lost = ", ".join(about["classes"][c] for c in photo["lost"] or ())
+        items.append(f"<li>{escape(photo['key'])}{f' (lacks {escape(lost)})' if lost else ''}</li>")
+    if not items:
+        return ""
     return (
         f"<details><summary>Draw these {len(items)} first: the photos whose masks of {escape(about['best'])} the judge "
         f"trusts least, also in {FIRST}</summary><ol>{''.join(items)}</ol></details>"
