@@ -27,7 +27,7 @@ from esol.models.affinity_net import AffinityNet
 from esol.models.deeplab import DeepLab
 from esol.models.heads import Heads
 from esol.models.irn_net import IrnNet
-from esol.ops import class_maps, dense_crf, pseudo_labels, segmentation
+from esol.ops import class_maps, dense_crf, pseudo_labels, tiles
 from esol.ops.metrics import ThresholdCurve
 from esol.pipeline import cam, config_file, inference, job, made, masks, registry
 from esol.stages import evaluate, localize, vote
@@ -44,14 +44,13 @@ PARTS: list[tuple[Any, str, str]] = [
     (IrnNet, "forward", "network"),
     (DeepLab, "forward", "network"),
     (class_maps, "_enlarge", "resize"),
-    (class_maps, "scale_to_grid", "resize"),
+    (tiles, "scale_to_grid", "resize"),
     (class_maps, "_normalise", "resize"),
-    (segmentation, "scale_to_grid", "resize"),
     (model, "within", "resize"),
     (cam, "class_maps", "maps, the rest"),
-    (evaluate, "probabilities", "resize probabilities"),
-    (model, "probabilities", "resize probabilities"),
-    (predict, "enlarged_labels", "resize probabilities"),
+    (evaluate, "blended", "resize probabilities"),
+    (model, "blended", "resize probabilities"),
+    (model, "enlarged_labels", "resize probabilities"),
     (ThresholdCurve, "update", "score"),
     (masks, "confusion_matrix", "score"),
     (masks, "judge_counts", "judge"),

@@ -26,7 +26,16 @@ def _report(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from esol.deploy.predict import predict
 
-    return predict(args.model, args.photos, args.out, cam=args.cam, fast=args.fast, batch=args.batch)
+    return predict(
+        args.model,
+        args.photos,
+        args.out,
+        cam=args.cam,
+        confidence=args.confidence,
+        fast=args.fast,
+        full_size=args.full_size,
+        batch=args.batch,
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -102,7 +111,13 @@ def _main() -> int:
     command.add_argument("photos", type=Path, help="a photo, or a folder with photos at any depth")
     command.add_argument("--out", type=Path, required=True, help="folder for masks/, overlays/ and predictions.json")
     command.add_argument("--cam", action="store_true", help="class maps as well (MODEL must be a run directory)")
+    command.add_argument("--confidence", action="store_true", help="16-bit maps of the masks' probability as well")
     command.add_argument("--fast", action="store_true", help="one scale, no flip, no CRF")
+    command.add_argument(
+        "--full-size",
+        action="store_true",
+        help="never make photos smaller: for aerial and other photos whose scale is that of the training photos",
+    )
     command.add_argument("--batch", type=int, default=4, help="photos of one size that go through the network together")
     command.set_defaults(run=_predict)
 

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from esol.base.errors import DataError
 from esol.data.photos import photo_format, upright_rgb
 from esol.data.samples import decode_mask, encode_mask
+from esol.data.tiff import encode_geotiff, place_on_earth
 from esol.data.transforms import decode
 from shards.samples import open_image, pack
 from shards.verify import check_sample
@@ -152,9 +154,12 @@ def test_other_formats_are_read_as_pillow_reads_them_and_packed_as_jpeg(kind: st
 
 
 def test_tiff_of_many_kinds() -> None:
-    gray = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 40
+    gray = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 170
     seen = decode(encoded(Image.fromarray(gray), "TIFF"), "k")
     assert np.array_equal(seen[0].numpy(), gray >> 8)  # the upper eight bits, as of a PNG
+    for top, shift in ((4095, 4), (1023, 2), (255, 0)):  # a microscope's 12 bits are no darkness
+        fewer = (gray.astype(np.int64) * top // 65535).astype(np.uint16)
+        assert np.array_equal(decode(encoded(Image.fromarray(fewer), "TIFF"), "k")[0].numpy(), fewer >> shift), top
     many = encoded(Image.fromarray(SCENE), "TIFF", save_all=True, append_images=[Image.new("RGB", (5, 5))])
     assert decode(many, "k").shape == (3, HEIGHT, WIDTH)  # the first picture
     with pytest.raises(DataError, match=r"^k: its pixels are fractions or wide numbers, not brightness: scale them"):
@@ -162,6 +167,32 @@ def test_tiff_of_many_kinds() -> None:
     thumbnail = encoded(Image.fromarray(SCENE), "TIFF", tiffinfo={254: 1})  # as Nikon's raw files begin
     with pytest.raises(DataError, match=r"^k: camera raw data are not read"):
         decode(thumbnail, "k")
+
+
+def test_tiff_that_pillow_does_not_read_and_where_it_lies(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="comes with esol[geo]")
+    wide = np.stack([SCENE[..., c].astype(np.uint16) * 16 for c in (0, 1, 2, 0)])  # 12 bits, infrared as a fourth band
+    place = {"crs": "EPSG:25832", "transform": rasterio.Affine(0.2, 0, 500000, 0, -0.2, 5400000)}
+    shape = {"width": WIDTH, "height": HEIGHT, "count": 4, "dtype": "uint16"}
+    for big in ("NO", "YES"):
+        with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", BIGTIFF=big, **shape, **place) as file:
+            file.write(wide)
+        data = (tmp_path / "a.tif").read_bytes()
+        assert np.array_equal(decode(data, "k").permute(1, 2, 0).numpy(), SCENE)
+        assert photo_format(pack("k", "k", data, ["cat"], ["cat"])["jpg"]) == "JPEG"
+        found = place_on_earth(data)
+        assert found is not None
+        with rasterio.MemoryFile(encode_geotiff(SCENE[..., 0], found)) as file, file.open() as mask:
+            assert (mask.crs, mask.transform) == (place["crs"], place["transform"])
+            assert np.array_equal(mask.read(1), SCENE[..., 0])
+    with pytest.raises(DataError, match=r"^k: unreadable TIFF"):
+        decode(data[:200], "k")
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", **(shape | {"dtype": "float32"})) as file:
+        file.write(wide.astype(np.float32))
+    with pytest.raises(DataError, match=r"^k: its pixels are fractions or signed numbers, not brightness"):
+        decode((tmp_path / "a.tif").read_bytes(), "k")
+    assert place_on_earth(encoded(Image.fromarray(SCENE), "TIFF")) is None
+    assert place_on_earth(b"II*\0" + b"\xff" * 40) is None
 
 
 def test_damage_behind_the_last_pixel_that_pillow_waits_for_is_an_error() -> None:

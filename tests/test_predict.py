@@ -20,14 +20,17 @@ from esol.base.errors import CheckpointError, EsolError
 from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
 from esol.config import BackboneConfig, CrfConfig, PredictionConfig
+from esol.data.transforms import decode
 from esol.deploy.model import Model, load_network
 from esol.deploy.predict import predict
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
+from esol.ops import tiles
 from esol.ops.segmentation import enlarged_labels
 from esol.pipeline.model_file import ModelInfo, read_info, write_model
 
 GRAY, RED, BLUE = (128, 128, 128), (220, 20, 20), (20, 20, 220)
+ON_EARTH = {33550: (0.2, 0.2, 0.0), 33922: (0.0, 0.0, 0.0, 5e5, 5.4e6, 0.0), 34735: (1, 1, 0, 1, 3072, 0, 1, 25832)}
 INFO = ModelInfo(
     classes=("red", "blue"),
     backbone="small",
@@ -252,7 +255,49 @@ def test_enlarged_labels_are_the_argmax_of_the_enlarged_probabilities(monkeypatc
         whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
         top = whole.topk(2, 0).values
         sure = (top[0] - top[1]) > 1e-5
-        assert torch.equal(enlarged_labels(found, size)[sure], whole.argmax(0).to(torch.uint8)[sure])
+        labels, confidence = enlarged_labels(found, size)
+        assert torch.equal(torch.from_numpy(labels)[sure], whole.argmax(0).to(torch.uint8)[sure])
+        assert np.allclose(confidence / 65535, top[0], atol=1e-4)
+
+
+def test_what_is_too_large_for_the_network_is_seen_at_its_own_size_in_windows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene(400, 300).save(tmp_path / "large.png")
+    large = decode((tmp_path / "large.png").read_bytes(), "large")
+    predictor = Model(model, full_size=True)
+    predictor.config = replace(predictor.config, crf=CrfConfig(iterations=0))
+    whole = predictor.label_map(large)
+    heard: list[str] = []
+    monkeypatch.setattr(tiles, "SIDE", 128)
+    monkeypatch.setattr(tiles, "MARGIN", 32)
+    cut, confidence = predictor.label_maps([large], [(300, 400)], heard.append)[0]
+    assert heard[0].startswith("scale 1, window 1 of ")
+    assert heard[-1] == "mask, window 20 of 20"
+    assert (cut == whole).mean() > 0.99
+    assert (cut == truth(400, 300)).mean() > 0.97
+    assert confidence.shape == (300, 400)
+    assert (confidence / 65535 > 1 / 3).all()
+    # a photo that is made smaller first, and still too large: answered at its own size
+    seen = predictor.label_maps([large], [(600, 800)])[0][0]
+    assert (seen == truth(800, 600)).mean() > 0.97
+
+
+def test_confidence_and_a_place_on_earth_beside_the_masks(model: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    scene(96, 80).save(photos / "plain.tif")
+    scene(96, 80).save(photos / "aerial.tif", tiffinfo=ON_EARTH)
+    assert predict(model, photos, out, confidence=True, full_size=True) == 0
+    report = json.loads((out / "predictions.json").read_text())["images"]
+    assert "geotiff" not in report["plain.tif"]
+    assert report["aerial.tif"]["geotiff"] == "geotiff/aerial.tif"
+    with Image.open(out / "geotiff/aerial.tif") as mask:
+        assert np.array_equal(np.asarray(mask), mask_of(out / "masks/aerial.png"))
+        assert {tag: mask.tag_v2[tag] for tag in ON_EARTH} == ON_EARTH
+    with Image.open(out / report["plain.tif"]["confidence"]) as sure:
+        assert sure.mode == "I;16"
+        assert 1 / 3 < np.asarray(sure).min() / 65535 < np.asarray(sure).max() / 65535 <= 1
 
 
 def test_the_file_says_how_to_predict(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from esol.data.samples import Batch
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import scale_to_grid
-from esol.ops.segmentation import probabilities
+from esol.ops.segmentation import blended, logits_by_scale
 from esol.pipeline.config_file import from_tree
 from esol.pipeline.runner import chosen
 from esol.stages.segment import Segment, SegmentConfig, SegmentTask, labels_on
@@ -133,6 +133,11 @@ def test_one_image_learned_by_heart_is_predicted_at_every_scale() -> None:
         assert found.shape == (1, 4, 49, 49)
         torch.testing.assert_close(found.sum(1), torch.ones(1, 49, 49))
         assert (found[0].argmax(0) == target)[known].float().mean() > 0.85
+
+
+def probabilities(image: Tensor, net: DeepLab, combine: Any = "mean", **options: Any) -> Tensor:
+    found = logits_by_scale(image, net, combine=combine, **options)
+    return blended(found, (image.shape[2], image.shape[3]), combine)
 
 
 def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -> None:

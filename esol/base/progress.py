@@ -57,11 +57,7 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
         if now - last < PLAIN_SECONDS and done * 10 // total == tenths:
             return
         last, tenths = now, done * 10 // total
-        left = (now - begun) / max(done, 1) * (total - done)
-        print(
-            f"{label}: {done}/{total} {unit}, {now - begun:.0f} s, {left:.0f} s left  {note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        left = f", {(now - begun) / done * (total - done):.0f} s left" if done else ""
+        print(f"{label}: {done}/{total} {unit}, {now - begun:.0f} s{left}  {note}", file=sys.stderr, flush=True)
 
     yield advance

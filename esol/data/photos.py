@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from esol.base.errors import DataError
+from esol.data.tiff import eight_bits, wide_tiff
 
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # such a block counts for nothing, and every reader meets it
 
@@ -79,6 +80,8 @@ def other_photo(data: bytes, name: str) -> Image.Image | None:
             raise DataError(f"{name}: camera raw data are not read: convert them to JPEG, PNG or WebP")
         image.load()
     except UnidentifiedImageError as error:
+        if OTHERS[kind] == "TIFF":
+            return wide_tiff(data, name)
         raise DataError(f"{name}: this kind of {kind} is not read: convert it to 8 bits, or to PNG") from error
     except DataError:
         raise
@@ -136,12 +139,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The photo as viewers show it: upright, 8-bit RGB, what is transparent over white.
 
-    16-bit channels keep their upper eight bits. The colours under full transparency are nobody's business: cameras and
-    editors leave anything there.
+    16-bit gray keeps the upper eight of the bits that it uses (tiff.eight_bits). The colours under full transparency
+    are nobody's business: cameras and editors leave anything there.
     """
     turn = _TURNS.get(orientation(image))
     if image.mode.startswith("I"):  # 16-bit gray
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(eight_bits(np.asarray(image).astype(np.int64).clip(0).astype(np.uint64)))
     elif image.mode == "F":
         image = image.convert("L")
     if image.has_transparency_data:

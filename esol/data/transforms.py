@@ -66,6 +66,15 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return interpolate(image[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
+def within(image: Tensor, side: int) -> Tensor:
+    """uint8 (3, H, W), made smaller where its long side exceeds `side` pixels."""
+    longest = max(image.shape[1:])
+    if longest <= side:
+        return image
+    height, width = (max(1, round(n * side / longest)) for n in image.shape[1:])
+    return resize(image, height, width)
+
+
 @dataclass(frozen=True)
 class Crop:
     """Square training crops of `size` pixels; the photo is scaled to a long side or by a factor, drawn uniformly."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from esol.base.errors import EsolError
 from esol.data.photos import HEAD, NEEDS_HEIC, OTHERS, photo_format
 
-OUTPUTS = ("masks", "overlays", "cams")  # the folders that predict writes into
+OUTPUTS = ("masks", "overlays", "cams", "confidence", "geotiff")  # the folders that predict writes into
 REPORT = "predictions.json"
 UNFINISHED = "predictions-unfinished"  # stands in a folder while predict writes into it, and says MARK
 MARK = f"esol predict writes {REPORT} last\n"

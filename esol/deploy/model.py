@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from esol.base.errors import CheckpointError, DataError
 from esol.config import BackboneConfig, PredictionConfig
 from esol.data.photos import upright_rgb
-from esol.data.transforms import decode, resize
+from esol.data.transforms import decode, within
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import mean_field, unary_from_probabilities
-from esol.ops.segmentation import enlarged_labels, probabilities
+from esol.ops.segmentation import blended, enlarged_labels, logits_by_scale, strongest
+from esol.ops.tiles import Tile, tiles
 from esol.pipeline import records
 from esol.pipeline.model_file import ModelInfo, read_info
 from esol.pipeline.weights import WEIGHTS
@@ -58,11 +60,13 @@ def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
 class Prediction:
     """What a model says of a photo.
 
-    mask: uint8 (H, W), 0 background, 1 + i for classes[i]; shares: label -> its share of the pixels, of those that are
-    there; photo: uint8 (H, W, 3), upright, in RGB.
+    mask: uint8 (H, W), 0 background, 1 + i for classes[i]; confidence: uint16 (H, W), the probability of the mask's
+    label in 1/65535; shares: label -> its share of the pixels, of those that are there; photo: uint8 (H, W, 3),
+    upright, in RGB.
     """
 
     mask: NDArray[np.uint8]
+    confidence: NDArray[np.uint16]
     shares: dict[str, float]
     classes: tuple[str, ...]
     photo: Pixels
@@ -75,35 +79,73 @@ class Prediction:
 class Model:
     """A model with its way to predict: photos larger than those that it learned from are made smaller first.
 
-    fast: one scale, no flip, no CRF. On a GPU where there is one. Raises what load_network raises.
+    fast: one scale, no flip, no CRF; full_size: photos are seen at their own size, whatever the model learned from.
+    What is too large for the network at once goes through it in windows. On a GPU where there is one. Raises what
+    load_network raises.
     """
 
-    def __init__(self, model: str | Path, fast: bool = False) -> None:
+    def __init__(self, model: str | Path, fast: bool = False, full_size: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, self.info = load_network(model)
         self.net = net.to(self.device)
-        self.config = self.info.evaluate
+        self.config, self.full_size = self.info.evaluate, full_size
         if fast:
             crf = replace(self.config.crf, iterations=0)
             self.config = replace(self.config, scales=(1.0,), flip=False, crf=crf)
 
     def reduced(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) at the size that the network gets: its long side is info.photo_side at most."""
-        return within(image, self.info.photo_side)
+        """uint8 (3, H, W) at the size that the network sees: its long side is info.photo_side at most."""
+        return image if self.full_size else within(image, self.info.photo_side)
 
-    def probabilities(self, images: list[Tensor]) -> list[Tensor]:
-        """Reduced photos of one size -> probabilities (L, h, w) of each, after the CRF."""
-        batch, config = torch.stack(images).to(self.device), self.config
-        found = probabilities(batch, self.net, scales=config.scales, flip=config.flip, combine=config.combine)
-        if not config.crf.iterations:
-            return list(found)
-        unaries = [unary_from_probabilities(one) for one in found]
-        return [mean_field(image, [u], config.crf)[0] for image, u in zip(batch, unaries, strict=True)]
+    def label_maps(
+        self, images: list[Tensor], sizes: list[tuple[int, int]], tell: Callable[[str], None] | None = None
+    ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint16]]]:
+        """Reduced photos of one size -> mask and confidence of each at the photo's own size, as a Prediction has them.
+
+        tell: hears which window is next, where photos go through the network in windows.
+        """
+        seen, config = (images[0].shape[1], images[0].shape[2]), self.config
+        if len(parts := tiles(*seen)) == 1:
+            found = self._logits(torch.stack(images), tell)
+            each = blended(found, seen, config.combine)
+            return [
+                enlarged_labels(self._refined(image, one), size)
+                for image, one, size in zip(images, each, sizes, strict=True)
+            ]
+        return [self._in_parts(image, parts, size, tell) for image, size in zip(images, sizes, strict=True)]
+
+    def _in_parts(
+        self, image: Tensor, parts: list[Tile], size: tuple[int, int], tell: Callable[[str], None] | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        """A large photo: its logits are enlarged, and refined by the CRF, part by part."""
+        seen, found = (image.shape[1], image.shape[2]), self._logits(image[None], tell)
+        mask, confidence = np.empty(seen, np.uint8), np.empty(seen, np.uint16)
+        for number, part in enumerate(parts, 1):
+            if tell:
+                tell(f"mask, window {number} of {len(parts)}")
+            (rows, columns), (r, c) = part.window, part.inner
+            one = self._refined(image[:, rows, columns], blended(found, seen, self.config.combine, part.window)[0])
+            mask[part.kept], confidence[part.kept] = strongest(one[:, r, c])
+        if seen == size:
+            return mask, confidence
+        place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, seen, strict=True)))
+        return mask[place], confidence[place]
+
+    def _logits(self, images: Tensor, tell: Callable[[str], None] | None) -> list[Tensor]:
+        own = self.config
+        return logits_by_scale(
+            images.to(self.device), self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell
+        )
+
+    def _refined(self, image: Tensor, found: Tensor) -> Tensor:
+        """Probabilities (L, h, w) after the CRF, if there is one."""
+        if not self.config.crf.iterations:
+            return found
+        return mean_field(image.to(self.device), [unary_from_probabilities(found)], self.config.crf)[0]
 
     def label_map(self, image: Tensor) -> NDArray[np.uint8]:
         """uint8 (3, H, W) of any size -> its label map (H, W)."""
-        found = self.probabilities([self.reduced(image)])[0]
-        return enlarged_labels(found, (image.shape[1], image.shape[2])).cpu().numpy()
+        return self.label_maps([self.reduced(image)], [(image.shape[1], image.shape[2])])[0][0]
 
     def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
         """The share of the pixels of each label that is there."""
@@ -114,8 +156,8 @@ class Model:
     def predict(self, photo: Photo) -> Prediction:
         """The mask of one photo; DataError where it cannot be read."""
         image = _pixels(photo)
-        labels = self.label_map(image)
-        return Prediction(labels, self.shares(labels), self.info.classes, image.permute(1, 2, 0).numpy())
+        mask, sure = self.label_maps([self.reduced(image)], [(image.shape[1], image.shape[2])])[0]
+        return Prediction(mask, sure, self.shares(mask), self.info.classes, image.permute(1, 2, 0).numpy())
 
 
 def _pixels(photo: Photo) -> Tensor:
@@ -129,12 +171,3 @@ def _pixels(photo: Photo) -> Tensor:
     if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
         raise DataError(f"a photo must be uint8 (H, W, 3), not {values.dtype} {values.shape}")
     return torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1).contiguous()
-
-
-def within(image: Tensor, side: int) -> Tensor:
-    """uint8 (3, H, W), made smaller where its long side exceeds `side` pixels."""
-    longest = max(image.shape[1:])
-    if longest <= side:
-        return image
-    height, width = (max(1, round(n * side / longest)) for n in image.shape[1:])
-    return resize(image, height, width)

@@ -6,8 +6,9 @@ import errno
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 from esol.base.errors import DataError, EsolError
 from esol.base.files import atomic_write
 from esol.base.progress import progress
 from esol.config import MapsConfig
-from esol.data.samples import encode_mask
-from esol.data.transforms import decode
+from esol.data.samples import encode_mask, encode_png
+from esol.data.tiff import encode_geotiff, place_on_earth
+from esol.data.transforms import decode, within
 from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
-from esol.deploy.model import Model, within
+from esol.deploy.model import Model
 from esol.ops.class_maps import class_maps
-from esol.ops.segmentation import enlarged_labels
 from esol.pipeline import records
 from esol.pipeline.cam import ran_with_maps, trained_heads
 from esol.report.pictures import heat, paint
@@ -35,22 +37,35 @@ OVERLAY = 1024  # pixels, long side of overlays and class maps at most
 _T = TypeVar("_T")
 _LINES = 20  # of skipped files that are printed; the report has all
 _REFUSED_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # by a file system that knows other rules
+ALONE = 3 * 2048**2  # values: a larger photo goes through the network by itself, as soon as it is read
 WINDOW = 4  # batches of photos that are decoded at a time and grouped by size
 
 
 @dataclass
 class _Photo:
-    """One photo under way: its path below the folder, name of its outputs, size, and its pixels in two small sizes."""
+    """One photo under way: its path below the folder, name of its outputs, size, its pixels as the network sees them
+    and in a small size, and GeoTIFF's tags."""
 
     path: str
     name: str
     size: tuple[int, int]
     reduced: Tensor
     overview: Tensor
+    place: ImageFileDirectory_v2 | None
 
 
-def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bool = False, batch: int = 4) -> int:
-    """Writes masks/, overlays/, predictions.json and with cam cams/ into out; returns 1 where a photo was skipped.
+def predict(
+    model: Path,
+    photos: Path,
+    out: Path,
+    *,
+    cam: bool = False,
+    confidence: bool = False,
+    fast: bool = False,
+    full_size: bool = False,
+    batch: int = 4,
+) -> int:
+    """Writes masks/, overlays/, predictions.json, and more on request, into out; returns 1 where a photo was skipped.
 
     EsolError for a model, folder or option that cannot be used; a photo that cannot is skipped, and named at the end.
     """
@@ -59,10 +74,10 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
     if out.exists() and not out.is_dir():
         raise EsolError(f"--out {out} is a file: give a folder")
     found = gather(photos, out)
-    loaded = Model(model, fast)
-    maps = _Cams(model, loaded) if cam else None
-    names, skipped = output_names(found.photos), dict(found.skipped)
-    images: dict[str, Any] = {}
+    loaded = Model(model, fast, full_size)
+    writer = _Writer(out, loaded, _Cams(model, loaded) if cam else None, confidence)
+    names = output_names(found.photos)
+    writer.skipped.update(found.skipped)
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / UNFINISHED, MARK)
@@ -70,25 +85,25 @@ def predict(model: Path, photos: Path, out: Path, *, cam: bool = False, fast: bo
         with progress("predict", len(found.photos), "photos", visible=True) as advance:
             done = 0
             for window in _chunks(found.photos, WINDOW * batch):
+                tell = partial(advance, done)
                 groups: dict[torch.Size, list[_Photo]] = defaultdict(list)
                 for path in window:
                     try:
                         photo = _read(found.root, path, names[path], loaded)
-                        groups[photo.reduced.shape].append(photo)
                     except DataError as error:
-                        skipped[path] = str(error).removeprefix(f"{path}: ")
+                        writer.skipped[path] = str(error).removeprefix(f"{path}: ")
+                        continue
+                    if photo.reduced.numel() > ALONE:
+                        writer.answer([photo], tell)
+                    else:
+                        groups[photo.reduced.shape].append(photo)
+                    del photo  # one of the large ones at a time
                 for group in groups.values():
                     for some in _chunks(group, batch):
-                        answers = loaded.probabilities([photo.reduced for photo in some])
-                        for photo, one in zip(some, answers, strict=True):
-                            try:
-                                images[photo.path] = _write(out, loaded, photo, one, maps)
-                            except OSError as error:
-                                if error.errno not in _REFUSED_NAME:
-                                    raise
-                                skipped[photo.path] = f"its outputs cannot be written ({error.strerror})"
+                        writer.answer(some, tell)
                 done += len(window)
                 advance(done, "")
+        images, skipped = writer.images, writer.skipped
         said = texts((*images, *skipped))
         report = {"model": texts([str(model)])[str(model)], "classes": loaded.info.classes, "fast": fast}
         report["images"] = {said[path]: images[path] for path in sorted(images)}
@@ -115,20 +130,49 @@ def _read(root: Path, path: str, name: str, model: Model) -> _Photo:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     image = decode(data, path)
     size = (image.shape[1], image.shape[2])
-    return _Photo(path, name, size, model.reduced(image), within(image, OVERLAY))
+    return _Photo(path, name, size, model.reduced(image), within(image, OVERLAY), place_on_earth(data))
 
 
-def _write(out: Path, model: Model, photo: _Photo, found: Tensor, maps: _Cams | None) -> dict[str, Any]:
-    labels = enlarged_labels(found, photo.size).cpu().numpy()
-    mask = out / "masks" / f"{photo.name}.png"
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(mask, encode_mask(labels))
-    pixels = photo.overview.permute(1, 2, 0).numpy()
-    rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
-    _save(paint(pixels, labels[rows][:, columns]), out / "overlays" / f"{photo.name}.jpg")
-    about = {"mask": str(mask.relative_to(out)), "width": photo.size[1], "height": photo.size[0]}
-    about["shares"] = model.shares(labels)
-    return about if maps is None else about | {"found": maps.write(out, photo)}
+@dataclass
+class _Writer:
+    """Predicts photos and writes what they come to. images: path -> what the report says; skipped: path -> why."""
+
+    out: Path
+    model: Model
+    maps: _Cams | None
+    confidence: bool
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def answer(self, photos: Sequence[_Photo], tell: Callable[[str], None]) -> None:
+        """Photos of one size as the network sees them."""
+        found = self.model.label_maps([photo.reduced for photo in photos], [photo.size for photo in photos], tell)
+        for photo, (mask, sure) in zip(photos, found, strict=True):
+            try:
+                self.images[photo.path] = self._write(photo, mask, sure)
+            except OSError as error:
+                if error.errno not in _REFUSED_NAME:
+                    raise
+                self.skipped[photo.path] = f"its outputs cannot be written ({error.strerror})"
+
+    def _write(self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16]) -> dict[str, Any]:
+        pixels = photo.overview.permute(1, 2, 0).numpy()
+        rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
+        about: dict[str, Any] = {"mask": self._save("masks", f"{photo.name}.png", encode_mask(mask))}
+        _save(paint(pixels, mask[rows][:, columns]), self.out / "overlays" / f"{photo.name}.jpg")
+        if self.confidence:
+            data = encode_png(Image.fromarray(sure))
+            about["confidence"] = self._save("confidence", f"{photo.name}.png", data)
+        if photo.place is not None:
+            about["geotiff"] = self._save("geotiff", f"{photo.name}.tif", encode_geotiff(mask, photo.place))
+        about |= {"width": photo.size[1], "height": photo.size[0], "shares": self.model.shares(mask)}
+        return about if self.maps is None else about | {"found": self.maps.write(self.out, photo)}
+
+    def _save(self, folder: str, name: str, data: bytes) -> str:
+        path = self.out / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+        return str(path.relative_to(self.out))
 
 
 class _Cams:

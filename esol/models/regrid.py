@@ -67,11 +67,17 @@ def squeeze_to_grid(image: Tensor, stride: int) -> Tensor:
     return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=True)
 
 
+def grid_size(image: Tensor, factor: float, stride: int) -> tuple[int, int]:
+    """The multiples of the stride plus one that are nearest to factor times the size of an image (..., H, W)."""
+    height, width = (max(1, round((factor * side - 1) / stride)) * stride + 1 for side in image.shape[-2:])
+    return height, width
+
+
 def scale_to_grid(image: Tensor, factor: float, stride: int) -> Tensor:
-    """(B, 3, H, W) -> float (B, 3, H', W'), the multiples of the stride plus one nearest to factor times the size.
+    """(B, 3, H, W) -> float (B, 3, H', W') of grid_size.
 
     At such sizes the features' outermost columns sit on the outermost pixels, so that maps mirror and enlarge without a
     shift; at multiples of the stride they are half a stride off.
     """
-    size = [max(1, round((factor * side - 1) / stride)) * stride + 1 for side in image.shape[2:]]
+    size = grid_size(image, factor, stride)
     return F.interpolate(image.float(), size, mode="bilinear", align_corners=False, antialias=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from esol.models.heads import Heads
-from esol.models.regrid import scale_to_grid
+from esol.models.regrid import grid_size
+from esol.ops.tiles import on_grid
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ def class_maps(
     scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0),
     flip: bool = True,
     long_side: int = 0,
+    tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, ClassMaps]]:
     """Class maps of every head, {"cam": ..., "decide": ..., ...} for each image.
 
-    image uint8 (B, 3, H, W); labels (B, C) multi-hot; long_side: of scale 1 in pixels, 0 = the image's own. relu,
-    summed over scales and flip, absent classes dropped, divided by the maximum + 1e-5 (IRN). One backbone pass a scale.
+    image uint8 (B, 3, H, W); labels (B, C) multi-hot; long_side: of scale 1 in pixels, 0 = the image's own; tell: hears
+    which window of a large image is next. relu, summed over scales and flip, absent classes dropped, divided by the
+    maximum + 1e-5 (IRN). One backbone pass a scale.
     """
     height, width = image.shape[2:]
     stride = heads.net.backbone.stride
@@ -46,11 +50,11 @@ def class_maps(
     present = [row.nonzero()[:, 0] for row in labels]
     sums: list[dict[str, dict[str, Tensor]]] = [{} for _ in present]
     for scale in scales:
-        inputs = scale_to_grid(image, scale * (long_side / max(height, width) if long_side else 1), stride)
-        aligned = (inputs.shape[2] - 1, inputs.shape[3] - 1)
-        for source, maps in _of_one_scale(inputs, heads, flip).items():
+        factor = scale * (long_side / max(height, width) if long_side else 1)
+        aligned = grid_size(image, factor, stride)
+        for source, maps in on_grid(partial(_seen, heads, flip), image, factor, stride, tell).items():
             # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does not.
-            corners = ((maps.shape[2] - 1) * stride, (maps.shape[3] - 1) * stride) == aligned
+            corners = ((maps.shape[2] - 1) * stride + 1, (maps.shape[3] - 1) * stride + 1) == aligned
             for own, chosen, one in zip(sums, present, maps, strict=True):
                 total = own.setdefault(source, {})
                 for name, size in sizes.items():
@@ -62,7 +66,7 @@ def class_maps(
     ]
 
 
-def _of_one_scale(image: Tensor, heads: Heads, flip: bool) -> dict[str, Tensor]:
+def _seen(heads: Heads, flip: bool, image: Tensor) -> dict[str, Tensor]:
     """relu'd maps of every head, float32 (B, C, h, w), summed over the image and its mirror image."""
     found = heads.class_maps(torch.cat((image, image.flip(3))) if flip else image)
     return {source: _unflip(F.relu(m.float())) if flip else F.relu(m.float()) for source, m in found.items()}

@@ -2,58 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from esol.models.deeplab import DeepLab
-from esol.models.regrid import scale_to_grid
+from esol.ops.tiles import Part, on_grid
 
 STRIP = 4_000_000  # floats that enlarged_labels holds at once
 
 
 @torch.no_grad()
-def probabilities(
+def logits_by_scale(
     image: Tensor,
     net: DeepLab,
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
     combine: Literal["mean", "max"] = "mean",
-) -> Tensor:
-    """Probabilities of every label, float32 (B, L, H, W), of uint8 images (B, 3, H, W).
+    tell: Callable[[str], None] | None = None,
+) -> list[Tensor]:
+    """What `blended` needs: logits (B, L, h, w) of uint8 images (B, 3, H, W), on the grids of the scales.
 
-    mean: of the probabilities over scales and flip; max: the softmax of the highest logits over the scales, the mean
-    over the flip within each, as DeepLab's public code has it.
+    max: the mean over the flip within each scale, as DeepLab's public code has it. tell: hears which window of a large
+    image is next.
     """
-    size, total = (image.shape[2], image.shape[3]), None
-    for scale in scales:
-        inputs = scale_to_grid(image, scale, net.backbone.stride)
+
+    def seen(inputs: Tensor) -> dict[str, Tensor]:
         logits = net(torch.cat((inputs, inputs.flip(3))) if flip else inputs).float()
-        passes = [logits] if not flip else [logits[: len(image)], logits[len(image) :].flip(3)]
+        passes = [logits] if not flip else [logits[: len(inputs)], logits[len(inputs) :].flip(3)]
+        return {str(i): one for i, one in enumerate([sum(passes) / len(passes)] if combine == "max" else passes)}
+
+    stride = net.backbone.stride
+    return [one for scale in scales for one in on_grid(seen, image, scale, stride, tell).values()]
+
+
+@torch.no_grad()
+def blended(
+    logits: Sequence[Tensor], size: tuple[int, int], combine: Literal["mean", "max"] = "mean", part: Part | None = None
+) -> Tensor:
+    """Probabilities of every label, float32 (B, L, H, W), or of the rows and columns of a part of the image.
+
+    mean: of the probabilities over all logits; max: the softmax of the highest logits.
+    """
+    total: Tensor | None = None
+    for one in logits:
+        enlarged = _enlarged(one, size, part)
         if combine == "max":
-            enlarged = F.interpolate(sum(passes) / len(passes), size, mode="bilinear", align_corners=True)
             total = enlarged if total is None else torch.maximum(total, enlarged)
         else:
-            for one in passes:
-                enlarged = F.interpolate(one, size, mode="bilinear", align_corners=True).softmax(1)
-                total = enlarged if total is None else total.add_(enlarged)
+            total = enlarged.softmax(1) if total is None else total.add_(enlarged.softmax(1))
     assert total is not None
-    return total.softmax(1) if combine == "max" else total.div_(len(scales) * (2 if flip else 1))
+    return total.softmax(1) if combine == "max" else total.div_(len(logits))
 
 
-def enlarged_labels(predicted: Tensor, size: tuple[int, int]) -> Tensor:
-    """The strongest label, uint8 (H, W), of probabilities (L, h, w) enlarged bilinearly, by bands of rows.
+def _enlarged(logits: Tensor, size: tuple[int, int], part: Part | None) -> Tensor:
+    """A part of logits (B, L, h, w) that are enlarged to the image's size; corners are corners."""
+    if part is None or part == (slice(0, size[0]), slice(0, size[1])):
+        return F.interpolate(logits, size, mode="bilinear", align_corners=True)
+    for axis, (shown, length) in enumerate(zip(part, size, strict=True), 2):
+        cells = logits.shape[axis]
+        place = torch.arange(shown.start, shown.stop, device=logits.device) * ((cells - 1) / max(length - 1, 1))
+        first = place.long().clamp_max(cells - 1)
+        weight = (place - first).float().view(-1, *[1] * (3 - axis))
+        after = (first + 1).clamp_max(cells - 1)
+        logits = torch.lerp(logits.index_select(axis, first), logits.index_select(axis, after), weight)
+    return logits
 
-    Pixel centres correspond (align_corners=False). Holds STRIP floats at most instead of L x H x W.
+
+def enlarged_labels(predicted: Tensor, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Probabilities (L, h, w) enlarged bilinearly to (H, W): the strongest label, and its probability in 1/65535.
+
+    Pixel centres correspond (align_corners=False). By bands of rows: holds STRIP floats at most instead of L x H x W.
     """
     (height, width), rows = size, max(1, STRIP // (len(predicted) * size[1]))
     if (height, width) == tuple(predicted.shape[1:]):
-        return predicted.argmax(0).to(torch.uint8)
-    labels = torch.empty(size, dtype=torch.uint8, device=predicted.device)
+        return strongest(predicted)
+    labels, sure = np.empty(size, np.uint8), np.empty(size, np.uint16)
     for top in range(0, height, rows):
         place = torch.arange(top, min(top + rows, height), device=predicted.device, dtype=torch.float32)
         place = ((place + 0.5) * (predicted.shape[1] / height) - 0.5).clamp(0, predicted.shape[1] - 1)
@@ -62,5 +92,12 @@ def enlarged_labels(predicted: Tensor, size: tuple[int, int]) -> Tensor:
             predicted[:, above], predicted[:, (above + 1).clamp_max(predicted.shape[1] - 1)], (place - above)[:, None]
         )
         wide = F.interpolate(band[None], (len(place), width), mode="bilinear", align_corners=False)[0]
-        labels[top : top + rows] = wide.argmax(0).to(torch.uint8)
-    return labels
+        labels[top : top + rows], sure[top : top + rows] = strongest(wide)
+    return labels, sure
+
+
+def strongest(predicted: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """The label of the highest probability (L, H, W) at each pixel, and that probability in 1/65535."""
+    highest, label = predicted.max(0)
+    sure = (highest * 65535).round().to(torch.int32).cpu().numpy().astype(np.uint16)
+    return label.to(torch.uint8).cpu().numpy(), sure

@@ -107,7 +107,15 @@ class MapStage(InferenceStage[dict[str, ClassMaps]]):
         images = torch.stack([sample.image for sample in samples]).to(device)
         labels = torch.stack([torch.from_numpy(sample.labels) for sample in samples]).to(device)
         with self.context.engine.autocast():
-            return class_maps(images, labels, self.net, scales=maps.scales, flip=maps.flip, long_side=maps.long_side)
+            return class_maps(
+                images,
+                labels,
+                self.net,
+                scales=maps.scales,
+                flip=maps.flip,
+                long_side=maps.long_side,
+                tell=lambda what: self.context.engine.beat(f"{what} of {samples[0].key}"),
+            )
 
     def tiles(self, sample: Sample, made: dict[str, ClassMaps]) -> dict[str, Pixels]:
         """Every head's best map, and the seeds of the last."""

@@ -14,7 +14,8 @@ from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import mean_field, unary_from_probabilities
 from esol.ops.metrics import score
-from esol.ops.segmentation import probabilities
+from esol.ops.segmentation import blended, logits_by_scale
+from esol.ops.tiles import tiles
 from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
@@ -61,16 +62,26 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
         return [self._predict(sample) for sample in samples]
 
     def _predict(self, sample: Sample) -> tuple[Label, Label]:
-        config, image = self.config, sample.image.to(self.context.engine.device)
+        config, image, beat = self.config, sample.image.to(self.context.engine.device), self.context.engine.beat
         with self.context.engine.autocast():
-            predicted = probabilities(
-                image[None], self.net, scales=config.scales, flip=config.flip, combine=config.combine
-            )[0]
-        plain = predicted.argmax(0).to(torch.uint8).cpu().numpy()
-        if not config.crf.iterations:
-            return plain, plain
-        refined = mean_field(image, [unary_from_probabilities(predicted)], config.crf)[0]
-        return plain, refined.argmax(0).to(torch.uint8).cpu().numpy()
+            found = logits_by_scale(
+                image[None],
+                self.net,
+                scales=config.scales,
+                flip=config.flip,
+                combine=config.combine,
+                tell=lambda what: beat(f"{what} of {sample.key}"),
+            )
+        plain, refined = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
+        for part in tiles(*sample.size):
+            (rows, columns), (r, c) = part.window, part.inner
+            one = blended(found, sample.size, config.combine, part.window)[0]
+            plain[part.kept] = one[:, r, c].argmax(0).to(torch.uint8).cpu().numpy()
+            if config.crf.iterations:
+                one = mean_field(image[:, rows, columns], [unary_from_probabilities(one)], config.crf)[0]
+            refined[part.kept] = one[:, r, c].argmax(0).to(torch.uint8).cpu().numpy()
+            beat(f"a window of {sample.key}")
+        return plain, refined
 
     def members(self, sample: Sample, made: tuple[Label, Label]) -> Members:
         return {"mask.png": encode_mask(made[1])}

@@ -27,7 +27,7 @@ from esol.deploy.export import TOLERANCE, Graph, _with_fixed_padding
 from esol.deploy.model import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.ops.segmentation import probabilities
+from esol.ops.segmentation import blended, logits_by_scale
 
 
 def esol(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(export
     # at sizes of the network's grid padding does nothing, and this is what predict --fast sees
     with torch.no_grad():
         torch.testing.assert_close(
-            graph(photo[..., :49, :57]), probabilities(photo[..., :49, :57], net, scales=(1.0,), flip=False)
+            graph(photo[..., :49, :57]), blended(logits_by_scale(photo[..., :49, :57], net, flip=False), (49, 57))
         )
 
 

@@ -1,0 +1,93 @@
+"""Photos too large for a network at once: windows that overlap, and what of each window's answer is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esol.models.regrid import grid_size, scale_to_grid
+
+SIDE = 2048  # pixels: what is not larger is never cut
+MARGIN = 256  # pixels of a window that only lend context to the rest, about as far as DeepLab's features look
+STEP = 32  # pixels: windows begin on every network's grid
+
+Part = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """window: rows and columns of a photo that are worked on together; kept: those that the answer is kept of."""
+
+    window: Part
+    kept: Part
+
+    @property
+    def inner(self) -> Part:
+        """What is kept, in the window's own rows and columns."""
+        rows, columns = (
+            slice(k.start - w.start, k.stop - w.start) for w, k in zip(self.window, self.kept, strict=True)
+        )
+        return rows, columns
+
+
+def tiles(height: int, width: int) -> list[Tile]:
+    """The windows of a photo, row by row; one, the photo itself, where it is not large.
+
+    Kept parts cover the photo without overlap and lie MARGIN inside their window, but at the photo's own edges.
+    """
+    rows, columns = spans(height), spans(width)
+    return [Tile((r[0], c[0]), (r[1], c[1])) for r, c in product(rows, columns)]
+
+
+def spans(length: int) -> list[tuple[slice, slice]]:
+    """Windows of one axis and what is kept of each, in pixels; all begin at multiples of STEP."""
+    if length < SIDE + STEP:
+        return [(slice(0, length), slice(0, length))]
+    last = (length - SIDE) // STEP * STEP  # its window is up to a step longer
+    starts = [*range(0, last, SIDE - 2 * MARGIN), last]
+    edges = [0, *((before + SIDE + after) // (2 * STEP) * STEP for before, after in pairwise(starts)), length]
+    ends = [*(start + SIDE for start in starts[:-1]), length]
+    return [(slice(s, e), slice(*k)) for s, e, k in zip(starts, ends, pairwise(edges), strict=True)]
+
+
+def on_grid(
+    network: Callable[[Tensor], dict[str, Tensor]],
+    image: Tensor,
+    factor: float,
+    stride: int,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]:
+    """What a network says, on its grid of that stride, of uint8 images (B, 3, H, W) scaled by a factor.
+
+    Where that is large it sees windows of it, cut on the grid, so that what it says far from their edges is what it
+    says of the whole. tell: hears which window is next.
+    """
+    size = grid_size(image, factor, stride)
+    if max(size) < SIDE + STEP:
+        return network(scale_to_grid(image, factor, stride))
+    # in bytes and in the machine's memory: floats would be four times as many, on a device that has less of it
+    scaled = F.interpolate(image.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
+    strips: list[dict[str, Tensor]] = []
+    rows, columns = spans(size[0] - 1), spans(size[1] - 1)
+    for r, kept_rows in rows:
+        pieces: list[dict[str, Tensor]] = []
+        for c, kept_columns in columns:
+            if tell:
+                number = len(strips) * len(columns) + len(pieces) + 1
+                tell(f"scale {factor:.3g}, window {number} of {len(rows) * len(columns)}")
+            window = scaled[:, :, r.start : r.stop + 1, c.start : c.stop + 1].to(image.device).float()
+            i, j = _cells(r, kept_rows, size[0] - 1, stride), _cells(c, kept_columns, size[1] - 1, stride)
+            pieces.append({name: found[:, :, i, j] for name, found in network(window).items()})
+        strips.append({name: torch.cat([piece[name] for piece in pieces], 3) for name in pieces[0]})
+    return {name: torch.cat([strip[name] for strip in strips], 2) for name in strips[0]}
+
+
+def _cells(window: slice, kept: slice, length: int, stride: int) -> slice:
+    """What is kept of a window, in its cells; to the last cell, if there is one, at the image's own edge."""
+    end = None if kept.stop == length else (kept.stop - window.start) // stride
+    return slice((kept.start - window.start) // stride, end)
