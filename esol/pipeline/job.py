@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from esol.base.errors import LaunchError
 from esol.base.files import atomic_write, hold, writable
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
+from esol.data.samples import encode_jpeg
+from esol.data.transforms import decode, within
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
 from esol.pipeline import needs, records
@@ -19,11 +25,13 @@ from esol.pipeline.context import Context
 from esol.pipeline.registry import table
 from esol.pipeline.runner import check_splits, chosen, run_stages
 from esol.pipeline.store import Store
+from esol.pipeline.weights import WEIGHTS
 from esol.report.page.page import PAGE, write_page
-from esol.report.tables import aligned, short_report, summary
+from esol.report.tables import aligned, headline, short_report, stage_rows, summary
 from esol.tracking.tracker import Tracker
 from esol.training.loop import Stopped, StopSignal
 
+EXAMPLE = 128  # pixels, long side of the photo that MLflow shows as an example of what the model takes
 _PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
@@ -71,16 +79,41 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
             busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
     if busy := "".join(gather_text(engine, busy)):
         raise LaunchError(busy)
-    with Tracker(config, engine.is_main, index.hash, engine.world_size, resume) as tracker, StopSignal() as stop:
+    tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=contents(index))
+    with tracked as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
-            run_stages(context, only, stages, lambda: _page(context))
+            run_stages(context, only, stages, partial(_show, context))
             if engine.is_main and ((run_dir / PAGE).exists() or _page(context)):
                 tracker.artifact(run_dir / PAGE)
         except Stopped as stopped:
             context.say(f"{stopped}; go on with --resume")
             return stopped.code
     return 0
+
+
+def _show(context: Context, stage: str) -> None:
+    """Brings what people look at up to date behind a stage: the page, and MLflow's numbers and model."""
+    tracker, found = context.tracker, records.finished(context.run_dir)
+    tracker.headline(headline(found) | {k: n for k, n in contents(context.index).items() if isinstance(n, int)})
+    row = next(row for row in stage_rows(found) if row.name == stage)
+    numbers = {"miou": row.miou, "judge": row.judge, "seconds": row.seconds}
+    tracker.headline({name: value for name, value in numbers.items() if value is not None}, stage)
+    if found[stage].makes == "model":
+        first = int(context.index.split(context.config.data.mask_split)[0])
+        photo = within(decode(context.reader.image(first), context.reader.name(first)), EXAMPLE)
+        example = encode_jpeg(Image.fromarray(photo.permute(1, 2, 0).numpy()))
+        tracker.model(context.run_dir / stage / WEIGHTS, example)
+    _page(context)
+
+
+def contents(index: Index) -> dict[str, Any]:
+    """What a set of photos holds: photos, classes, and photos of each split and class."""
+    found: dict[str, Any] = {"photos": len(index), "classes": len(index.classes)}
+    found |= {f"split {name}": len(index.split(name)) for name in index.splits}
+    if index.labels is not None:
+        found |= {name: int(n) for name, n in zip(index.classes, index.labels.sum(0), strict=True)}
+    return found
 
 
 def _page(context: Context) -> bool:

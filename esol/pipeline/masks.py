@@ -241,5 +241,7 @@ def write_curves(context: Context, folder: Path, curves: dict[str, ThresholdCurv
         for step, one in enumerate(curve.scores()):
             values = {"miou": 100 * one.miou, "precision": 100 * one.mean_precision, "recall": 100 * one.mean_recall}
             rows[source].append({"threshold": one.threshold, **values})
-            context.tracker.metrics(step, {f"{source}_curve_{name}": value for name, value in values.items()})
+            context.tracker.metrics(
+                step, {f"{name} over threshold in percent/{source}": value for name, value in values.items()}
+            )
     atomic_write(folder / "curves.json", json.dumps(finite(rows), indent=1, allow_nan=False))

@@ -29,7 +29,7 @@ class Stage:
     same inputs, so that what an earlier version made is made again; default: whether runs whose config names no stages
     have it; needs, uses: the stages that it always reads, and those that it reads where the run has them; shaped_by:
     keys of the config, besides its own section, that shape its result ("data.crop", "model"), what is not named being
-    no reason to run again; makes: what its result is ("weights", "maps", "labels", "masks", "predictions");
+    no reason to run again; makes: what its result is ("weights", "model", "maps", "labels", "masks", "predictions");
     produces: patterns of the files below its folder that are its result.
     """
 

@@ -53,11 +53,11 @@ def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> No
 
 
 def run_stages(
-    context: Context, only: Sequence[str] | None, store: Store, finished: Callable[[], object] = lambda: None
+    context: Context, only: Sequence[str] | None, store: Store, finished: Callable[[str], object] = lambda name: None
 ) -> None:
     """Runs or skips every chosen stage and keeps results.json up to date.
 
-    finished: called on the main rank after a stage, while the others may go on.
+    finished: called with its name on the main rank after a stage, while the others may go on.
     """
     stages = chosen(context.config, only)
     for number, stage in enumerate(stages, 1):
@@ -72,7 +72,7 @@ def run_stages(
         context.settings, context.fingerprint = task["settings"], task["fingerprint"]
         _run(context, stage, store)
         if context.engine.is_main:
-            finished()
+            finished(stage.name)
 
 
 def _run(context: Context, stage: type[Stage], store: Store) -> None:

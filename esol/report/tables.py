@@ -48,6 +48,21 @@ def _row(name: str, own: Manifest, best: bool) -> StageRow:
     return StageRow(name, results.get("seconds", 0.0), judge, own.last_scores.miou if own.last_scores else None, remark)
 
 
+def headline(found: Mapping[str, Manifest]) -> dict[str, float]:
+    """The numbers by which runs are compared, those that there are: mIoU of the CAM, of the maps, of the judge's masks
+    and of DeepLab, what the judge says of the latter two, the labels that the masks lost, minutes."""
+    numbers: dict[str, float | None] = {"minutes": sum(row.seconds for row in stage_rows(found)) / 60}
+    for name, own in found.items():
+        miou = own.last_scores.miou if own.last_scores else None
+        if own.makes == "maps":
+            numbers |= {"cam_miou": own.scores["cam"].miou if "cam" in own.scores else None, "maps_miou": miou}
+        elif name == best_masks(found) or own.makes == "predictions":
+            kind = "masks" if own.makes == "masks" else "predictions"
+            numbers |= {f"{kind}_miou": miou, f"{kind}_judge": own.results.get("judge")}
+            numbers |= {f"{kind}_labels_lost": own.results.get("lost")}
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
+
+
 def best_masks(found: Mapping[str, Manifest]) -> str:
     """The mask stage with the highest judge, "" where there is none."""
     judged = {n: own.results["judge"] for n, own in found.items() if own.makes == "masks" and "judge" in own.results}

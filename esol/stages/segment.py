@@ -127,6 +127,7 @@ class Segment(MaskTrainingStage):
 
     name = "segment"
     after = "vote_masks"
+    makes = "model"
     section = SegmentConfig
     config: SegmentConfig
 

@@ -23,7 +23,18 @@ import yaml
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write, hold
-from esol.tracking.mlflow_store import BESIDE, PARAM, STATE, TAG, follow_the_move, for_good, mlflow_name, own_store
+from esol.tracking.mlflow_store import (
+    BESIDE,
+    DATASET,
+    DIGEST,
+    PARAM,
+    STATE,
+    TAG,
+    follow_the_move,
+    for_good,
+    mlflow_name,
+    own_store,
+)
 from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
@@ -191,22 +202,29 @@ class _Follower:
             values = [{**record, "metrics": record["values"]}]
             run, parent = self._run_of(stage), self._run_of(None)
             self._log_metrics(run, values, "result/")
-            self._log_metrics(parent, values, f"{stage}/")
             for name, word in record.get("words", {}).items():
                 self._client.set_tag(run, mlflow_name(name), word[:TAG])
                 self._client.set_tag(parent, mlflow_name(f"{stage}/{name}"), word[:TAG])
-        elif event == "artifact":
+        elif event == "headline":
+            self._log_metrics(self._run_of(stage), [{**record, "metrics": record["values"]}])
+        elif event in ("artifact", "model"):
             path = self._run_dir / record["path"]
             if not path.resolve().is_relative_to(self._run_dir):
                 raise ValueError(f"the path {record['path']} leads out of the run directory")
-            if path.is_file():
-                self._client.log_artifact(self._run_of(stage), str(path), record["folder"] or None)
-            else:
+            if not path.is_file():
                 _LOG.warning("%s is gone, MLflow does not get it", path)
+            elif event == "model":
+                from esol.tracking.mlflow_model import log_mlflow_model
+
+                log_mlflow_model(self.uri, self._run_of(None), path, record["example"])
+                self._client.update_run(self._run_of(None), "RUNNING")  # logging a model ends it
+            else:
+                for run in dict.fromkeys((self._run_of(stage), self._run_of(None if record["folder"] else stage))):
+                    self._client.log_artifact(run, str(path), record["folder"] or None)
 
     def _run(self, record: dict[str, Any]) -> None:
         """The parent run: one per run directory as long as the configuration means the same."""
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
         if not self._state["parent"] or self._state["identity"] != record["identity"]:
             run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
@@ -215,6 +233,11 @@ class _Follower:
             params = [Param(mlflow_name(key), value[:PARAM]) for key, value in record["params"].items()]
             for first in range(0, len(params), 100):  # MLflow's limit for one call
                 self._client.log_batch(run.info.run_id, params=params[first : first + 100])
+            if data := record.get("data"):
+                about = {"source_type": "local", "source": json.dumps({"uri": data["source"]})}
+                about |= {"digest": data["digest"][:DIGEST], "profile": json.dumps(data["profile"], ensure_ascii=False)}
+                name = Path(data["source"]).name[:DATASET] or "data"
+                self._client.log_inputs(run.info.run_id, [DatasetInput(Dataset(name=name, **about))])
         parent = self._state["parent"]
         self._client.update_run(parent, "RUNNING")
         self._client.log_batch(

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 STATE = "mlflow.json"  # in the run directory: how far it was sent, and where to
 BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 _LOG = logging.getLogger(__name__)
-NAME, PARAM, TAG = 250, 6000, 8000  # MLflow's limits, in characters
+NAME, PARAM, TAG, DATASET, DIGEST = 250, 6000, 8000, 500, 36  # MLflow's limits, in characters
 
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
 

@@ -5,14 +5,16 @@ MLflow call; so MLflow (seconds of import and migrations, servers that die or ne
 training, memory stays bounded, a server that comes back gets what it missed, and what is left is sent by `esol replay`.
 
 Records, one JSON object a line, all with "time" (seconds since the epoch):
-{"stage", "step", "metrics": {name: value}}; {"event": "run", "params", "tags", "identity"}; {"event": "begin", "stage",
-"resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values", "words"};
-{"event": "artifact", "stage", "path", "folder"} with a path relative to the run directory. After a resume, steps past
-the checkpoint stand there twice; the later line counts.
+{"stage", "step", "metrics": {name: value}}; {"event": "run", "params", "tags", "identity", "data"}; {"event": "begin",
+"stage", "resume"}; {"event": "end", "stage" (null: the run), "status"}; {"event": "results", "stage", "values",
+"words"}; {"event": "headline", "stage" (null: the run), "values"}; {"event": "artifact", "stage", "path", "folder"}
+with a path relative to the run directory; {"event": "model", "path", "example"}, a photo in base64. After a resume,
+steps past the checkpoint stand there twice; the later line counts.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -38,14 +40,23 @@ class Tracker:
     """Notes what a run does, on the main rank; on the others every call does nothing. Used as a context manager.
 
     index_hash: identity of the data; resume: interrupted stages go on in their MLflow runs; flush: seconds that the end
-    of the run waits for MLflow at most. No call raises because of MLflow or a full disk.
+    of the run waits for MLflow at most; profile: what the data hold, for people. No call raises because of MLflow or a
+    full disk.
     """
 
     def __init__(
-        self, config: Config, is_main: bool, index_hash: str, world_size: int, resume: bool = False, flush: float = 30.0
+        self,
+        config: Config,
+        is_main: bool,
+        index_hash: str,
+        world_size: int,
+        resume: bool = False,
+        flush: float = 30.0,
+        profile: dict[str, Any] | None = None,
     ) -> None:
         self._config, self._active, self._resume, self._flush = config, is_main, resume, flush
         self._tags = {"data_index": index_hash, "world_size": str(world_size)}
+        self._data = {"digest": index_hash, "source": config.data.root, "profile": profile or {}}
         self._run_dir = Path(config.run_dir)
         self._stage: str | None = None
         self._status = "FINISHED"  # of the last stage
@@ -62,7 +73,9 @@ class Tracker:
                 self._file.write(b"\n")
         params = {key: str(value) for key, value in _flat(asdict(self._config))}
         tags = {**self._tags, **_versions(), **_git()}
-        self._write({"event": "run", "params": params, "tags": tags, "identity": fingerprint(self._config)})
+        self._write(
+            {"event": "run", "params": params, "tags": tags, "identity": fingerprint(self._config), "data": self._data}
+        )
         if self._config.tracking.uri != "none":
             self._process = _start_follower(self._run_dir, self._config.tracking.uri, self._config.tracking.experiment)
         return self
@@ -109,10 +122,21 @@ class Tracker:
         self._write({"stage": self._stage, "step": step, "metrics": _finite(values)})
 
     def results(self, values: dict[str, Any]) -> None:
-        """What the running stage came to; shown at the parent run as <stage>/<name> as well. Words become tags."""
+        """What the running stage came to. Words become tags, at the parent run as <stage>/<name> as well."""
         words = {name: value for name, value in values.items() if isinstance(value, str)}
         numbers = _finite({name: value for name, value in values.items() if name not in words})
         self._write({"event": "results", "stage": self._stage, "values": numbers, "words": words})
+
+    def headline(self, values: dict[str, float], stage: str | None = None) -> None:
+        """The few numbers by which runs are compared, or the stages of one."""
+        self._write({"event": "headline", "stage": stage, "values": _finite(values)})
+
+    def model(self, path: Path, example: bytes) -> None:
+        """A model file inside the run directory, and a photo as an example of what it takes."""
+        if self._active:
+            relative = str(Path(path).resolve().relative_to(self._run_dir.resolve()))
+            photo = base64.b64encode(example).decode()
+            self._write({"event": "model", "stage": None, "path": relative, "example": photo})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file inside the run directory, put into `folder` of the running stage's artifacts."""
@@ -121,7 +145,7 @@ class Tracker:
             self._write({"event": "artifact", "stage": self._stage, "path": relative, "folder": folder})
 
     def picture(self, path: Path) -> None:
-        """A picture file inside the run directory."""
+        """A picture file inside the run directory; the parent run has it as well."""
         self.artifact(path, "pictures")
 
     def _write(self, record: dict[str, Any]) -> None:
