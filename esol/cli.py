@@ -49,7 +49,7 @@ def _export_masks(args: argparse.Namespace) -> int:
     from esol.deploy.export_masks import export_masks
 
     out = args.out or args.run_dir.with_name(f"{args.run_dir.name}-{args.to}")
-    print("\n".join(export_masks(args.run_dir, args.to, out, args.stage, args.split)))
+    print("\n".join(export_masks(args.run_dir, args.to, out, args.stage, args.split, args.confidence)))
     return 0
 
 
@@ -111,7 +111,7 @@ def _main() -> int:
     command.add_argument("photos", type=Path, help="a photo, or a folder with photos at any depth")
     command.add_argument("--out", type=Path, required=True, help="folder for masks/, overlays/ and predictions.json")
     command.add_argument("--cam", action="store_true", help="class maps as well (MODEL must be a run directory)")
-    command.add_argument("--confidence", action="store_true", help="16-bit maps of the masks' probability as well")
+    command.add_argument("--confidence", action="store_true", help="16-bit maps of how sure the network is as well")
     command.add_argument("--fast", action="store_true", help="one scale, no flip, no CRF")
     command.add_argument(
         "--full-size",
@@ -133,6 +133,8 @@ def _main() -> int:
     command.add_argument("--out", type=Path, help="a new or empty folder (default: RUN_DIR-FORMAT)")
     command.add_argument("--stage", default="", help="whose masks (default: those that the judge takes)")
     command.add_argument("--split", default="", help="only the photos of this split (default: all that have a mask)")
+    more = "16-bit maps of how sure the stage is as well; takes the stage's time once more"
+    command.add_argument("--confidence", action="store_true", help=more)
     command.set_defaults(run=_export_masks)
 
     command = commands.add_parser(

@@ -255,7 +255,7 @@ def test_enlarged_labels_are_the_argmax_of_the_enlarged_probabilities(monkeypatc
         whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
         top = whole.topk(2, 0).values
         sure = (top[0] - top[1]) > 1e-5
-        labels, confidence = enlarged_labels(found, size)
+        labels, confidence = enlarged_labels(found, found, size)
         assert torch.equal(torch.from_numpy(labels)[sure], whole.argmax(0).to(torch.uint8)[sure])
         assert np.allclose(confidence / 65535, top[0], atol=1e-4)
 

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from esol.base.errors import CheckpointError, DataError, EsolError
 from esol.base.progress import progress
 from esol.data.index import Index
 from esol.data.reader import ShardReader
-from esol.data.samples import decode_mask
+from esol.data.samples import decode_mask, encode_png
 from esol.deploy.mask_formats import FORMATS
 from esol.deploy.masked import Masked
+from esol.engines import make_engine
 from esol.pipeline import records
+from esol.pipeline.context import Context
+from esol.pipeline.inference import InferenceStage
+from esol.pipeline.records import Manifest
+from esol.pipeline.registry import table
 from esol.report.tables import best_masks
+from esol.tracking.tracker import Tracker
+from esol.training.loop import StopSignal
 
 
-def export_masks(run_dir: Path, kind: str, out: Path, stage: str = "", split: str = "") -> list[str]:
+def export_masks(
+    run_dir: Path, kind: str, out: Path, stage: str = "", split: str = "", confidence: bool = False
+) -> list[str]:
     """Writes the masks of a stage in a format, and returns lines on what it wrote and what the format cannot hold.
 
-    stage: "" for the judge's choice; split: "" for all photos that have a mask. out: a new or empty folder. EsolError
-    where there is no such run, stage, format or split.
+    stage: "" for the judge's choice; split: "" for all photos that have a mask; confidence: 16-bit maps beside the
+    masks, for which the stage works once more. out: a new or empty folder. EsolError where there is no such run, stage,
+    format or split.
     """
     found = records.finished(run_dir)
     made = [name for name, own in found.items() if own.makes in ("masks", "predictions")]
@@ -30,7 +46,7 @@ def export_masks(run_dir: Path, kind: str, out: Path, stage: str = "", split: st
         raise CheckpointError(f"{run_dir} has no masks of {stage or 'any stage'}; it has: {', '.join(made) or 'none'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EsolError(f"--out {out}: choose a new or an empty folder")
-    records.need(run_dir, stage)
+    own = records.need(run_dir, stage)
     index = Index.load(found[stage].ran_with.data.root)
     photos, masks = ShardReader(index), ShardReader(Index.load(run_dir / stage))
     place = {str(key): i for i, key in enumerate(index.keys)}
@@ -42,13 +58,47 @@ def export_masks(run_dir: Path, kind: str, out: Path, stage: str = "", split: st
     if kind not in FORMATS:
         raise DataError(f"--to {kind}: the formats are {', '.join(FORMATS)}")
     writer = FORMATS[kind](out, index.classes)
-    with progress("export", len(keys), "photos", visible=True) as advance:
+    with (
+        _confidences(run_dir, own, photos, confidence) as sure_of,
+        progress("export", len(keys), "photos", visible=True) as advance,
+    ):
         for done, (number, key) in enumerate(keys, 1):
             ordinal = place[key]
             mask = decode_mask(masks.read(number, "mask.png"), f"{stage}, {key}", len(index.classes))
             file = f"{key}.{index.image_ext(ordinal)}"
             writer.add(Masked(key, file, photos.image(ordinal), mask, str(split_of[ordinal])))
+            if sure_of is not None:
+                sure = (sure_of(ordinal) * 65535).round().astype(np.uint16)
+                writer.save(f"confidence/{key}.png", encode_png(Image.fromarray(sure)))
             advance(done, key)
     writer.close()
     lines = [f"{out}: {len(keys)} photos with the masks of {stage}, as {kind}"]
     return lines + [f"{kind} cannot hold {what}: {count}" for what, count in sorted(writer.lost.items())]
+
+
+@contextlib.contextmanager
+def _confidences(
+    run_dir: Path, own: Manifest, reader: ShardReader, wanted: bool
+) -> Iterator[Callable[[int], NDArray[np.float32]] | None]:
+    """What says how sure a stage is of its mask of a photo, float (H, W), by making it once more; None: not wanted."""
+    if not wanted:
+        yield None
+        return
+    config = replace(own.ran_with, run_dir=str(run_dir))
+    engine = make_engine(config.engine, config.seed)
+    tracker = Tracker(config, False, reader.index.hash, 1)
+    stage = table()[own.stage](Context(config, engine, tracker, reader.index, reader, StopSignal(), resume=False))
+    if not isinstance(stage, InferenceStage):
+        raise EsolError(f"{own.stage} does not say how sure it is of its masks: leave --confidence out")
+    stage.open()
+
+    @torch.no_grad()
+    def sure_of(ordinal: int) -> NDArray[np.float32]:
+        sample = stage.sample(ordinal)
+        found: NDArray[np.float32] = stage.confidence(sample, stage.make([sample])[0])
+        return found
+
+    try:
+        yield sure_of
+    finally:
+        engine.close()

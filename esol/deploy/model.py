@@ -60,9 +60,9 @@ def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
 class Prediction:
     """What a model says of a photo.
 
-    mask: uint8 (H, W), 0 background, 1 + i for classes[i]; confidence: uint16 (H, W), the probability of the mask's
-    label in 1/65535; shares: label -> its share of the pixels, of those that are there; photo: uint8 (H, W, 3),
-    upright, in RGB.
+    mask: uint8 (H, W), 0 background, 1 + i for classes[i]; confidence: uint16 (H, W), the network's probability of the
+    mask's label, before the CRF, in 1/65535; shares: label -> its share of the pixels, of those that are there; photo:
+    uint8 (H, W, 3), upright, in RGB.
     """
 
     mask: NDArray[np.uint8]
@@ -109,7 +109,7 @@ class Model:
             found = self._logits(torch.stack(images), tell)
             each = blended(found, seen, config.combine)
             return [
-                enlarged_labels(self._refined(image, one), size)
+                enlarged_labels(self._refined(image, one), one, size)
                 for image, one, size in zip(images, each, sizes, strict=True)
             ]
         return [self._in_parts(image, parts, size, tell) for image, size in zip(images, sizes, strict=True)]
@@ -124,8 +124,9 @@ class Model:
             if tell:
                 tell(f"mask, window {number} of {len(parts)}")
             (rows, columns), (r, c) = part.window, part.inner
-            one = self._refined(image[:, rows, columns], blended(found, seen, self.config.combine, part.window)[0])
-            mask[part.kept], confidence[part.kept] = strongest(one[:, r, c])
+            before = blended(found, seen, self.config.combine, part.window)[0]
+            one = self._refined(image[:, rows, columns], before)
+            mask[part.kept], confidence[part.kept] = strongest(one[:, r, c], before[:, r, c])
         if seen == size:
             return mask, confidence
         place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, seen, strict=True)))

@@ -75,29 +75,39 @@ def _enlarged(logits: Tensor, size: tuple[int, int], part: Part | None) -> Tenso
     return logits
 
 
-def enlarged_labels(predicted: Tensor, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """Probabilities (L, h, w) enlarged bilinearly to (H, W): the strongest label, and its probability in 1/65535.
+def enlarged_labels(
+    predicted: Tensor, before: Tensor, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Probabilities (L, h, w), enlarged bilinearly to (H, W): as `strongest` has them.
 
-    Pixel centres correspond (align_corners=False). By bands of rows: holds STRIP floats at most instead of L x H x W.
+    Pixel centres correspond (align_corners=False). By bands of rows: holds twice STRIP floats at most instead of
+    L x H x W.
     """
     (height, width), rows = size, max(1, STRIP // (len(predicted) * size[1]))
     if (height, width) == tuple(predicted.shape[1:]):
-        return strongest(predicted)
+        return strongest(predicted, before)
     labels, sure = np.empty(size, np.uint8), np.empty(size, np.uint16)
     for top in range(0, height, rows):
         place = torch.arange(top, min(top + rows, height), device=predicted.device, dtype=torch.float32)
         place = ((place + 0.5) * (predicted.shape[1] / height) - 0.5).clamp(0, predicted.shape[1] - 1)
-        above = place.long()
-        band = torch.lerp(
-            predicted[:, above], predicted[:, (above + 1).clamp_max(predicted.shape[1] - 1)], (place - above)[:, None]
-        )
-        wide = F.interpolate(band[None], (len(place), width), mode="bilinear", align_corners=False)[0]
-        labels[top : top + rows], sure[top : top + rows] = strongest(wide)
+        wide = _band(predicted, place, width)
+        own = wide if before is predicted else _band(before, place, width)
+        labels[top : top + rows], sure[top : top + rows] = strongest(wide, own)
     return labels, sure
 
 
-def strongest(predicted: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """The label of the highest probability (L, H, W) at each pixel, and that probability in 1/65535."""
-    highest, label = predicted.max(0)
-    sure = (highest * 65535).round().to(torch.int32).cpu().numpy().astype(np.uint16)
+def _band(values: Tensor, place: Tensor, width: int) -> Tensor:
+    """Rows at fractional places of values (L, h, w), in that width."""
+    above = place.long()
+    band = torch.lerp(values[:, above], values[:, (above + 1).clamp_max(values.shape[1] - 1)], (place - above)[:, None])
+    return F.interpolate(band[None], (len(place), width), mode="bilinear", align_corners=False)[0]
+
+
+def strongest(predicted: Tensor, before: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """The label of the highest probability (L, H, W) at each pixel, and how sure the network was of it, in 1/65535.
+
+    before: probabilities before the CRF, whose own are all but all 0 or 1; predicted itself where there is none.
+    """
+    label = predicted.argmax(0)
+    sure = (before.gather(0, label[None])[0] * 65535).round().to(torch.int32).cpu().numpy().astype(np.uint16)
     return label.to(torch.uint8).cpu().numpy(), sure

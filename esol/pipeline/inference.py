@@ -102,6 +102,10 @@ class InferenceStage(Stage, Generic[Made]):
         """What is written of it: extension -> bytes."""
         return {}
 
+    def confidence(self, sample: Sample, made: Made) -> NDArray[np.float32]:
+        """How sure it is of its label map, float (H, W) in 0..1; of stages that make masks, made on request."""
+        raise NotImplementedError
+
     def count(self, sample: Sample, made: Made) -> Tally:
         """Numbers that add up over all photos."""
         return {}

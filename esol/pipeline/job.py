@@ -95,7 +95,7 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
 def _show(context: Context, stage: str) -> None:
     """Brings what people look at up to date behind a stage: the page, and MLflow's numbers and model."""
     tracker, found = context.tracker, records.finished(context.run_dir)
-    tracker.headline(headline(found) | {k: n for k, n in contents(context.index).items() if isinstance(n, int)})
+    tracker.headline({"photos": len(context.index), "classes": len(context.index.classes)} | headline(found))
     row = next(row for row in stage_rows(found) if row.name == stage)
     numbers = {"miou": row.miou, "judge": row.judge, "seconds": row.seconds}
     tracker.headline({name: value for name, value in numbers.items() if value is not None}, stage)

@@ -98,6 +98,17 @@ class MaskStage(InferenceStage[Mask]):
     def members(self, sample: Sample, made: Mask) -> Members:
         return {"mask.png": encode_mask(made.refined)}
 
+    def confidence(self, sample: Sample, made: Mask) -> NDArray[np.float32]:
+        """The score of a pixel's class, before the CRF, or what the best score leaves for background; 0 for void.
+
+        The CRF's own probabilities are of little use here: all but all of them are 0 or 1.
+        """
+        label = torch.from_numpy(made.refined).to(made.scores.device)
+        found = (label == 0) * (1 - best_class(made.scores, made.classes)[1])
+        for number, own in zip(made.classes.tolist(), made.scores, strict=True):
+            found = torch.where(label == number + 1, own, found)
+        return found.cpu().numpy()
+
     def count(self, sample: Sample, made: Mask) -> Tally:
         classes = len(self.context.index.classes)
         counts = judge_counts(sample, made.refined, made.classes.tolist(), classes, made.seeds, made.lost)

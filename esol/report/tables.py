@@ -55,11 +55,12 @@ def headline(found: Mapping[str, Manifest]) -> dict[str, float]:
     for name, own in found.items():
         miou = own.last_scores.miou if own.last_scores else None
         if own.makes == "maps":
-            numbers |= {"cam_miou": own.scores["cam"].miou if "cam" in own.scores else None, "maps_miou": miou}
+            written = {"cam_miou": "cam", "maps_miou": own.results.get("write")}
+            numbers |= {short: own.scores[source].miou for short, source in written.items() if source in own.scores}
         elif name == best_masks(found) or own.makes == "predictions":
             kind = "masks" if own.makes == "masks" else "predictions"
             numbers |= {f"{kind}_miou": miou, f"{kind}_judge": own.results.get("judge")}
-            numbers |= {f"{kind}_labels_lost": own.results.get("lost")}
+            numbers |= {f"{kind}_labels_lost": own.results.get("lost")} if own.makes == "masks" else {}
     return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from esol.config import PredictionConfig
 from esol.data.samples import encode_mask
@@ -33,8 +34,17 @@ class EvaluateConfig(PredictionConfig):
     """Prediction and scores of data.eval_split, with and without the CRF; `esol predict` does the same."""
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Of one photo: label maps without and with the CRF, and how probable the network found the latter, (H, W)."""
+
+    plain: Label
+    refined: Label
+    sure: NDArray[np.float32]
+
+
 @register
-class Evaluate(InferenceStage[tuple[Label, Label]]):
+class Evaluate(InferenceStage[Predicted]):
     """Predicts label maps without and with the CRF, and writes the latter."""
 
     name = "evaluate"
@@ -58,10 +68,10 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
         self.masks = str(records.results(self.context.run_dir)["segment"]["masks"])
         self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
 
-    def make(self, samples: Sequence[Sample]) -> list[tuple[Label, Label]]:
+    def make(self, samples: Sequence[Sample]) -> list[Predicted]:
         return [self._predict(sample) for sample in samples]
 
-    def _predict(self, sample: Sample) -> tuple[Label, Label]:
+    def _predict(self, sample: Sample) -> Predicted:
         config, image, beat = self.config, sample.image.to(self.context.engine.device), self.context.engine.beat
         with self.context.engine.autocast():
             found = logits_by_scale(
@@ -73,31 +83,38 @@ class Evaluate(InferenceStage[tuple[Label, Label]]):
                 tell=lambda what: beat(f"{what} of {sample.key}"),
             )
         plain, refined = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
+        sure = np.empty(sample.size, np.float32)
         for part in tiles(*sample.size):
             (rows, columns), (r, c) = part.window, part.inner
             one = blended(found, sample.size, config.combine, part.window)[0]
-            plain[part.kept] = one[:, r, c].argmax(0).to(torch.uint8).cpu().numpy()
+            before = one[:, r, c]
+            plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
             if config.crf.iterations:
                 one = mean_field(image[:, rows, columns], [unary_from_probabilities(one)], config.crf)[0]
-            refined[part.kept] = one[:, r, c].argmax(0).to(torch.uint8).cpu().numpy()
+            label = one[:, r, c].argmax(0)
+            refined[part.kept] = label.to(torch.uint8).cpu().numpy()
+            sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
             beat(f"a window of {sample.key}")
-        return plain, refined
+        return Predicted(plain, refined, sure)
 
-    def members(self, sample: Sample, made: tuple[Label, Label]) -> Members:
-        return {"mask.png": encode_mask(made[1])}
+    def members(self, sample: Sample, made: Predicted) -> Members:
+        return {"mask.png": encode_mask(made.refined)}
 
-    def count(self, sample: Sample, made: tuple[Label, Label]) -> Tally:
+    def confidence(self, sample: Sample, made: Predicted) -> NDArray[np.float32]:
+        return made.sure
+
+    def count(self, sample: Sample, made: Predicted) -> Tally:
         classes = len(self.context.index.classes)
         known = self.learned is not None and sample.ordinal in self.learned
         taught = self.learned.label_map(sample.ordinal, "mask.png") if self.learned and known else None
-        counts = judge_counts(sample, made[1], sample.classes, classes, taught)
+        counts = judge_counts(sample, made.refined, sample.classes, classes, taught)
         if sample.truth is not None:
-            for name, mask in zip(("plain", "crf"), made, strict=True):
+            for name, mask in (("plain", made.plain), ("crf", made.refined)):
                 counts |= against_truth(name, sample.truth, mask, classes)
         return counts
 
-    def tiles(self, sample: Sample, made: tuple[Label, Label]) -> dict[str, Pixels]:
-        return {name: paint(sample.pixels, mask) for name, mask in zip(("prediction", "with CRF"), made, strict=True)}
+    def tiles(self, sample: Sample, made: Predicted) -> dict[str, Pixels]:
+        return {"prediction": paint(sample.pixels, made.plain), "with CRF": paint(sample.pixels, made.refined)}
 
     def results(self, tally: Tally) -> Results:
         context, split = self.context, self.context.config.data.eval_split

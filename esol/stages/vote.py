@@ -80,6 +80,10 @@ class VoteMasks(InferenceStage[Vote]):
     def members(self, sample: Sample, made: Vote) -> Members:
         return {"mask.png": encode_mask(made.mask)}
 
+    def confidence(self, sample: Sample, made: Vote) -> NDArray[np.float32]:
+        """The share of the stages that gave a pixel its label."""
+        return np.mean([mask == made.mask for mask in made.masks.values()], 0, dtype=np.float32)
+
     def count(self, sample: Sample, made: Vote) -> Tally:
         classes, seeds = len(self.context.index.classes), made.masks.get("seed_masks")
         found = judge_counts(sample, made.mask, sample.classes, classes, seeds, made.lost)

@@ -117,6 +117,21 @@ def test_class_maps_of_a_users_photos(one: Path, exported: Path, photos: Path, t
     assert "exported is no run directory; class maps need the networks of classify" in done.stderr
 
 
+def test_masks_come_with_how_sure_their_stage_is_of_them(one: Path, tmp_path: Path) -> None:
+    for stage in ("psa_masks", "evaluate"):
+        done = esol("export-masks", one, "--to", "png", "--stage", stage, "--confidence", "--out", tmp_path / stage)
+        assert done.returncode == 0, done.stderr
+        masks = {path.name for path in (tmp_path / stage / "masks").iterdir()}
+        assert {path.name for path in (tmp_path / stage / "confidence").iterdir()} == masks
+        with Image.open(tmp_path / stage / "confidence" / min(masks)) as sure:
+            assert sure.mode == "I;16"
+            assert 0 <= np.asarray(sure).min() < np.asarray(sure).max() <= 65535
+    # where a class's score is above one half its mask is that class, before the CRF at least
+    for name in masks:
+        shape = np.asarray(Image.open(tmp_path / "evaluate/masks" / name)).shape
+        assert np.asarray(Image.open(tmp_path / "evaluate/confidence" / name)).shape == shape
+
+
 def test_the_model_card_is_the_runs(one: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     results = json.loads((one / "results.json").read_text())

@@ -50,6 +50,28 @@ def test_a_run_directory_holds_what_the_readme_says(one: Path) -> None:
     assert {"lr", "loss", "images_per_second", "data_wait_seconds", "peak_memory_mib"} <= logged[0]["metrics"].keys()
 
 
+def test_mlflows_parent_run_has_the_few_numbers_the_pictures_the_model_and_the_data(one: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{one.parent.resolve() / 'mlflow.db'}")
+    state, results = json.loads((one / "mlflow.json").read_text()), json.loads((one / "results.json").read_text())
+    run = client.get_run(state["parent"])
+    names = {"minutes", "photos", "classes", "cam_miou", "maps_miou", "masks_miou", "masks_judge", "masks_labels_lost"}
+    assert set(run.data.metrics) == names | {"predictions_miou", "predictions_judge"}
+    assert run.data.metrics["predictions_miou"] == pytest.approx(results["evaluate"]["crf_miou"])
+    there = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"pictures", "resolved.yaml", "report.html"} <= there
+    pictures = {Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {path.name for path in (one / "pictures").iterdir()}
+    (data,) = run.inputs.dataset_inputs
+    assert json.loads(data.dataset.profile)["split train"] == 48
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    files = {artifact.path for artifact in client.list_logged_model_artifacts(model.model_id)}
+    assert {"MLmodel", "code", "data", "input_example.json"} <= files
+    child = client.get_run(state["stages"]["seed_masks"]["run"])
+    assert {"miou", "judge", "seconds", "miou over threshold in percent/plain"} <= child.data.metrics.keys()
+
+
 def test_the_ui_opens_the_run_itself(one: Path, tmp_path: Path) -> None:
     from esol.tracking.ui import where
 
