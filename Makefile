@@ -1,10 +1,10 @@
-# make demo | test | test-cluster | test-page | check | ui; everything runs in .venv, made on first use.
+# make demo | test | test-cluster | test-page | check | docs | ui; everything runs in .venv, made on first use.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: help demo test test-cluster test-page check ui env clean
+.PHONY: help demo test test-cluster test-page check docs ui env clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -34,6 +34,10 @@ test-page: env  ## the report page in headless Chromium (apt-get install chromiu
 
 check: env  ## lint and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: env  ## the pages of docs/ as a site in site/, every link checked
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 ui: env  ## MLflow's pages of the newest run in runs/, on 127.0.0.1:5000
 	$(BIN)/esol ui $(RUNS)

@@ -2,8 +2,9 @@
 
 python -m benchmarks.large_photo RUN [--side 4000] [--largest 10000]
 
-The photo is a mosaic of the run's own photos at their own size. Agreement is that of the label maps before the CRF, and
-of the class maps' seeds; memory is the process's highest. RUN needs a finished segment stage.
+The photo is a mosaic of the run's own photos at their own size. Agreement is that of the label maps at one scale before
+the CRF, and of the class maps' seeds at the run's scales; memory is the process's highest. --largest 0 leaves it out.
+RUN needs a finished segment stage.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -55,8 +55,7 @@ def mosaic(run: Path, side: int) -> Tensor:
 def agreement(run: Path, side: int) -> list[list[object]]:
     """Per cent of the pixels on which windows and whole agree: of DeepLab's labels, and of every head's seeds."""
     photo, size = mosaic(run, side), (side, side)
-    model = Model(run, full_size=True)
-    model.config = replace(model.config, crf=replace(model.config.crf, iterations=0))
+    model = Model(run, fast=True, full_size=True)
     config = ran_with_maps(run)
     heads, own = trained_heads(config, len(model.info.classes)).eval(), config.section(MapsConfig)
     labels = torch.ones(1, len(model.info.classes))
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=4000)
     parser.add_argument("--largest", type=int, default=10000)
     args = parser.parse_args()
-    rows = [predicted(args.run, args.largest)]
+    rows = [predicted(args.run, args.largest)] if args.largest else []
     print(f"\n{machine()}\n")
     print(table(["esol predict --full-size --fast", "minutes", "highest memory, MiB"], rows))
     headings = [f"{args.side} x {args.side}", "windows and whole agree, %", "not background, %"]
