@@ -61,11 +61,12 @@ def open_run(run_dir: str | Path) -> Run:
     return Run(run_dir)
 
 
-def load_model(place: str | Path, fast: bool = False) -> Model:
+def load_model(place: str | Path, fast: bool = False, full_size: bool = False) -> Model:
     """The segmentation model of a run directory, of a folder that `esol export` wrote, or of a .safetensors file.
 
-    fast: one scale, no mirror image, no CRF. On a GPU where there is one. CheckpointError where there is no model.
+    fast: one scale, no mirror image, no CRF; full_size: photos are never made smaller. On a GPU where there is one.
+    CheckpointError where there is no model.
     """
     from esol.deploy.model import Model
 
-    return Model(place, fast)
+    return Model(place, fast, full_size)

@@ -108,7 +108,7 @@ class _SplitFolders(Writer):
     def save_yaml(self, names: Sequence[str], **more: str) -> None:
         """data.yaml; val is train where there is no split to look at."""
         first = "train" if "train" in self._splits else min(self._splits, default="train")
-        lines = ["path: .", f"train: images/{first}", f"val: images/{'val' if 'val' in self._splits else first}"]
+        lines = [f"train: images/{first}", f"val: images/{'val' if 'val' in self._splits else first}"]
         lines += ["test: images/test"] if "test" in self._splits else []
         lines += [f"{key}: {value}" for key, value in more.items()]
         lines += ["names:", *(f"  {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(names))]
@@ -201,7 +201,7 @@ class LabelStudio(Writer):
         labels = SubElement(view, "PolygonLabels", name="label", toName="image")
         for name in self.classes:
             SubElement(labels, "Label", value=name)
-        self.save_xml("labels.xml", view)
+        self.save_xml("labels.xml", view, declared=False)  # it is pasted as text, which must not declare its bytes
 
 
 @FORMATS.add("cvat")

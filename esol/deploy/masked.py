@@ -71,10 +71,10 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
 
-    def save_xml(self, place: str, root: Element) -> None:
-        """A tree of elements, indented."""
+    def save_xml(self, place: str, root: Element, declared: bool = True) -> None:
+        """A tree of elements, indented; declared: the first line says that it is XML, in UTF-8."""
         indent(root)
-        self.save(place, tostring(root, encoding="utf-8", xml_declaration=True))
+        self.save(place, tostring(root, encoding="utf-8", xml_declaration=declared))
 
     def outlined(self, one: Masked) -> list[tuple[int, Shape]]:
         """The parts of a photo's mask in few corners, without specks, which are counted."""
