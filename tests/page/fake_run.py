@@ -82,6 +82,8 @@ def fake_run(folder: Path, count: int, masks: bool = True) -> tuple[Path, Config
             {"scores": {}, "last": ""}, json.loads(json.dumps(asdict(config))), 1, {}, "",
         )  # fmt: skip
         (run / name / MANIFEST).write_text(json.dumps({"format": FORMAT, **asdict(manifest)}))
+    (run / "pictures").mkdir()
+    Image.new("RGB", (640, 300), "teal").save(run / "pictures/psa_masks.png")
     return run, config
 
 

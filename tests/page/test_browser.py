@@ -1,5 +1,6 @@
 """report.html in a real browser, at 60 and at 10,000 photos: `make test-page`."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.skipif(not os.environ.get("ESOL_PAGE"), reason="needs C
 SWITCHES = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+@contextlib.contextmanager
+def chromium(**preferences: int) -> Iterator[Any]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -25,9 +26,16 @@ def browser() -> Iterator[Any]:
     for switch in (*SWITCHES.split(), "disable-component-update", "window-size=1300,1000"):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.add_experimental_option("prefs", preferences)
     driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as driver:
+        yield driver
 
 
 def wait(browser: Any, script: str, what: str) -> Any:
@@ -107,3 +115,17 @@ def test_open_sort_switch_slide_enlarge(browser: Any, tmp_path: Path, count: int
     wait(browser, f"ESOL.order().length < {count} / 2 + 1", "the photos of one class alone")
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
+
+
+def test_without_javascript_the_page_still_shows_pictures(tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    command = [sys.executable, str(ROOT / "tests/page/fake_run.py"), str(tmp_path / "made"), "20"]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    with chromium(**{"profile.managed_default_content_settings.javascript": 2}) as browser:
+        browser.get((tmp_path / "made/run/report.html").as_uri())
+        assert "The gallery needs JavaScript" in browser.find_element(By.ID, "gallery").text
+        assert not browser.find_element(By.ID, "grid").is_displayed()
+        pictures = browser.find_elements(By.CSS_SELECTOR, "#pictures img")
+        assert pictures
+        assert all(picture.size["width"] > 300 for picture in pictures)
