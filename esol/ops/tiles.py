@@ -70,17 +70,17 @@ def on_grid(
     size = grid_size(image, factor, stride)
     if max(size) < SIDE + STEP:
         return network(scale_to_grid(image, factor, stride))
-    # in bytes and in the machine's memory: floats would be four times as many, on a device that has less of it
-    scaled = F.interpolate(image.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
+    source = image.cpu()  # a band of it is scaled at a time: the whole in floats is many times the photo
     strips: list[dict[str, Tensor]] = []
     rows, columns = spans(size[0] - 1), spans(size[1] - 1)
     for r, kept_rows in rows:
         pieces: list[dict[str, Tensor]] = []
+        band = _band(source, size, r.start, r.stop + 1)
         for c, kept_columns in columns:
             if tell:
                 number = len(strips) * len(columns) + len(pieces) + 1
                 tell(f"scale {factor:.3g}, window {number} of {len(rows) * len(columns)}")
-            window = scaled[:, :, r.start : r.stop + 1, c.start : c.stop + 1].to(image.device).float()
+            window = band[:, :, :, c.start : c.stop + 1].to(image.device)
             i, j = _cells(r, kept_rows, size[0] - 1, stride), _cells(c, kept_columns, size[1] - 1, stride)
             pieces.append({name: found[:, :, i, j] for name, found in network(window).items()})
         strips.append({name: torch.cat([piece[name] for piece in pieces], 3) for name in pieces[0]})
@@ -91,3 +91,23 @@ def _cells(window: slice, kept: slice, length: int, stride: int) -> slice:
     """What is kept of a window, in its cells; to the last cell, if there is one, at the image's own edge."""
     end = None if kept.stop == length else (kept.stop - window.start) // stride
     return slice((kept.start - window.start) // stride, end)
+
+
+def _band(image: Tensor, size: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Rows start to stop of uint8 images (B, 3, H, W) scaled to `size`, as scale_to_grid scales them whole.
+
+    A row is a mean of rows of the image, weighted by a triangle as wide as a row of the smaller of the two.
+    """
+    ratio = image.shape[2] / size[0]
+    reach = max(ratio, 1.0)
+    middle = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * ratio - 0.5
+    first = (middle - reach).ceil().long()
+    rows = torch.zeros(*image.shape[:2], stop - start, image.shape[3])
+    total = torch.zeros(stop - start, 1)
+    for tap in range(int(2 * reach) + 1):
+        weight = (1 - (first + tap - middle).abs() / reach).clamp_min(0)
+        weight[(first + tap < 0) | (first + tap >= image.shape[2])] = 0
+        weight = weight.float()[:, None]
+        rows += weight * image[:, :, (first + tap).clamp(0, image.shape[2] - 1)]
+        total += weight
+    return F.interpolate(rows / total, (stop - start, size[1]), mode="bilinear", align_corners=False, antialias=True)
