@@ -50,7 +50,7 @@ def test_windows_say_what_the_whole_says_where_the_network_looks_no_farther_than
         found = tiles.on_grid(network, photo, factor, stride, heard.append)
         whole = network(scale_to_grid(photo, factor, stride))
         torch.testing.assert_close(found["a"], whole["a"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(found["b"], whole["b"], atol=5e-3, rtol=0)
+        torch.testing.assert_close(found["b"], whole["b"], atol=2e-2, rtol=0)
     assert heard[:2] == ["scale 0.5, window 1 of 6", "scale 0.5, window 2 of 6"]
 
 
