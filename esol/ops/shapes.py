@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-EXACT_ENOUGH = 0.985  # IoU that a simpler outline has to keep
+EXACT_ENOUGH = 0.99  # IoU that a simpler outline has to keep
 
 
 @dataclass(frozen=True)
