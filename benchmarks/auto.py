@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,17 +41,20 @@ def photos(name: str, data: Path, out: Path) -> Path:
 
 
 def timed(place: Path, run: Path) -> dict[str, float]:
-    """Minutes until the page has its first pictures, and until the end."""
+    """Minutes until the page has its first pictures, and until the end; the highest memory; what it left on disk."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "esol.cli", "auto", str(place), "--out", str(run)])
-    first = 0.0
-    while process.poll() is None:
+    first, ended = 0.0, 0
+    while not ended:
         if not first and (run / PAGE).exists():
             first = time.monotonic() - began
         time.sleep(0.2)
-    if process.returncode:
-        sys.exit(f"esol auto {place} ended with {process.returncode}")
-    return {"first maps on the page, minutes": first / 60, "all, minutes": (time.monotonic() - began) / 60}
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    if status:
+        sys.exit(f"esol auto {place} ended with {os.waitstatus_to_exitcode(status)}")
+    found = {"first maps on the page, minutes": first / 60, "all, minutes": (time.monotonic() - began) / 60}
+    disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    return found | {"highest memory, MB": used.ru_maxrss / 1e3, "run directory with shards, MB": disk / 1e6}
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def _confidences(
         yield None
         return
     config = replace(own.ran_with, run_dir=str(run_dir))
-    engine = make_engine(config.engine, config.seed)
+    engine = make_engine(replace(config.engine, name="accelerate"), config.seed)  # whatever trained it
     tracker = Tracker(config, False, reader.index.hash, 1)
     stage = table()[own.stage](Context(config, engine, tracker, reader.index, reader, StopSignal(), resume=False))
     if not isinstance(stage, InferenceStage):
