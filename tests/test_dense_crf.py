@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esol.config import CrfConfig
 from esol.ops import dense_crf
-from esol.ops.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
+from esol.ops.dense_crf import DenseCrf, refined, unary_from_labels, unary_from_probabilities
 
 PARAMETERS: dict[str, tuple[int, dict[str, float]]] = {  # labels, kernels
     "irn": (3, {}),
@@ -199,3 +200,19 @@ def test_refuses_what_it_cannot_do() -> None:
         DenseCrf(image, bilateral_sxy=1e-3, bilateral_srgb=1e-3)
     with pytest.raises(ValueError, match=r"\(L, 6, 8\)"):
         DenseCrf(image).infer([torch.zeros(2, 8, 6)])
+
+
+def test_labels_that_no_pixel_wants_stay_out_and_nobody_notices() -> None:
+    image, wanted = photo(40, 50), (-energies(3, 40, 50)).softmax(0)
+    rare = torch.full((18, 40, 50), 1e-4)
+    found = torch.cat((wanted[:2], rare, wanted[2:])) / (1 + 18e-4)
+    config = CrfConfig(iterations=5)
+    got, whole = (
+        refined(image, found, config),
+        dense_crf.mean_field(image, [unary_from_probabilities(found)], config)[0],
+    )
+    assert torch.equal(got.argmax(0), whole.argmax(0))
+    assert bool((got[2:20] == 0).all())
+    torch.testing.assert_close(got, whole, atol=1e-2, rtol=0)
+    torch.testing.assert_close(refined(image, wanted, config), dense_crf.mean_field(image, [-wanted.log()], config)[0])
+    assert refined(image, found, CrfConfig(iterations=0)) is found

@@ -283,6 +283,27 @@ def test_what_is_too_large_for_the_network_is_seen_at_its_own_size_in_windows(
     assert (seen == truth(800, 600)).mean() > 0.97
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_model_predicts_in_the_precision_in_which_it_was_evaluated_where_the_machine_has_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    monkeypatch.setattr("esol.engines.ranks.cpu_has_bf16", lambda: has)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    net, info = load_network(model)
+    half = tmp_path / "half.safetensors"
+    write_model(half, net.state_dict(), replace(info, precision="bf16"))
+    image = torch.from_numpy(np.asarray(scene(96, 80)).copy()).permute(2, 0, 1)
+    seen: list[torch.dtype] = []
+    answers = []
+    for path in (model, half):
+        predictor = Model(path)
+        predictor.net.aspp[0].register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
+        answers.append(predictor.label_map(image))
+    assert set(seen[: len(seen) // 2]) == {torch.float32}
+    assert set(seen[len(seen) // 2 :]) == {torch.bfloat16 if has else torch.float32}
+    assert (answers[0] == answers[1]).mean() > 0.99
+
+
 def test_confidence_and_a_place_on_earth_beside_the_masks(model: Path, tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()

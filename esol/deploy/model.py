@@ -18,9 +18,10 @@ from esol.base.errors import CheckpointError, DataError
 from esol.config import BackboneConfig, PredictionConfig
 from esol.data.photos import upright_rgb
 from esol.data.transforms import decode, within
+from esol.engines.ranks import precision_of
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.dense_crf import refined
 from esol.ops.segmentation import blended, enlarged_labels, logits_by_scale, strongest
 from esol.ops.tiles import Tile, tiles
 from esol.pipeline import records
@@ -46,7 +47,8 @@ def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     info = read_info(path)
     evaluated = records.read_manifest(place / "evaluate") if run else None
     if segment and evaluated and evaluated.consumed["segment"] == segment.output:
-        info = replace(info, evaluate=evaluated.ran_with.section(PredictionConfig))
+        ran = evaluated.ran_with
+        info = replace(info, evaluate=ran.section(PredictionConfig), precision=ran.engine.precision)
     model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
     net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
     try:
@@ -80,14 +82,15 @@ class Model:
     """A model with its way to predict: photos larger than those that it learned from are made smaller first.
 
     fast: one scale, no flip, no CRF; full_size: photos are seen at their own size, whatever the model learned from.
-    What is too large for the network at once goes through it in windows. On a GPU where there is one. Raises what
-    load_network raises.
+    What is too large for the network at once goes through it in windows. On a GPU where there is one, and in the
+    precision in which the model was evaluated, where the machine computes in it. Raises what load_network raises.
     """
 
     def __init__(self, model: str | Path, fast: bool = False, full_size: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, self.info = load_network(model)
         self.net = net.to(self.device)
+        self._precision = precision_of(self.info.precision, self.device)
         self.config, self.full_size = self.info.evaluate, full_size
         if fast:
             crf = replace(self.config.crf, iterations=0)
@@ -133,16 +136,14 @@ class Model:
         return mask[place], confidence[place]
 
     def _logits(self, images: Tensor, tell: Callable[[str], None] | None) -> list[Tensor]:
-        own = self.config
-        return logits_by_scale(
-            images.to(self.device), self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell
-        )
+        own, kind = self.config, self._precision
+        with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            return logits_by_scale(
+                images.to(self.device), self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell
+            )
 
     def _refined(self, image: Tensor, found: Tensor) -> Tensor:
-        """Probabilities (L, h, w) after the CRF, if there is one."""
-        if not self.config.crf.iterations:
-            return found
-        return mean_field(image.to(self.device), [unary_from_probabilities(found)], self.config.crf)[0]
+        return refined(image.to(self.device), found, self.config.crf)
 
     def label_map(self, image: Tensor) -> NDArray[np.uint8]:
         """uint8 (3, H, W) of any size -> its label map (H, W)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from esol.base import exits
 from esol.base.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
 from esol.base.files import atomic_write
+from esol.base.machine import cpu_has_bf16
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import Engine, gather_text
@@ -40,6 +41,17 @@ def wants_cpu() -> bool:
     """Whether a job computes on the CPU: no GPU is there, or its launcher says so."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or not torch.cuda.is_available()
+
+
+def precision_of(name: str, device: torch.device) -> torch.dtype | None:
+    """The type that matrix products are computed in, of an engine.precision; None for float32.
+
+    None as well where this machine has no hardware for the type, on which it would be slower than float32.
+    """
+    has = {"bf16": cpu_has_bf16(), "fp16": False} if device.type == "cpu" else {
+        "bf16": torch.cuda.is_bf16_supported(), "fp16": True
+    }  # fmt: skip
+    return DTYPES[name] if has.get(name, False) else None
 
 
 class Ranks(Engine):

@@ -19,6 +19,7 @@ from torch import Tensor
 from esol.config import CrfConfig
 
 UNSURE = 255
+RARE = 0.01  # probability that a label needs somewhere to take part
 CHUNK = 16  # label maps that are filtered side by side; more of them fall out of the processor's cache
 
 
@@ -98,6 +99,23 @@ def mean_field(image: Tensor, unaries: Sequence[Tensor], config: CrfConfig) -> l
         bilateral_compat=config.bilateral_compat,
     )
     return crf.infer(unaries, config.iterations)
+
+
+def refined(image: Tensor, probabilities: Tensor, config: CrfConfig) -> Tensor:
+    """Probabilities (L, H, W) of a photo uint8 (3, H, W) after the CRF that a config describes.
+
+    A label that no pixel gives RARE stays out of it, and has 0 afterwards: its time goes with the labels, of which a
+    photo shows few.
+    """
+    if not config.iterations:
+        return probabilities
+    there = probabilities.amax((1, 2)) >= RARE
+    found = mean_field(image, [unary_from_probabilities(probabilities[there])], config)[0]
+    if bool(there.all()):
+        return found
+    whole = torch.zeros_like(probabilities)
+    whole[there] = found
+    return whole
 
 
 def unary_from_labels(labels: Tensor, n: int, gt_prob: float = 0.7) -> Tensor:

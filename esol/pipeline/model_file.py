@@ -26,7 +26,8 @@ class ModelInfo:
 
     classes: names without background; backbone, rates: of the network; evaluate: how it predicts; photo_side: median
     long side of the photos that it learned from, in pixels; masks: the stage whose masks it learned from, "truth" for
-    true ones; initial_weights: what it started from, in words.
+    true ones; initial_weights: what it started from, in words; precision: fp32, bf16 or fp16, in which it learned and
+    was evaluated.
     """
 
     classes: tuple[str, ...]
@@ -36,6 +37,7 @@ class ModelInfo:
     photo_side: int
     masks: str
     initial_weights: str
+    precision: str = "fp32"
 
 
 def write_model(path: Path, state: Mapping[str, Tensor], info: ModelInfo) -> None:

@@ -13,7 +13,7 @@ from esol.config import PredictionConfig
 from esol.data.samples import encode_mask
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.ops.dense_crf import mean_field, unary_from_probabilities
+from esol.ops.dense_crf import refined
 from esol.ops.metrics import score
 from esol.ops.segmentation import blended, logits_by_scale
 from esol.ops.tiles import tiles
@@ -50,7 +50,7 @@ class Evaluate(InferenceStage[Predicted]):
     name = "evaluate"
     after = "segment"
     section = EvaluateConfig
-    version = 2
+    version = 3
     needs = ("segment",)
     makes = "predictions"
     produces = ("index.json", "*.tar", "confusion.json")
@@ -82,20 +82,18 @@ class Evaluate(InferenceStage[Predicted]):
                 combine=config.combine,
                 tell=lambda what: beat(f"{what} of {sample.key}"),
             )
-        plain, refined = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
+        plain, sharp = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
         sure = np.empty(sample.size, np.float32)
         for part in tiles(*sample.size):
             (rows, columns), (r, c) = part.window, part.inner
             one = blended(found, sample.size, config.combine, part.window)[0]
             before = one[:, r, c]
             plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
-            if config.crf.iterations:
-                one = mean_field(image[:, rows, columns], [unary_from_probabilities(one)], config.crf)[0]
-            label = one[:, r, c].argmax(0)
-            refined[part.kept] = label.to(torch.uint8).cpu().numpy()
+            label = refined(image[:, rows, columns], one, config.crf)[:, r, c].argmax(0)
+            sharp[part.kept] = label.to(torch.uint8).cpu().numpy()
             sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
             beat(f"a window of {sample.key}")
-        return Predicted(plain, refined, sure)
+        return Predicted(plain, sharp, sure)
 
     def members(self, sample: Sample, made: Predicted) -> Members:
         return {"mask.png": encode_mask(made.refined)}

@@ -174,6 +174,7 @@ class Segment(MaskTrainingStage):
             photo_side=self._photo_side(),
             masks=self.source,
             initial_weights=self.started,
+            precision=self.context.config.engine.precision,
         )
         write_model(self.folder / WEIGHTS, state, info)
 
