@@ -38,6 +38,7 @@ from esol.tracking.mlflow_store import (
 from esol.tracking.tracker import JSONL
 
 _LOG = logging.getLogger(__name__)
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # by which MLflow's pages choose what they offer
 _PERIOD = 5.0  # seconds between two looks at the file
 
 
@@ -154,7 +155,9 @@ class _Follower:
             state = {"uri": self._store, "offset": 0, "identity": "", "parent": "", "stages": {}}
         experiment = client.get_experiment_by_name(self._experiment)
         self._experiment_id = (
-            experiment.experiment_id if experiment else client.create_experiment(self._experiment, self._artifacts)
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(self._experiment, self._artifacts, KIND)
         )
         self._client, self._state = client, state
 

@@ -59,6 +59,7 @@ class Tracker:
         self._data = {"digest": index_hash, "source": config.data.root, "profile": profile or {}}
         self._run_dir = Path(config.run_dir)
         self._stage: str | None = None
+        self._said: dict[tuple[str | None, str], float] = {}
         self._status = "FINISHED"  # of the last stage
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -128,8 +129,11 @@ class Tracker:
         self._write({"event": "results", "stage": self._stage, "values": numbers, "words": words})
 
     def headline(self, values: dict[str, float], stage: str | None = None) -> None:
-        """The few numbers by which runs are compared, or the stages of one."""
-        self._write({"event": "headline", "stage": stage, "values": _finite(values)})
+        """The few numbers by which runs are compared, or the stages of one; of them those that have changed."""
+        new = {name: value for name, value in values.items() if self._said.get((stage, name)) != value}
+        self._said |= {(stage, name): value for name, value in new.items()}
+        if new:
+            self._write({"event": "headline", "stage": stage, "values": _finite(new)})
 
     def model(self, path: Path, example: bytes) -> None:
         """A model file inside the run directory, and a photo as an example of what it takes."""

@@ -44,7 +44,8 @@ def where(place: Path) -> tuple[str, str]:
         raise EsolError(
             f"MLflow at {uri} does not show {run_dir}: {(str(error) or 'no answer').splitlines()[0]}"
         ) from error
-    return uri, f"#/experiments/{experiment}/runs/{state['parent']}"
+    # without the last part its pages offer traces and prompts instead of metrics and models
+    return uri, f"#/experiments/{experiment}/runs/{state['parent']}?workflowType=machine_learning"
 
 
 def _time(path: Path) -> float:

@@ -79,7 +79,7 @@ def test_the_ui_opens_the_run_itself(one: Path, tmp_path: Path) -> None:
     for place in (one, one.parent):
         uri, path = where(place)
         assert uri == f"sqlite:///{one.parent.resolve() / 'mlflow.db'}"
-        assert re.fullmatch(rf"#/experiments/\d+/runs/{parent}", path)
+        assert re.fullmatch(rf"#/experiments/\d+/runs/{parent}\?workflowType=machine_learning", path)
     with pytest.raises(EsolError, match="holds no run that MLflow knows"):
         where(tmp_path)
 

@@ -185,7 +185,7 @@ def _gallery(about: Mapping[str, Any]) -> str:
     orders += [("trust", "least trusted by the judge first"), ("name", "by name"), ("class", "by class")]
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in orders)
     return f"""<section id=gallery><h2>Photos</h2>
-<noscript><p>The gallery needs JavaScript. <a href="#pictures">The pictures below</a> show some photos after every
+<noscript><p>The gallery needs JavaScript. <a href=#pictures>The pictures below</a> show some photos after every
 stage.</p>
 <style>#grid,#legend,.tools{{display:none}}</style></noscript>
 <div class=tools><div id=layers role=group aria-label="what is shown"></div>
