@@ -2,9 +2,10 @@
 
 python -m benchmarks.beside RUN [--rounds 3]
 
-RUN: a finished run of configs/demo.yaml. classify trains for 150 steps in a new run directory, psa_labels is made again
-in a copy of RUN. Each alone, beside one process that never rests, and beside another of its kind; threads that wait as
-esol's commands have it, and as OpenMP has it by itself (it spins). A round has every case once, in turn.
+RUN: a finished run of configs/demo.yaml, from where that was started. classify trains for 150 steps in a new run
+directory, psa_labels is made again in a copy of RUN. Each alone, beside a process that never rests, and beside another
+of its kind; threads that wait as esol's commands have it, and as OpenMP has it by itself (it spins). A round has every
+case once, in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def start(run: Path, place: Path, stage: str, spins: bool) -> tuple[subprocess.P
         "run",
         *config,
         "--set",
-        "tracking.page=false",
+        "tracking.page=0",
         "--stages",
         stage,
         *more,

@@ -72,6 +72,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with make(runs) as tracker:
         (runs / "run" / "resolved.yaml").write_text("seed: 0\n")
         note(tracker)
+        (runs / "run/weights").write_bytes(b"weights")
+        tracker.model(runs / "run/weights", b"a photo")
     return runs
 
 
@@ -272,6 +274,9 @@ def test_runs_that_were_moved_keep_their_pictures_and_put_new_ones_beside_them(t
             picture = client.download_artifacts(run.info.run_id, "pictures/classify.png", str(tmp_path))
             assert Path(picture).read_bytes() == b"a picture"
         assert child.info.run_id in {run.info.run_id for run in children}
+        (model,) = client.search_logged_models([child.info.experiment_id])
+        assert model.artifact_location.startswith((here / "mlartifacts").as_uri())
+        assert "MLmodel" in {file.path for file in client.list_logged_model_artifacts(model.model_id)}
         replay(here / "run")  # the same run, not another
         assert len(runs_in(here)[1]) == 2
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from esol.base.errors import EsolError, LostRankError
 from esol.base.interrupts import Interrupts, end_children
-from esol.base.machine import wait_asleep
+from esol.base.machine import wait_briefly
 
 PARENT = os.getppid()
 """Who started this process, noted early: a launcher may be gone by the time that torch is imported."""
@@ -40,7 +40,7 @@ def entry(command: Callable[[], int], again: str = "run the command again") -> i
     Ctrl-C. What else is raised is a bug, and goes on.
     """
     code = 1
-    wait_asleep()  # before torch is there
+    wait_briefly()  # before torch is there
     with Interrupts(_leave):
         try:
             code = command()

@@ -8,13 +8,15 @@ from pathlib import Path
 _BF16 = ("avx512_bf16", "amx_bf16")
 
 
-def wait_asleep() -> None:
-    """Makes threads that wait leave their core to others; what the user has set stays.
+def wait_briefly() -> None:
+    """Makes threads that wait leave their core to others after some microseconds; what the user has set stays.
 
-    OpenMP reads it once, when torch is loaded. Its own way is to spin for milliseconds, which beside any other busy
-    process takes the core from the very thread that is waited for (benchmarks/beside.py).
+    GNU's OpenMP reads it once, when torch is loaded. Its own way is to spin for milliseconds, which beside any other
+    busy process takes the core from the very thread that is waited for; not to spin at all costs small operators twice
+    their time, since a core that sleeps is slow to wake (benchmarks/beside.py).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cpu_has_bf16() -> bool:

@@ -17,6 +17,7 @@ BESIDE = "beside the runs"  # the default store, wherever the runs are moved
 _LOG = logging.getLogger(__name__)
 NAME, PARAM, TAG, DATASET, DIGEST = 250, 6000, 8000, 500, 36  # MLflow's limits, in characters
 
+_PLACES = (("runs", "run_uuid", "artifact_uri"), ("logged_models", "model_id", "artifact_location"))
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
 
 
@@ -47,7 +48,7 @@ def for_good(error: Exception) -> bool:
 
 
 def follow_the_move(database: Path, artifacts: str) -> None:
-    """Where the runs were moved, their database still names the old place of the pictures: puts the new one in.
+    """Where the runs were moved, their database still names the old place of pictures and models: puts the new one in.
 
     MLflow stores absolute addresses and has no call to change them. Only the database that esol keeps beside its runs
     is changed; of earlier runs only those whose artifacts have come along.
@@ -65,13 +66,16 @@ def follow_the_move(database: Path, artifacts: str) -> None:
                 ):
                     moved = "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?"
                     store.execute(moved, (artifacts, old))
-            for run, uri in store.execute("SELECT run_uuid, artifact_uri FROM runs").fetchall():
-                place, found, inside = str(uri).rpartition("/mlartifacts/")
-                if not found or not place.startswith("file:") or f"{place}/mlartifacts" == artifacts:
-                    continue
-                gone = not Path(url2pathname(urlsplit(uri).path)).exists()  # a run without a picture yet has no folder
-                if gone or (database.parent / "mlartifacts" / inside).exists():
-                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (f"{artifacts}/{inside}", run))
+            there = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
+            for table, key, column in (place for place in _PLACES if place[0] in there):
+                for run, uri in store.execute(f"SELECT {key}, {column} FROM {table}").fetchall():
+                    place, found, inside = str(uri).rpartition("/mlartifacts/")
+                    if not found or not place.startswith("file:") or f"{place}/mlartifacts" == artifacts:
+                        continue
+                    gone = not Path(url2pathname(urlsplit(uri).path)).exists()  # a run without a picture has no folder
+                    if gone or (database.parent / "mlartifacts" / inside).exists():
+                        moved = f"UPDATE {table} SET {column} = ? WHERE {key} = ?"
+                        store.execute(moved, (f"{artifacts}/{inside}", run))
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):  # MLflow makes its tables on first use
             _LOG.warning("%s still names the old place of the pictures: %s", database, error)
