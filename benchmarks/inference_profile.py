@@ -27,7 +27,7 @@ from esol.models.affinity_net import AffinityNet
 from esol.models.deeplab import DeepLab
 from esol.models.heads import Heads
 from esol.models.irn_net import IrnNet
-from esol.ops import class_maps, dense_crf, pseudo_labels, tiles
+from esol.ops import class_maps, dense_crf, pseudo_labels, segmentation, tiles
 from esol.ops.metrics import ThresholdCurve
 from esol.pipeline import cam, config_file, inference, job, made, masks, registry
 from esol.stages import evaluate, localize, vote
@@ -48,8 +48,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (class_maps, "_normalise", "resize"),
     (model, "within", "resize"),
     (cam, "class_maps", "maps, the rest"),
-    (evaluate, "blended", "resize probabilities"),
-    (model, "blended", "resize probabilities"),
+    (segmentation, "blended", "resize probabilities"),
     (model, "enlarged_labels", "resize probabilities"),
     (ThresholdCurve, "update", "score"),
     (masks, "confusion_matrix", "score"),

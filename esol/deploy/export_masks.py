@@ -88,7 +88,7 @@ def _confidences(
     engine = make_engine(replace(config.engine, name="accelerate"), config.seed)  # whatever trained it
     tracker = Tracker(config, False, reader.index.hash, 1)
     stage = table()[own.stage](Context(config, engine, tracker, reader.index, reader, StopSignal(), resume=False))
-    if not isinstance(stage, InferenceStage):
+    if not isinstance(stage, InferenceStage) or type(stage).confidence is InferenceStage.confidence:
         raise EsolError(f"{own.stage} does not say how sure it is of its masks: leave --confidence out")
     stage.open()
 

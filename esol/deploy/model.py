@@ -21,9 +21,7 @@ from esol.data.transforms import decode, within
 from esol.engines.ranks import precision_of
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.ops.dense_crf import refined
-from esol.ops.segmentation import blended, enlarged_labels, logits_by_scale, strongest
-from esol.ops.tiles import Tile, tiles
+from esol.ops.segmentation import by_parts, enlarged_labels, logits_by_scale, strongest
 from esol.pipeline import records
 from esol.pipeline.model_file import ModelInfo, read_info
 from esol.pipeline.weights import WEIGHTS
@@ -107,29 +105,21 @@ class Model:
 
         tell: hears which window is next, where photos go through the network in windows.
         """
-        seen, config = (images[0].shape[1], images[0].shape[2]), self.config
-        if len(parts := tiles(*seen)) == 1:
-            found = self._logits(torch.stack(images), tell)
-            each = blended(found, seen, config.combine)
-            return [
-                enlarged_labels(self._refined(image, one), one, size)
-                for image, one, size in zip(images, each, sizes, strict=True)
-            ]
-        return [self._in_parts(image, parts, size, tell) for image, size in zip(images, sizes, strict=True)]
+        found = self._logits(torch.stack(images), tell)
+        return [
+            self._labels(image, [one[i : i + 1] for one in found], size, tell)
+            for i, (image, size) in enumerate(zip(images, sizes, strict=True))
+        ]
 
-    def _in_parts(
-        self, image: Tensor, parts: list[Tile], size: tuple[int, int], tell: Callable[[str], None] | None
+    def _labels(
+        self, image: Tensor, logits: list[Tensor], size: tuple[int, int], tell: Callable[[str], None] | None
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        """A large photo: its logits are enlarged, and refined by the CRF, part by part."""
-        seen, found = (image.shape[1], image.shape[2]), self._logits(image[None], tell)
+        seen = (image.shape[1], image.shape[2])
         mask, confidence = np.empty(seen, np.uint8), np.empty(seen, np.uint16)
-        for number, part in enumerate(parts, 1):
-            if tell:
-                tell(f"mask, window {number} of {len(parts)}")
-            (rows, columns), (r, c) = part.window, part.inner
-            before = blended(found, seen, self.config.combine, part.window)[0]
-            one = self._refined(image[:, rows, columns], before)
-            mask[part.kept], confidence[part.kept] = strongest(one[:, r, c], before[:, r, c])
+        for part, before, after in by_parts(image.to(self.device), logits, self.config, tell):
+            if after.shape[1:] == seen:  # the photo in one part, whose probabilities can be enlarged
+                return enlarged_labels(after, before, size)
+            mask[part.kept], confidence[part.kept] = strongest(after, before)
         if seen == size:
             return mask, confidence
         place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, seen, strict=True)))
@@ -141,9 +131,6 @@ class Model:
             return logits_by_scale(
                 images.to(self.device), self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell
             )
-
-    def _refined(self, image: Tensor, found: Tensor) -> Tensor:
-        return refined(image.to(self.device), found, self.config.crf)
 
     def label_map(self, image: Tensor) -> NDArray[np.uint8]:
         """uint8 (3, H, W) of any size -> its label map (H, W)."""

@@ -158,17 +158,17 @@ class _Writer:
     def _write(self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16]) -> dict[str, Any]:
         pixels = photo.overview.permute(1, 2, 0).numpy()
         rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
-        about: dict[str, Any] = {"mask": self._save("masks", f"{photo.name}.png", encode_mask(mask))}
+        about: dict[str, Any] = {"mask": self._put("masks", f"{photo.name}.png", encode_mask(mask))}
         _save(paint(pixels, mask[rows][:, columns]), self.out / "overlays" / f"{photo.name}.jpg")
         if self.confidence:
             data = encode_png(Image.fromarray(sure))
-            about["confidence"] = self._save("confidence", f"{photo.name}.png", data)
+            about["confidence"] = self._put("confidence", f"{photo.name}.png", data)
         if photo.place is not None:
-            about["geotiff"] = self._save("geotiff", f"{photo.name}.tif", encode_geotiff(mask, photo.place))
+            about["geotiff"] = self._put("geotiff", f"{photo.name}.tif", encode_geotiff(mask, photo.place))
         about |= {"width": photo.size[1], "height": photo.size[0], "shares": self.model.shares(mask)}
         return about if self.maps is None else about | {"found": self.maps.write(self.out, photo)}
 
-    def _save(self, folder: str, name: str, data: bytes) -> str:
+    def _put(self, folder: str, name: str, data: bytes) -> str:
         path = self.out / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from esol.config import PredictionConfig
 from esol.models.deeplab import DeepLab
-from esol.ops.tiles import Part, on_grid
+from esol.ops.dense_crf import refined
+from esol.ops.tiles import Part, Tile, on_grid, tiles
 
 STRIP = 4_000_000  # floats that enlarged_labels holds at once
 
@@ -59,6 +61,25 @@ def blended(
             total = enlarged.softmax(1) if total is None else total.add_(enlarged.softmax(1))
     assert total is not None
     return total.softmax(1) if combine == "max" else total.div_(len(logits))
+
+
+@torch.no_grad()
+def by_parts(
+    image: Tensor, logits: Sequence[Tensor], config: PredictionConfig, tell: Callable[[str], None] | None = None
+) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+    """Of every part of a photo uint8 (3, H, W) the probabilities (L, h, w) that are kept, before and after the CRF.
+
+    logits: of this photo alone, by logits_by_scale; tell: hears which part of a large photo is next.
+    """
+    size = (image.shape[1], image.shape[2])
+    parts = tiles(*size)
+    for number, part in enumerate(parts, 1):
+        if tell and len(parts) > 1:
+            tell(f"mask, window {number} of {len(parts)}")
+        (rows, columns), (r, c) = part.window, part.inner
+        before = blended(logits, size, config.combine, part.window)[0]
+        after = refined(image[:, rows, columns], before, config.crf)
+        yield part, before[:, r, c], after[:, r, c]
 
 
 def _enlarged(logits: Tensor, size: tuple[int, int], part: Part | None) -> Tensor:

@@ -79,7 +79,7 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
             busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
     if busy := "".join(gather_text(engine, busy)):
         raise LaunchError(busy)
-    tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=contents(index))
+    tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=_contents(index))
     with tracked as tracker, StopSignal() as stop:
         context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
         try:
@@ -107,7 +107,7 @@ def _show(context: Context, stage: str) -> None:
     _page(context)
 
 
-def contents(index: Index) -> dict[str, Any]:
+def _contents(index: Index) -> dict[str, Any]:
     """What a set of photos holds: photos, classes, and photos of each split and class."""
     found: dict[str, Any] = {"photos": len(index), "classes": len(index.classes)}
     found |= {f"split {name}": len(index.split(name)) for name in index.splits}

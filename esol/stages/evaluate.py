@@ -13,10 +13,8 @@ from esol.config import PredictionConfig
 from esol.data.samples import encode_mask
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
-from esol.ops.dense_crf import refined
 from esol.ops.metrics import score
-from esol.ops.segmentation import blended, logits_by_scale
-from esol.ops.tiles import tiles
+from esol.ops.segmentation import by_parts, logits_by_scale
 from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
@@ -72,27 +70,22 @@ class Evaluate(InferenceStage[Predicted]):
         return [self._predict(sample) for sample in samples]
 
     def _predict(self, sample: Sample) -> Predicted:
-        config, image, beat = self.config, sample.image.to(self.context.engine.device), self.context.engine.beat
+        config, image = self.config, sample.image.to(self.context.engine.device)
+
+        def tell(what: str) -> None:
+            self.context.engine.beat(f"{what} of {sample.key}")
+
         with self.context.engine.autocast():
             found = logits_by_scale(
-                image[None],
-                self.net,
-                scales=config.scales,
-                flip=config.flip,
-                combine=config.combine,
-                tell=lambda what: beat(f"{what} of {sample.key}"),
+                image[None], self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
             )
         plain, sharp = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
         sure = np.empty(sample.size, np.float32)
-        for part in tiles(*sample.size):
-            (rows, columns), (r, c) = part.window, part.inner
-            one = blended(found, sample.size, config.combine, part.window)[0]
-            before = one[:, r, c]
+        for part, before, after in by_parts(image, found, config, tell):
+            label = after.argmax(0)
             plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
-            label = refined(image[:, rows, columns], one, config.crf)[:, r, c].argmax(0)
             sharp[part.kept] = label.to(torch.uint8).cpu().numpy()
             sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
-            beat(f"a window of {sample.key}")
         return Predicted(plain, sharp, sure)
 
     def members(self, sample: Sample, made: Predicted) -> Members:
