@@ -34,7 +34,6 @@ def _predict(args: argparse.Namespace) -> int:
         confidence=args.confidence,
         fast=args.fast,
         full_size=args.full_size,
-        batch=args.batch,
     )
 
 
@@ -118,7 +117,6 @@ def _main() -> int:
         action="store_true",
         help="never make photos smaller: for aerial and other photos whose scale is that of the training photos",
     )
-    command.add_argument("--batch", type=int, default=4, help="photos of one size that go through the network together")
     command.set_defaults(run=_predict)
 
     command = commands.add_parser("export", help="a run's model for other programs, with a model card")

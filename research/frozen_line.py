@@ -278,7 +278,7 @@ class FrozenLine:
         scales, flip = self.config.localize.scales, self.config.localize.flip
         with self._autocast():
             maps = class_maps(blank, photo.labels[None].to(self.device), heads, scales=scales, flip=flip)[0]["cam"]
-        return ClassMaps(maps.classes.cpu(), maps.low.cpu(), maps.full.cpu())
+        return ClassMaps(maps.classes.cpu(), maps.size, tuple((grid.cpu(), corners) for grid, corners in maps.grids))
 
 
 class Last(nn.Module):

@@ -20,6 +20,7 @@ from esol.base.errors import CheckpointError, EsolError
 from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
 from esol.config import BackboneConfig, CrfConfig, PredictionConfig
+from esol.data.samples import encode_mask
 from esol.data.transforms import decode
 from esol.deploy.model import Model, load_network
 from esol.deploy.predict import predict
@@ -225,17 +226,25 @@ def test_two_photos_of_one_name_do_not_overwrite_each_other(model: Path, tmp_pat
     assert {p.name for p in (tmp_path / "out/masks").iterdir()} == {"a.jpg.png", "a.png.png"}
 
 
-def test_batches_change_nothing(model: Path, tmp_path: Path) -> None:
+def test_threads_and_batches_change_nothing(model: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(5):
+    for i in range(7):
         scene(60 + 10 * (i % 2), 50).rotate(30 * i, fillcolor=GRAY).save(photos / f"{i}.png")
-    outs = []
-    for batch in (1, 3):
-        out = tmp_path / f"out{batch}"
-        assert predict(model, photos, out, batch=batch) == 0
-        outs.append([(out / f"masks/{i}.png").read_bytes() for i in range(5)])
+    outs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert predict(model, photos, tmp_path / f"out{count}") == 0
+            outs.append([(tmp_path / f"out{count}/masks/{i}.png").read_bytes() for i in range(7)])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
     assert outs[0] == outs[1]
+    images = [decode((photos / f"{i}.png").read_bytes(), "") for i in range(7)]
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    together = Model(model).label_maps(images, sizes)
+    assert [encode_mask(mask) for mask, _ in together] == outs[0]
 
 
 def test_large_photos_are_seen_at_the_size_that_was_learned_and_answered_at_their_own(model: Path) -> None:
@@ -354,8 +363,6 @@ def test_errors_name_the_place_and_what_to_give(model: Path, tmp_path: Path) -> 
         predict(model, tmp_path / "empty", out)
     with pytest.raises(EsolError, match=r"--cam: .*model\.safetensors is no run directory"):
         predict(model, photo, out, cam=True)
-    with pytest.raises(EsolError, match="--batch 0: give 1 or more"):
-        predict(model, photo, out, batch=0)
     with pytest.raises(EsolError, match=r"--out .*a\.png is a file"):
         predict(model, photo, photo)
     assert not out.exists()

@@ -137,7 +137,7 @@ def test_one_image_learned_by_heart_is_predicted_at_every_scale() -> None:
 
 def probabilities(image: Tensor, net: DeepLab, combine: Any = "mean", **options: Any) -> Tensor:
     found = logits_by_scale(image, net, combine=combine, **options)
-    return blended(found, (image.shape[2], image.shape[3]), combine)
+    return torch.stack([blended(own, (image.shape[2], image.shape[3]), combine) for own in found])
 
 
 def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from collections import OrderedDict
@@ -26,11 +27,22 @@ OPEN_FILES = 128  # per process, least recently used closed first
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
 
 
+_READING = threading.Lock()  # open files are closed when there are too many; not a reader's own, which is pickled
+
+
+def _renew_lock() -> None:
+    global _READING
+    _READING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # a thread that held it is not in the child
+
+
 class ShardReader:
     """Reads members of an index's shards; shards behind a URL are fetched whole, once per node, into `cache`.
 
     What is fetched is checked against the index; a cached shard that turns out damaged later is fetched once more.
-    Safe to hand to forked or spawned workers: files are opened by the process that reads them.
+    Safe to hand to forked or spawned workers: files are opened by the process that reads them. Threads may share it.
     """
 
     def __init__(self, index: Index, cache: str = "") -> None:
@@ -53,9 +65,10 @@ class ShardReader:
                 raise DataError(f"{self.name(ordinal)}: has no .{ext} member")
             members.append(self.index.members[ext][ordinal].tolist())
         shard = int(self.index.shard_of[ordinal])
-        found, damage = self._members(shard, extensions, members)
-        if damage and self._fetch_again(shard):
+        with _READING:
             found, damage = self._members(shard, extensions, members)
+            if damage and self._fetch_again(shard):
+                found, damage = self._members(shard, extensions, members)
         if damage and shard in self._again:
             damage += f"; if that finds nothing, the disk of data.cache, {self.cache}, damages files"
         if damage:

@@ -101,22 +101,22 @@ class Model:
     def label_maps(
         self, images: list[Tensor], sizes: list[tuple[int, int]], tell: Callable[[str], None] | None = None
     ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint16]]]:
-        """Reduced photos of one size -> mask and confidence of each at the photo's own size, as a Prediction has them.
+        """Reduced photos -> mask and confidence of each at the photo's own size, as a Prediction has them.
 
         tell: hears which window is next, where photos go through the network in windows.
         """
-        found = self._logits(torch.stack(images), tell)
-        return [
-            self._labels(image, [one[i : i + 1] for one in found], size, tell)
-            for i, (image, size) in enumerate(zip(images, sizes, strict=True))
-        ]
+        own, kind = self.config, self._precision
+        moved = [image.to(self.device) for image in images]
+        with torch.autocast(self.device.type, kind, enabled=kind is not None):
+            found = logits_by_scale(moved, self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell)
+        return [self._labels(*one, tell) for one in zip(moved, found, sizes, strict=True)]
 
     def _labels(
         self, image: Tensor, logits: list[Tensor], size: tuple[int, int], tell: Callable[[str], None] | None
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
         seen = (image.shape[1], image.shape[2])
         mask, confidence = np.empty(seen, np.uint8), np.empty(seen, np.uint16)
-        for part, before, after in by_parts(image.to(self.device), logits, self.config, tell):
+        for part, before, after in by_parts(image, logits, self.config, tell):
             if after.shape[1:] == seen:  # the photo in one part, whose probabilities can be enlarged
                 return enlarged_labels(after, before, size)
             mask[part.kept], confidence[part.kept] = strongest(after, before)
@@ -124,13 +124,6 @@ class Model:
             return mask, confidence
         place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, seen, strict=True)))
         return mask[place], confidence[place]
-
-    def _logits(self, images: Tensor, tell: Callable[[str], None] | None) -> list[Tensor]:
-        own, kind = self.config, self._precision
-        with torch.autocast(self.device.type, kind, enabled=kind is not None):
-            return logits_by_scale(
-                images.to(self.device), self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell
-            )
 
     def label_map(self, image: Tensor) -> NDArray[np.uint8]:
         """uint8 (3, H, W) of any size -> its label map (H, W)."""

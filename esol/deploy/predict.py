@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +29,7 @@ from esol.deploy.model import Model
 from esol.ops.class_maps import class_maps
 from esol.pipeline import records
 from esol.pipeline.cam import ran_with_maps, trained_heads
+from esol.pipeline.crew import Crew
 from esol.report.pictures import heat, paint
 
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most
@@ -38,7 +37,7 @@ _T = TypeVar("_T")
 _LINES = 20  # of skipped files that are printed; the report has all
 _REFUSED_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # by a file system that knows other rules
 ALONE = 3 * 2048**2  # values: a larger photo goes through the network by itself, as soon as it is read
-WINDOW = 4  # batches of photos that are decoded at a time and grouped by size
+TOGETHER = 4  # photos that a GPU has at once
 
 
 @dataclass
@@ -63,47 +62,28 @@ def predict(
     confidence: bool = False,
     fast: bool = False,
     full_size: bool = False,
-    batch: int = 4,
 ) -> int:
     """Writes masks/, overlays/, predictions.json, and more on request, into out; returns 1 where a photo was skipped.
 
     EsolError for a model, folder or option that cannot be used; a photo that cannot is skipped, and named at the end.
     """
-    if batch < 1:
-        raise EsolError(f"--batch {batch}: give 1 or more")
     if out.exists() and not out.is_dir():
         raise EsolError(f"--out {out} is a file: give a folder")
     found = gather(photos, out)
     loaded = Model(model, fast, full_size)
-    writer = _Writer(out, loaded, _Cams(model, loaded) if cam else None, confidence)
-    names = output_names(found.photos)
-    writer.skipped.update(found.skipped)
+    work = _Work(found.root, out, output_names(found.photos), loaded, _Cams(model, loaded) if cam else None, confidence)
+    images, skipped = dict[str, dict[str, Any]](), dict(found.skipped)
+    groups = list(_chunks(found.photos, TOGETHER if loaded.device.type == "cuda" else 1))
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / UNFINISHED, MARK)
         (out / REPORT).unlink(missing_ok=True)  # it may speak of other masks than those that follow
         with progress("predict", len(found.photos), "photos", visible=True) as advance:
-            done = 0
-            for window in _chunks(found.photos, WINDOW * batch):
-                tell = partial(advance, done)
-                groups: dict[torch.Size, list[_Photo]] = defaultdict(list)
-                for path in window:
-                    try:
-                        photo = _read(found.root, path, names[path], loaded)
-                    except DataError as error:
-                        writer.skipped[path] = str(error).removeprefix(f"{path}: ")
-                        continue
-                    if photo.reduced.numel() > ALONE:
-                        writer.answer([photo], tell)
-                    else:
-                        groups[photo.reduced.shape].append(photo)
-                    del photo  # one of the large ones at a time
-                for group in groups.values():
-                    for some in _chunks(group, batch):
-                        writer.answer(some, tell)
-                done += len(window)
-                advance(done, "")
-        images, skipped = writer.images, writer.skipped
+            work.tell = lambda note: advance(len(images) + len(skipped) - len(found.skipped), note)
+            for answers in work.crew.map(work, groups):
+                images |= {path: answer for path, answer in answers.items() if not isinstance(answer, str)}
+                skipped |= {path: answer for path, answer in answers.items() if isinstance(answer, str)}
+                work.tell("")
         said = texts((*images, *skipped))
         report = {"model": texts([str(model)])[str(model)], "classes": loaded.info.classes, "fast": fast}
         report["images"] = {said[path]: images[path] for path in sorted(images)}
@@ -123,39 +103,77 @@ def predict(
     return 1 if skipped else 0
 
 
-def _read(root: Path, path: str, name: str, model: Model) -> _Photo:
-    try:
-        data = (root / path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    image = decode(data, path)
-    size = (image.shape[1], image.shape[2])
-    return _Photo(path, name, size, model.reduced(image), within(image, OVERLAY), place_on_earth(data))
+@dataclass(frozen=True)
+class _Cam:
+    """A class that the classifier found in a photo, with its probability, and its map over the photo."""
+
+    label: str
+    chance: float
+    picture: NDArray[np.uint8]
 
 
 @dataclass
-class _Writer:
-    """Predicts photos and writes what they come to. images: path -> what the report says; skipped: path -> why."""
+class _Work:
+    """Predicts photos and writes what they come to, in the threads of a crew; tell: hears what is next of a large one.
 
+    Called with some paths it returns for each what the report says of it, or why it was skipped.
+    """
+
+    root: Path
     out: Path
+    names: dict[str, str]
     model: Model
     maps: _Cams | None
     confidence: bool
-    images: dict[str, dict[str, Any]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    tell: Callable[[str], None] | None = None
 
-    def answer(self, photos: Sequence[_Photo], tell: Callable[[str], None]) -> None:
-        """Photos of one size as the network sees them."""
-        found = self.model.label_maps([photo.reduced for photo in photos], [photo.size for photo in photos], tell)
-        for photo, (mask, sure) in zip(photos, found, strict=True):
+    def __post_init__(self) -> None:
+        self.crew = Crew(self.model.device)
+
+    def __call__(self, paths: Sequence[str]) -> dict[str, dict[str, Any] | str]:
+        answers: dict[str, dict[str, Any] | str] = {}
+        together: list[_Photo] = []
+        for path in paths:
             try:
-                self.images[photo.path] = self._write(photo, mask, sure)
+                photo = self._read(path)
+            except DataError as error:
+                answers[path] = str(error).removeprefix(f"{path}: ")
+                continue
+            if photo.reduced.numel() > ALONE:
+                answers |= self._answer([photo])
+            else:
+                together.append(photo)
+            del photo  # one of the large ones at a time
+        return answers | self._answer(together)
+
+    def _read(self, path: str) -> _Photo:
+        try:
+            data = (self.root / path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        image = decode(data, path)
+        size = (image.shape[1], image.shape[2])
+        reduced, overview = self.model.reduced(image), within(image, OVERLAY)
+        return _Photo(path, self.names[path], size, reduced, overview, place_on_earth(data))
+
+    def _answer(self, photos: Sequence[_Photo]) -> dict[str, dict[str, Any] | str]:
+        answers: dict[str, dict[str, Any] | str] = {}
+        with self.crew.room(sum(photo.reduced[0].numel() for photo in photos)):
+            inputs, sizes = [photo.reduced for photo in photos], [photo.size for photo in photos]
+            found = self.model.label_maps(inputs, sizes, self.tell)
+            cams = [self.maps.of(photo.reduced) if self.maps else None for photo in photos]
+        for photo, (mask, sure), own in zip(photos, found, cams, strict=True):
+            try:
+                answers[photo.path] = self._write(photo, mask, sure, own)
             except OSError as error:
                 if error.errno not in _REFUSED_NAME:
                     raise
-                self.skipped[photo.path] = f"its outputs cannot be written ({error.strerror})"
+                answers[photo.path] = f"its outputs cannot be written ({error.strerror})"
+        return answers
 
-    def _write(self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16]) -> dict[str, Any]:
+    def _write(
+        self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16], cams: dict[str, _Cam] | None
+    ) -> dict[str, Any]:
         pixels = photo.overview.permute(1, 2, 0).numpy()
         rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
         about: dict[str, Any] = {"mask": self._put("masks", f"{photo.name}.png", encode_mask(mask))}
@@ -166,7 +184,11 @@ class _Writer:
         if photo.place is not None:
             about["geotiff"] = self._put("geotiff", f"{photo.name}.tif", encode_geotiff(mask, photo.place))
         about |= {"width": photo.size[1], "height": photo.size[0], "shares": self.model.shares(mask)}
-        return about if self.maps is None else about | {"found": self.maps.write(self.out, photo)}
+        if cams is None:
+            return about
+        for name, own in cams.items():
+            _save(own.picture, self.out / "cams" / f"{photo.name}.{name}.png")
+        return about | {"found": {own.label: own.chance for own in cams.values()}}
 
     def _put(self, folder: str, name: str, data: bytes) -> str:
         path = self.out / folder / name
@@ -188,19 +210,18 @@ class _Cams:
         self.heads = trained_heads(self.config, len(self.classes)).to(self.device).eval()
 
     @torch.no_grad()
-    def write(self, out: Path, photo: _Photo) -> dict[str, float]:
-        """Writes cams/NAME.CLASS.png and returns the probability of every class above one half."""
-        image, config = photo.reduced[None].to(self.device), self.config.section(MapsConfig)
-        chance = self.heads.net(image)[0].sigmoid()
-        labels = (chance > 0.5)[None].float()
-        made = class_maps(image, labels, self.heads, scales=config.scales, flip=config.flip, long_side=config.long_side)
-        maps = list(made[0].values())[-1]
-        pixels = photo.reduced.permute(1, 2, 0).numpy()
+    def of(self, image: Tensor) -> dict[str, _Cam]:
+        """The maps of an image uint8 (3, H, W), by the name of their file, of the classes above one half."""
+        moved, config = image.to(self.device), self.config.section(MapsConfig)
+        chance = self.heads.net(moved[None])[0].sigmoid()
+        labels = (chance > 0.5).float()
+        options: dict[str, Any] = {"scales": config.scales, "flip": config.flip, "long_side": config.long_side}
+        maps = list(class_maps([moved], [labels], self.heads, **options)[0].values())[-1]
+        pixels = image.permute(1, 2, 0).numpy()
         found = {}
         for number, full in zip(maps.classes.tolist(), maps.full.cpu().numpy(), strict=True):
-            name = self.classes[number]
-            found[name] = round(float(chance[number]), 4)
-            _save(heat(pixels, full), out / "cams" / f"{photo.name}.{self.places[name]}.png")
+            label = self.classes[number]
+            found[self.places[label]] = _Cam(label, round(float(chance[number]), 4), heat(pixels, full))
         return found
 
 

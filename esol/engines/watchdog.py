@@ -1,10 +1,12 @@
-"""Ends a job in which a rank stands still: says which and at what, writes the stacks of all ranks, and leaves."""
+"""Ends a job in which a rank stands still: says which and at what, writes the stacks of all, and leaves."""
 
 from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 from esol.base import exits
 
+_STACKS = signal.SIGUSR2  # upon which a process writes where it stands
 _BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
 
 
@@ -72,6 +75,7 @@ class Watchdog:
             self._count += 1
 
     def start(self) -> None:
+        faulthandler.register(_STACKS, 2, all_threads=True)  # data workers, which are forked later, have it as well
         for thread in self._threads:
             thread.start()
 
@@ -80,6 +84,7 @@ class Watchdog:
         self._done.set()
         for thread in self._threads:
             thread.join(self._period + 1)
+        faulthandler.unregister(_STACKS)
         if self._store is not None and not self._threads[0].is_alive():
             with suppress(Exception):  # where the host of the store has left first, nobody needs to hear it
                 self._store.set(_BEAT.format(self._rank), json.dumps({"left": True}))
@@ -149,6 +154,9 @@ class Watchdog:
         path = self._folder / f"rank-{self._rank}.txt"
         print(f"error: stalled: {verdict}. Stacks of rank {self._rank}: {path}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        for worker in multiprocessing.active_children():  # it may be one of these that stands
+            with suppress(OSError):
+                os.kill(int(worker.pid or 0), _STACKS)
         threading.Thread(target=self._write_stacks, args=(path, verdict), daemon=True).start()  # the disk may hang too
         time.sleep(2 * self._period + 0.5)  # the others must still find the verdict in the store
         os._exit(exits.note(exits.LOST))

@@ -14,22 +14,22 @@ from torch import Tensor
 from esol.config import PredictionConfig
 from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import refined
-from esol.ops.tiles import Part, Tile, on_grid, tiles
+from esol.ops.tiles import Part, Tile, on_grids, tiles
 
 STRIP = 4_000_000  # floats that enlarged_labels holds at once
 
 
 @torch.no_grad()
 def logits_by_scale(
-    image: Tensor,
+    images: Sequence[Tensor],
     net: DeepLab,
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
     combine: Literal["mean", "max"] = "mean",
     tell: Callable[[str], None] | None = None,
-) -> list[Tensor]:
-    """What `blended` needs: logits (B, L, h, w) of uint8 images (B, 3, H, W), on the grids of the scales.
+) -> list[list[Tensor]]:
+    """What `blended` needs of every image uint8 (3, H, W): logits (L, h, w), on the grids of the scales.
 
     max: the mean over the flip within each scale, as DeepLab's public code has it. tell: hears which window of a large
     image is next.
@@ -41,26 +41,27 @@ def logits_by_scale(
         return {str(i): one for i, one in enumerate([sum(passes) / len(passes)] if combine == "max" else passes)}
 
     stride = net.backbone.stride
-    return [one for scale in scales for one in on_grid(seen, image, scale, stride, tell).values()]
+    by_scale = [on_grids(seen, images, [scale] * len(images), stride, tell) for scale in scales]
+    return [[one for found in own for one in found.values()] for own in zip(*by_scale, strict=True)]
 
 
 @torch.no_grad()
 def blended(
     logits: Sequence[Tensor], size: tuple[int, int], combine: Literal["mean", "max"] = "mean", part: Part | None = None
 ) -> Tensor:
-    """Probabilities of every label, float32 (B, L, H, W), or of the rows and columns of a part of the image.
+    """Probabilities of every label, float32 (L, H, W), or of the rows and columns of a part of the image.
 
     mean: of the probabilities over all logits; max: the softmax of the highest logits.
     """
     total: Tensor | None = None
     for one in logits:
-        enlarged = _enlarged(one, size, part)
+        enlarged = _enlarged(one[None], size, part)[0]
         if combine == "max":
             total = enlarged if total is None else torch.maximum(total, enlarged)
         else:
-            total = enlarged.softmax(1) if total is None else total.add_(enlarged.softmax(1))
+            total = enlarged.softmax(0) if total is None else total.add_(enlarged.softmax(0))
     assert total is not None
-    return total.softmax(1) if combine == "max" else total.div_(len(logits))
+    return total.softmax(0) if combine == "max" else total.div_(len(logits))
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def by_parts(
 ) -> Iterator[tuple[Tile, Tensor, Tensor]]:
     """Of every part of a photo uint8 (3, H, W) the probabilities (L, h, w) that are kept, before and after the CRF.
 
-    logits: of this photo alone, by logits_by_scale; tell: hears which part of a large photo is next.
+    logits: of this photo, by logits_by_scale; tell: hears which part of a large photo is next.
     """
     size = (image.shape[1], image.shape[2])
     parts = tiles(*size)
@@ -77,7 +78,7 @@ def by_parts(
         if tell and len(parts) > 1:
             tell(f"mask, window {number} of {len(parts)}")
         (rows, columns), (r, c) = part.window, part.inner
-        before = blended(logits, size, config.combine, part.window)[0]
+        before = blended(logits, size, config.combine, part.window)
         after = refined(image[:, rows, columns], before, config.crf)
         yield part, before[:, r, c], after[:, r, c]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -55,22 +56,41 @@ def spans(length: int) -> list[tuple[slice, slice]]:
     return [(slice(s, e), slice(*k)) for s, e, k in zip(starts, ends, pairwise(edges), strict=True)]
 
 
-def on_grid(
+def on_grids(
+    network: Callable[[Tensor], dict[str, Tensor]],
+    images: Sequence[Tensor],
+    factors: Sequence[float],
+    stride: int,
+    tell: Callable[[str], None] | None = None,
+) -> list[dict[str, Tensor]]:
+    """What a network says, on its grid of that stride, of every image uint8 (3, H, W), scaled by a factor of its own.
+
+    network: float (B, 3, h, w) -> named answers (B, ...). Images whose scaled sizes are the same go through it
+    together. Where that size is large it sees windows, cut on the grid, so that what it says far from their edges is
+    what it says of the whole. tell: hears which window is next.
+    """
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (image, factor) in enumerate(zip(images, factors, strict=True)):
+        alike[grid_size(image, factor, stride)].append(i)
+    answers: dict[int, dict[str, Tensor]] = {}
+    for size, places in alike.items():
+        if max(size) < SIDE + STEP:
+            answer = network(torch.cat([scale_to_grid(images[i][None], factors[i], stride) for i in places]))
+            answers |= {place: {name: one[k] for name, one in answer.items()} for k, place in enumerate(places)}
+        else:
+            answers |= {i: _by_windows(network, images[i], factors[i], stride, tell) for i in places}
+    return [answers[i] for i in range(len(images))]
+
+
+def _by_windows(
     network: Callable[[Tensor], dict[str, Tensor]],
     image: Tensor,
     factor: float,
     stride: int,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] | None,
 ) -> dict[str, Tensor]:
-    """What a network says, on its grid of that stride, of uint8 images (B, 3, H, W) scaled by a factor.
-
-    Where that is large it sees windows of it, cut on the grid, so that what it says far from their edges is what it
-    says of the whole. tell: hears which window is next.
-    """
     size = grid_size(image, factor, stride)
-    if max(size) < SIDE + STEP:
-        return network(scale_to_grid(image, factor, stride))
-    source = image.cpu()  # a band of it is scaled at a time: the whole in floats is many times the photo
+    source = image[None].cpu()  # a band of it is scaled at a time: the whole in floats is many times the photo
     strips: list[dict[str, Tensor]] = []
     rows, columns = spans(size[0] - 1), spans(size[1] - 1)
     for r, kept_rows in rows:
@@ -82,9 +102,9 @@ def on_grid(
                 tell(f"scale {factor:.3g}, window {number} of {len(rows) * len(columns)}")
             window = band[:, :, :, c.start : c.stop + 1].to(image.device)
             i, j = _cells(r, kept_rows, size[0] - 1, stride), _cells(c, kept_columns, size[1] - 1, stride)
-            pieces.append({name: found[:, :, i, j] for name, found in network(window).items()})
-        strips.append({name: torch.cat([piece[name] for piece in pieces], 3) for name in pieces[0]})
-    return {name: torch.cat([strip[name] for strip in strips], 2) for name in strips[0]}
+            pieces.append({name: found[0, :, i, j] for name, found in network(window).items()})
+        strips.append({name: torch.cat([piece[name] for piece in pieces], 2) for name in pieces[0]})
+    return {name: torch.cat([strip[name] for strip in strips], 1) for name in strips[0]}
 
 
 def _cells(window: slice, kept: slice, length: int, stride: int) -> slice:

@@ -104,8 +104,8 @@ class MapStage(InferenceStage[dict[str, ClassMaps]]):
     def make(self, samples: Sequence[Sample]) -> list[dict[str, ClassMaps]]:
         """The maps of every head, by source."""
         device, maps = self.context.engine.device, self.context.config.section(MapsConfig)
-        images = torch.stack([sample.image for sample in samples]).to(device)
-        labels = torch.stack([torch.from_numpy(sample.labels) for sample in samples]).to(device)
+        images = [sample.image.to(device) for sample in samples]
+        labels = [torch.from_numpy(sample.labels).to(device) for sample in samples]
         with self.context.engine.autocast():
             return class_maps(
                 images,

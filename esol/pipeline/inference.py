@@ -11,8 +11,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from esol.base.progress import progress
 from esol.data.index import scan_shard, write_index
 from esol.data.samples import write_mirror_shard
 from esol.data.transforms import decode
+from esol.pipeline.crew import Crew
 from esol.pipeline.made import truth_of
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
@@ -91,11 +91,11 @@ class InferenceStage(Stage, Generic[Made]):
 
     @property
     def batch(self) -> int:
-        """How many photos of one size `make` gets at most; 1: one after the other."""
+        """How many photos `make` gets at most; of what is alike in them a network may make one pass."""
         return 1
 
     def make(self, samples: Sequence[Sample]) -> list[Made]:
-        """What it makes of photos of one size; without gradients."""
+        """What it makes of photos of any sizes; without gradients, in several threads at a time."""
         raise NotImplementedError
 
     def members(self, sample: Sample, made: Made) -> Members:
@@ -140,7 +140,6 @@ class InferenceStage(Stage, Generic[Made]):
         return Sample(ordinal, str(context.index.keys[ordinal]), reader.name(ordinal), image, labels, truth)
 
 
-@torch.no_grad()
 def over_shards(stage: InferenceStage[Any]) -> Tally:
     """Makes every photo of the stage's splits; returns the sum of all counts on every rank.
 
@@ -156,6 +155,7 @@ def over_shards(stage: InferenceStage[Any]) -> Tally:
     if advice := advice_on_shards(name, len(shards), len(ordinals), engine.world_size):
         context.say(advice)
     mine = shards[engine.rank :: engine.world_size]
+    crew = Crew(engine.device)
     with progress(name, int(np.isin(shard_of, mine).sum()), "images of this process", engine.is_main) as advance:
         done = 0
         for shard in mine:
@@ -163,7 +163,7 @@ def over_shards(stage: InferenceStage[Any]) -> Tally:
             members = ordinals[shard_of == shard]
             engine.beat(f"the check of {folder / spec}")
             if not _finished(folder, spec, stage.writes):
-                _one_shard(stage, spec, members, partial(_advance, advance, done, spec))
+                _one_shard(stage, crew, spec, members, partial(_advance, advance, done, spec))
             if context.stop:
                 break
             done += len(members)
@@ -211,19 +211,20 @@ def _discard_foreign(stage: InferenceStage[Any]) -> None:
 
 
 def _one_shard(
-    stage: InferenceStage[Any], spec: str, ordinals: NDArray[np.int64], advance: Callable[[int], None]
+    stage: InferenceStage[Any], crew: Crew, spec: str, ordinals: NDArray[np.int64], advance: Callable[[int], None]
 ) -> None:
     """One shard's samples, then its two files in the order of the samples, the counts last; nothing after a signal."""
     tally: Tally = {}
     written: dict[int, Members] = {}
+    groups = [ordinals[start : start + stage.batch].tolist() for start in range(0, len(ordinals), stage.batch)]
     try:
-        for group in _groups(map(stage.sample, ordinals.tolist()), stage.batch):
-            for sample, made in zip(group, stage.make(group), strict=True):
-                for key, counts in stage.count(sample, made).items():
+        for found in crew.map(partial(_finish, stage, crew), groups):
+            for sample, counted, members in found:
+                for key, counts in counted.items():
                     tally[key] = tally[key] + counts if key in tally else counts
-                written[sample.ordinal] = stage.members(sample, made)
+                written[sample.ordinal] = members
                 stage.context.engine.beat(f"{stage.name} behind sample {sample.key} of {spec}")
-                advance(len(written))
+            advance(len(written))
             if stage.context.stop:
                 return
     except DataError as error:
@@ -238,17 +239,19 @@ def _one_shard(
     atomic_write(stage.folder / f"{spec}.counts.npz", buffer.getvalue())
 
 
-def _groups(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
-    """One after the other, or up to `batch` of one size together."""
-    if batch == 1:
-        yield from ([sample] for sample in samples)
-        return
-    sizes: dict[tuple[int, int], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        sizes[sample.size].append(sample)
-    for same in sizes.values():
-        for start in range(0, len(same), batch):
-            yield same[start : start + batch]
+def _finish(stage: InferenceStage[Any], crew: Crew, ordinals: Sequence[int]) -> list[tuple[Sample, Tally, Members]]:
+    """What a stage makes of some photos, counted and packed; in a thread of the crew."""
+    return [
+        (sample, stage.count(sample, made), stage.members(sample, made) if stage.writes else {})
+        for sample, made in made_of(stage, crew, ordinals)
+    ]
+
+
+def made_of(stage: InferenceStage[Made], crew: Crew, ordinals: Sequence[int]) -> list[tuple[Sample, Made]]:
+    """Some photos of the data and what a stage makes of them; in a thread of the crew."""
+    samples = [stage.sample(ordinal) for ordinal in ordinals]
+    with torch.no_grad(), crew.room(sum(sample.image[0].numel() for sample in samples)):
+        return list(zip(samples, stage.make(samples), strict=True))
 
 
 def _finished(folder: Path, spec: str, writes: bool) -> bool:
@@ -272,24 +275,30 @@ def _sum(paths: Iterator[Path]) -> Tally:
     return total
 
 
-@torch.no_grad()
 def draw(stage: InferenceStage[Any], name: str) -> None:
     """pictures/<name>.png, in MLflow as well: some photos of the scored split, what the stage makes of them, truth."""
     context = stage.context
     members = context.index.split(getattr(context.config.data, stage.scored))
     count = min(context.config.tracking.pictures, len(members))
+    chosen = members[np.linspace(0, len(members) - 1, count).astype(int)].tolist()  # evenly spread
+    crew = Crew(context.engine.device)
     rows: list[tuple[str, list[Pixels]]] = []
     headings: list[str] = []
-    for ordinal in members[np.linspace(0, len(members) - 1, count).astype(int)].tolist():  # evenly spread
-        sample = stage.sample(ordinal)
-        tiles = {"photo": sample.pixels, **stage.tiles(sample, stage.make([sample])[0])}
-        if sample.truth is not None:
-            tiles["truth"] = paint(sample.pixels, sample.truth)
-        shown = ", ".join(context.index.classes[c] for c in sample.classes)
-        rows.append((f"{sample.key}: {shown}" if shown else sample.key, list(tiles.values())))
-        headings = max(headings, list(tiles), key=len)
+    for tiles, row in crew.map(partial(_drawn, stage, crew), chosen):
+        headings = max(headings, tiles, key=len)
+        rows.append(row)
     if rows:
         path = context.run_dir / "pictures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(rows, headings).save(path)
         context.tracker.picture(path)
+
+
+def _drawn(stage: InferenceStage[Any], crew: Crew, ordinal: int) -> tuple[list[str], tuple[str, list[Pixels]]]:
+    """Headings and a row of the pictures; in a thread of the crew."""
+    [(sample, made)] = made_of(stage, crew, [ordinal])
+    tiles = {"photo": sample.pixels, **stage.tiles(sample, made)}
+    if sample.truth is not None:
+        tiles["truth"] = paint(sample.pixels, sample.truth)
+    shown = ", ".join(stage.context.index.classes[c] for c in sample.classes)
+    return list(tiles), (f"{sample.key}: {shown}" if shown else sample.key, list(tiles.values()))

@@ -127,8 +127,8 @@ class Run:
         device = next(self._heads.parameters()).device
         labels = torch.from_numpy(self._reader.labels(self._ordinal(key)))
         return class_maps(
-            image.permute(2, 0, 1)[None].to(device),
-            labels[None].to(device),
+            [image.permute(2, 0, 1).to(device)],
+            [labels.to(device)],
             self._heads,
             scales=settings.scales,
             flip=settings.flip,

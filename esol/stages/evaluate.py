@@ -77,8 +77,8 @@ class Evaluate(InferenceStage[Predicted]):
 
         with self.context.engine.autocast():
             found = logits_by_scale(
-                image[None], self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
-            )
+                [image], self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
+            )[0]
         plain, sharp = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
         sure = np.empty(sample.size, np.float32)
         for part, before, after in by_parts(image, found, config, tell):

@@ -24,12 +24,13 @@ from esol.ops.metrics import Score, ThresholdCurve
 from esol.ops.pseudo_labels import pseudo_mask
 from esol.ops.seeds import best_class
 from esol.pipeline.cam import PAPER_THRESHOLD, MapStage, cam_stages, trained_heads
-from esol.pipeline.inference import Members, Sample, Tally
+from esol.pipeline.crew import Crew
+from esol.pipeline.inference import Members, Sample, Tally, made_of
 from esol.pipeline.masks import highest, spoken, write_curves
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, Scores, by_class
 from esol.pipeline.weights import initial_weights
-from esol.report.judge import Evidence
+from esol.report.judge import Evidence, Label
 
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body
 SAMPLED = 64  # photos by which write = auto chooses: maps of all heads and their CRF cost a second a photo
@@ -41,8 +42,8 @@ class LocalizeConfig(MapsConfig):
     """Class maps of the trained stages, scored as seeds, and written as shards that mirror the input."""
 
     write: str = key("auto")  # whose maps later stages get: auto (the judge's choice), last, cam, or a stage
-    # photos of one size that go through the network together
-    batch: int = key(1, low=1, high=1024, unit="images of one size")
+    # photos that a pass has at once, of those whose scaled sizes are alike; for a GPU
+    batch: int = key(1, low=1, high=1024, unit="images")
 
 
 @register
@@ -160,22 +161,28 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
     """
     engine, classes = stage.context.engine, stage.context.index.classes
     evidence: dict[str, Evidence] = {}
-    for ordinal in sampled_photos(stage)[engine.rank :: engine.world_size]:
-        sample = stage.sample(ordinal)
-        with torch.no_grad():
-            maps = stage.make([sample])[0]
-        for source, own in maps.items():
-            mask = pseudo_mask(sample.image.to(own.full.device), own.full, own.classes, MaskConfig())[1]
-            found = evidence.setdefault(source, Evidence.empty(len(classes)))
-            found.add(sample.image.numpy(), mask.cpu().numpy(), own.classes.tolist())
+    crew = Crew(engine.device)
+
+    def masks(ordinal: int) -> tuple[Sample, dict[str, Label]]:
+        [(sample, maps)] = made_of(stage, crew, [ordinal])
+        image, found = sample.image.to(engine.device), dict[str, Label]()
+        with torch.no_grad(), crew.room(image[0].numel()):
+            for source, own in maps.items():
+                found[source] = pseudo_mask(image, own.full, own.classes, MaskConfig())[1].cpu().numpy()
+        return sample, found
+
+    for sample, found in crew.map(masks, sampled_photos(stage)[engine.rank :: engine.world_size]):
+        for source, mask in found.items():
+            own = evidence.setdefault(source, Evidence.empty(len(classes)))
+            own.add(sample.image.numpy(), mask, sample.classes)
     counted = {source: {key: value.tolist() for key, value in asdict(e).items()} for source, e in evidence.items()}
     total: dict[str, Evidence] = {}
     for text in gather_text(engine, json.dumps(counted)):
         for source, counts in json.loads(text).items():
-            found = total.setdefault(source, Evidence.empty(len(classes)))
+            own = total.setdefault(source, Evidence.empty(len(classes)))
             for field in fields(Evidence):
-                getattr(found, field.name)[...] += np.array(counts[field.name], np.int64)
-    return {source: found.numbers(classes, source)["judge"] for source, found in total.items()}
+                getattr(own, field.name)[...] += np.array(counts[field.name], np.int64)
+    return {source: own.numbers(classes, source)["judge"] for source, own in total.items()}
 
 
 def sampled_photos(stage: MapStage) -> list[int]:
@@ -200,11 +207,11 @@ def _pack_small(made: dict[str, ClassMaps]) -> bytes:
     """seen.npz, for people to look at: every source's maps, uint8 (n, h, w) in 1/255, long side SEEN at most."""
     small = {}
     for source, own in made.items():
-        height, width = own.full.shape[1:]
+        height, width = own.low.shape[1:]  # the full ones cost sixteen times as much, and nothing else needs them all
         scale = min(1.0, SEEN / max(height, width))
         size = (max(1, round(scale * height)), max(1, round(scale * width)))
-        full = own.full if len(own.full) else own.full.new_zeros(1, height, width)
-        pooled = F.adaptive_avg_pool2d(full[None], size)[0][: len(own.full)]
+        low = own.low if len(own.low) else own.low.new_zeros(1, height, width)
+        pooled = F.adaptive_avg_pool2d(low[None], size)[0][: len(own.low)]
         small[source] = (pooled * 255).round().to(torch.uint8).cpu().numpy()
     return _npz(**small)
 

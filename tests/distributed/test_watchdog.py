@@ -32,6 +32,11 @@ def test_the_stalled_rank_is_named_and_all_leave(tmp_path: Path, how: str, verdi
         assert " in stall" in stacks
 
 
+def test_a_data_worker_that_stands_is_shown_too(tmp_path: Path) -> None:
+    outcomes = run_ranks(2, toy.stall, tmp_path, "worker", bound=40)
+    assert " in stands" in outcomes[1].output
+
+
 def test_a_process_that_does_not_answer_is_named_by_the_others(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[1\] ran longer") as error:  # stopped, it cannot leave
         run_ranks(2, toy.stall, tmp_path, "frozen", bound=20)

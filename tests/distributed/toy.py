@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import random
 import resource
@@ -266,6 +267,10 @@ def examine(root: str, run_dirs: list[str], weights: str = "none") -> int:
     return doctor.run(from_tree(tree))
 
 
+def stands() -> None:
+    time.sleep(60)
+
+
 def stall(folder: Path, how: str) -> None:
     """Ten steps under a watchdog of three seconds, with something amiss on rank 1 in step 3."""
     options = build(EngineConfig, {"threads": 1, "timeout": 5, "stall": 0.05})
@@ -279,6 +284,10 @@ def stall(folder: Path, how: str) -> None:
             if step == 3 and engine.rank == 1:
                 if how == "data":
                     time.sleep(60)
+                elif how == "worker":
+                    worker = multiprocessing.get_context("fork").Process(target=stands, daemon=True)
+                    worker.start()
+                    worker.join()
                 elif how == "frozen":
                     time.sleep(1.5)  # until the others have heard where it is
                     os.kill(os.getpid(), signal.SIGSTOP)

@@ -123,7 +123,7 @@ def test_reach_counts_objects_and_background_by_distance_from_the_peak() -> None
     cam = torch.zeros(1, 8, 8)
     cam[0, 0, 0] = 1
     own = torch.where(torch.from_numpy(truth == 1), 0.8, 0.3)[None]
-    maps = [ClassMaps(torch.tensor([0]), full[:, ::4, ::4], full) for full in (cam, own)]
+    maps = [ClassMaps(torch.tensor([0]), (8, 8), ((full, True),)) for full in (cam, own)]
     evidence = Evidence.empty(2)
     evidence.update(truth, *maps)
     assert evidence.reach.sum((0, 2)).tolist() == [32, 31]  # void is neither

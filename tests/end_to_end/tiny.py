@@ -33,7 +33,7 @@ segment:
   crop: 65
   inputs: [1.0, 0.5]
 evaluate: {scales: [1.0, 1.5]}
-engine: {threads: 1}
+engine: {threads: 1, stall: 3}  # minutes: a run that stands says where before the test gives up
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3, page: 9}
 """

@@ -1,0 +1,75 @@
+"""Several photos at a time through a stage: what they come to in order, within a bounded memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+ROOM = 2**22  # pixels of the photos that are worked on at once
+GPU_THREADS = 4  # one keeps the GPU busy, the others read ahead and write behind
+AHEAD = 2  # pieces of work that each thread has before it
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Crew:
+    """The threads of this process, each with a photo of its own, where one photo would use them badly.
+
+    A convolution on two cores is faster than on one, a random walk or a CRF hardly; two photos on a core each are twice
+    as fast either way, and what each comes to does not depend on how many there are. A photo that is too large to stand
+    beside others gets all threads for itself. On a GPU one piece of work computes at a time, while others are read and
+    written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type != "cpu"
+        self._computing = torch.get_num_threads()
+        self.threads = min(GPU_THREADS, os.cpu_count() or 1) if self._gpu else self._computing
+        self._free, self._changed = ROOM, threading.Condition()
+
+    def map(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+        """Yields work(item) of every item, in their order; what a piece of work raises is raised in its place.
+
+        Where the caller stops listening, what is under way is finished, and nothing new begun.
+        """
+        if self.threads == 1:
+            yield from map(work, items)
+            return
+        pool = ThreadPoolExecutor(self.threads, "photos", torch.set_num_threads, (1,))
+        waiting: deque[Future[Found]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > AHEAD * self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(self._computing)  # a thread's own number is the next new thread's as well
+
+    @contextmanager
+    def room(self, pixels: int) -> Iterator[None]:
+        """Inside, a piece of work computes on photos of so many pixels; it waits until they find room."""
+        alone = self._gpu or pixels * self.threads > ROOM
+        taken = ROOM if alone else pixels
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= taken)
+            self._free -= taken
+        try:
+            if alone and self.threads > 1 and not self._gpu:
+                torch.set_num_threads(self._computing)
+            yield
+        finally:
+            if alone and self.threads > 1 and not self._gpu:
+                torch.set_num_threads(1)
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
