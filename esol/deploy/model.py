@@ -21,6 +21,7 @@ from esol.data.transforms import decode, within
 from esol.engines.ranks import precision_of
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
+from esol.models.folded import for_inference
 from esol.ops.segmentation import by_parts, enlarged_labels, logits_by_scale, strongest
 from esol.pipeline import records
 from esol.pipeline.model_file import ModelInfo, read_info
@@ -87,8 +88,8 @@ class Model:
     def __init__(self, model: str | Path, fast: bool = False, full_size: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, self.info = load_network(model)
-        self.net = net.to(self.device)
         self._precision = precision_of(self.info.precision, self.device)
+        self.net = for_inference(net, self.device, self._precision)
         self.config, self.full_size = self.info.evaluate, full_size
         if fast:
             crf = replace(self.config.crf, iterations=0)

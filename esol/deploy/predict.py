@@ -26,6 +26,7 @@ from esol.data.tiff import encode_geotiff, place_on_earth
 from esol.data.transforms import decode, within
 from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
 from esol.deploy.model import Model
+from esol.models.folded import for_inference
 from esol.ops.class_maps import class_maps
 from esol.pipeline import records
 from esol.pipeline.cam import ran_with_maps, trained_heads
@@ -207,7 +208,7 @@ class _Cams:
         self.classes, self.device = model.info.classes, model.device
         plain = {name: "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:15] for name in self.classes}
         self.places = distinct({name: (text, f"{text}-{i}") for i, (name, text) in enumerate(plain.items(), 1)})
-        self.heads = trained_heads(self.config, len(self.classes)).to(self.device).eval()
+        self.heads = for_inference(trained_heads(self.config, len(self.classes)), self.device, None)
 
     @torch.no_grad()
     def of(self, image: Tensor) -> dict[str, _Cam]:

@@ -65,8 +65,8 @@ class CamStage(TrainingStage):
         found = super().run()
         if self.context.engine.is_main:
             drawing = _Drawing(self.context)
-            drawing.net = trained_heads(self.context.config, len(self.context.index.classes), until=self.name)
-            drawing.net.to(self.context.engine.device).eval()
+            heads = trained_heads(self.context.config, len(self.context.index.classes), until=self.name)
+            drawing.net = self.context.ready(heads)
             draw(drawing, self.name)
         return found
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.engines.base import Engine
+from esol.engines.ranks import DTYPES
+from esol.models.folded import for_inference
 from esol.tracking.tracker import Tracker
 from esol.training.loop import StopSignal
+
+_Net = TypeVar("_Net", bound=nn.Module)
 
 
 @dataclass
@@ -31,6 +37,10 @@ class Context:
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
+
+    def ready(self, net: _Net) -> _Net:
+        """A network for forward passes alone, on the engine's device and in its precision."""
+        return for_inference(net, self.engine.device, DTYPES.get(self.config.engine.precision))
 
     def say(self, text: str) -> None:
         """Prints a line, once per job."""

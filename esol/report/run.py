@@ -17,6 +17,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
 from esol.data.transforms import decode
+from esol.models.folded import for_inference
 from esol.models.heads import Heads
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.pipeline import records
@@ -142,7 +143,7 @@ class Run:
     @cached_property
     def _heads(self) -> Heads:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return trained_heads(self._heads_config, len(self.classes)).to(device).eval()
+        return for_inference(trained_heads(self._heads_config, len(self.classes)), device, None)
 
     def mask(self, stage: str, key: str) -> NDArray[np.uint8]:
         """The mask (H, W) that a stage made of a photo: 0 background, 1 + i for classes[i], 255 void."""

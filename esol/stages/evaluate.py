@@ -48,7 +48,7 @@ class Evaluate(InferenceStage[Predicted]):
     name = "evaluate"
     after = "segment"
     section = EvaluateConfig
-    version = 3
+    version = 4
     needs = ("segment",)
     makes = "predictions"
     produces = ("index.json", "*.tar", "confusion.json")
@@ -62,7 +62,7 @@ class Evaluate(InferenceStage[Predicted]):
         own = self.context.config.section(SegmentConfig)
         backbone = build_backbone(own.model, pretrained=False)
         net = DeepLab(backbone, len(self.context.index.classes) + 1, own.rates)
-        self.net = restore(net, self.context.config, "segment").to(self.context.engine.device).eval()
+        self.net = self.context.ready(restore(net, self.context.config, "segment"))
         self.masks = str(records.results(self.context.run_dir)["segment"]["masks"])
         self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
 

@@ -190,7 +190,7 @@ class Irn(MaskTrainingStage):
 
 def _trained(stage: InferenceStage[Any]) -> IrnNet:
     net = IrnNet(new_backbone(stage.context.config, freeze="all"))
-    return restore(net, stage.context.config, "irn").to(stage.context.engine.device).eval()
+    return restore(net, stage.context.config, "irn")
 
 
 @register
@@ -212,7 +212,7 @@ class IrnMean(InferenceStage[Tensor]):
     writes = False
 
     def open(self) -> None:
-        self.net = _trained(self)
+        self.net = _trained(self).to(self.context.engine.device).eval()
 
     def make(self, samples: Sequence[Sample]) -> list[Tensor]:
         found = []
@@ -240,14 +240,14 @@ class IrnMasks(MaskStage):
     name = "irn_masks"
     after = "irn_mean"
     section = IrnMasksConfig
-    version = 3
+    version = 4
     needs = ("localize", "irn")
     refines = True
     config: IrnMasksConfig
 
     def open(self) -> None:
         super().open()
-        self.net = _trained(self)
+        self.net = self.context.ready(_trained(self))
 
     def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
         inputs = squeeze_to_grid(image, STRIDE)

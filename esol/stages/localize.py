@@ -53,7 +53,7 @@ class Localize(MapStage):
     name = "localize"
     after = "shrink"
     section = LocalizeConfig
-    version = 3
+    version = 4
     needs = ("classify",)
     makes = "maps"
     produces = ("index.json", "*.tar", "curves.json")
@@ -75,8 +75,7 @@ class Localize(MapStage):
             )
 
     def open(self) -> None:
-        self.net = trained_heads(self.context.config, len(self.context.index.classes))
-        self.net.to(self.context.engine.device).eval()
+        self.net = self.context.ready(trained_heads(self.context.config, len(self.context.index.classes)))
         choose = self.config.write == "auto" and len(self.net) > 1
         self.judged = judged_maps(self) if choose else {}
         self.written = map_source(self.judged, self.config.write, list(self.net))

@@ -141,7 +141,7 @@ class PsaMasks(MaskStage):
     name = "psa_masks"
     after = "psa"
     section = PsaMasksConfig
-    version = 5
+    version = 6
     needs = ("localize", "psa")
     refines = True
     config: PsaMasksConfig
@@ -149,7 +149,7 @@ class PsaMasks(MaskStage):
     def open(self) -> None:
         super().open()
         net = AffinityNet(new_backbone(self.context.config, output_stride=8))
-        self.net = restore(net, self.context.config, "psa").to(self.context.engine.device).eval()
+        self.net = self.context.ready(restore(net, self.context.config, "psa"))
 
     def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
         with self.context.engine.autocast():

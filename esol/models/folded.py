@@ -1,0 +1,92 @@
+"""Networks made ready for inference: batch norm folded into convolutions, weights in the type that they compute in."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from esol.models.backbones import Backbone
+from esol.models.phased import PhasedConv2d
+
+SAME = 1e-3  # of a level's largest feature: more than rounding, less than any mistake
+_Net = TypeVar("_Net", bound=nn.Module)
+
+
+def for_inference(net: _Net, device: torch.device, kind: torch.dtype | None) -> _Net:
+    """The network in eval mode on a device, for forward passes alone: its state is no longer that of a file.
+
+    kind: what autocast computes in, None for float32. Convolutions hold their weights in that type, since autocast
+    casts weights that do not learn again at every call. The numbers are the same but for rounding.
+    """
+    net = net.to(device).eval().requires_grad_(False)
+    for backbone in [module for module in net.modules() if isinstance(module, Backbone)]:
+        fold_batch_norm(backbone)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, PhasedConv2d)):
+            module.to(kind or module.weight.dtype).to(memory_format=torch.channels_last)
+    return net
+
+
+@torch.no_grad()
+def fold_batch_norm(backbone: Backbone) -> int:
+    """Folds every batch norm that follows a convolution into it; returns how many, 0 where the features then differ.
+
+    Which follows which is seen in a forward pass. It is checked by another one, because a convolution's output might
+    be used elsewhere too, as in networks whose norms come first; such a network stays as it is.
+    """
+    body = backbone.body
+    random = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 65, 65), dtype=torch.uint8, generator=random).to(backbone.mean.device)
+    found = _pairs(backbone, image)
+    if not found:
+        return 0
+    before, original = backbone(image), deepcopy(body)
+    names = {module: name for name, module in body.named_modules()}
+    for conv, norm in found:
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        parent, _, own = names[norm].rpartition(".")
+        setattr(body.get_submodule(parent), own, _rest(norm))
+    if float((backbone(image) - before).abs().max()) <= SAME * float(before.abs().max()):
+        return len(found)
+    backbone.body = original
+    return 0
+
+
+def _pairs(backbone: Backbone, image: Tensor) -> list[tuple[Any, nn.BatchNorm2d]]:
+    """Convolutions whose output goes into a batch norm as it is, with that norm."""
+    made: list[tuple[Tensor, nn.Module]] = []  # tensors are held, so that none takes another's place
+    found: list[tuple[Any, nn.BatchNorm2d]] = []
+
+    def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        made.append((output, module))
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        found.extend((conv, module) for output, conv in made if output is inputs[0])  # type: ignore[misc]
+
+    hooks = []
+    for module in backbone.body.modules():
+        if isinstance(module, (nn.Conv2d, PhasedConv2d)):
+            hooks.append(module.register_forward_hook(after))
+        elif isinstance(module, nn.BatchNorm2d) and _rest(module) is not None:
+            hooks.append(module.register_forward_pre_hook(before))
+    backbone(image)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _rest(norm: nn.BatchNorm2d) -> nn.Module | None:
+    """What a batch norm does besides: nothing, or the activation of timm's; None for one of another kind."""
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    if type(norm).__name__ == "BatchNormAct2d" and isinstance(norm.drop, nn.Identity):
+        return norm.act  # type: ignore[return-value]
+    return None

@@ -1,0 +1,76 @@
+"""Networks ready for inference say what they said, with fewer operations."""
+
+import pytest
+import torch
+from torch import nn
+
+from esol.config import BackboneConfig
+from esol.models.backbones import Backbone, build_backbone
+from esol.models.deeplab import DeepLab
+from esol.models.folded import fold_batch_norm, for_inference
+
+
+def network(name: str, stride: int) -> Backbone:
+    """With batch norms that do something."""
+    torch.manual_seed(0)
+    net = build_backbone(BackboneConfig(name, weights="none", output_stride=stride, freeze="all")).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return net
+
+
+def norms(net: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"), [("resnet50", 16), ("timm:tf_efficientnet_lite0", 8), ("timm:regnety_002", 32)]
+)
+def test_every_batch_norm_goes_and_the_features_of_all_levels_stay(name: str, stride: int) -> None:
+    net, image = network(name, stride), torch.randint(0, 256, (2, 3, 49, 81), dtype=torch.uint8)
+    before, count = net.pyramid(image), norms(net)
+    assert fold_batch_norm(net) == count > 30
+    assert norms(net) == 0
+    for own, was in zip(net.pyramid(image), before, strict=True):
+        assert float((own - was).abs().max()) < 1e-4 * float(was.abs().max())
+
+
+class Shared(nn.Module):
+    """A convolution's output that goes into the norm and past it, as where norms come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x + self.norm(x).relu()
+
+
+def test_a_network_whose_features_would_change_stays_as_it_is() -> None:
+    shared = Shared()
+    shared.norm.weight.data.fill_(3)
+    net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    before = net(image)
+    assert fold_batch_norm(net) == 0
+    assert torch.equal(net(image), before)
+    assert fold_batch_norm(network("small", 8)) == 0  # has none
+
+
+def test_weights_are_in_the_type_that_autocast_computes_in_and_answers_stay_as_near_to_float32() -> None:
+    net, image = DeepLab(network("timm:tf_efficientnet_lite0", 8), 5), torch.rand(1, 3, 65, 97) * 255
+    with torch.no_grad():
+        exact = net(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast_each_time = net(image)
+            ready = for_inference(net, torch.device("cpu"), torch.bfloat16)
+            once = ready(image)
+    assert {layer.weight.dtype for layer in ready.modules() if isinstance(layer, nn.Conv2d)} == {torch.bfloat16}
+    assert float((once - exact).abs().mean()) < 1.1 * float((cast_each_time - exact).abs().mean())
