@@ -378,7 +378,7 @@ class PredictKind:
         self.change(root, rng)
         files = [path for path in root.iterdir() if path.is_file()]  # links count as what they lead to
         try:
-            code, said = command(lambda: predict(_model(scratch.parent), root, out, batch=2))
+            code, said = command(lambda: predict(_model(scratch.parent), root, out))
         except EsolError as error:
             return "reported", str(error)
         report = json.loads((out / "predictions.json").read_text())

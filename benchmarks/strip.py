@@ -37,7 +37,7 @@ def tiles(run: Path, photo: Path, label: str) -> dict[str, Pixels]:
     labels = torch.zeros(1, len(classes))
     labels[0, classes.index(label)] = 1
     heads = trained_heads(config, len(classes)).eval()
-    maps = class_maps(image[None], labels, heads, scales=own.scales, flip=own.flip, long_side=own.long_side)[0]
+    maps = class_maps([image], labels, heads, scales=own.scales, flip=own.flip, long_side=own.long_side)[0]
     pixels = image.permute(1, 2, 0).numpy()
     found = {"photo": pixels}
     names = {"cam": "where a classifier looks", "expand": "Expansion", "shrink": "Shrinkage"}
