@@ -55,7 +55,7 @@ def test_a_large_photo_computes_alone_and_with_all_threads(three: Crew) -> None:
     inside, seen, lock = [0], [], threading.Lock()
 
     def work(pixels: int) -> None:
-        with three.room(pixels):
+        with three.room((pixels, 1)):
             with lock:
                 inside[0] += pixels
                 seen.append((pixels, inside[0], torch.get_num_threads()))

@@ -104,15 +104,6 @@ def predict(
     return 1 if skipped else 0
 
 
-@dataclass(frozen=True)
-class _Cam:
-    """A class that the classifier found in a photo, with its probability, and its map over the photo."""
-
-    label: str
-    chance: float
-    picture: NDArray[np.uint8]
-
-
 @dataclass
 class _Work:
     """Predicts photos and writes what they come to, in the threads of a crew; tell: hears what is next of a large one.
@@ -159,22 +150,18 @@ class _Work:
 
     def _answer(self, photos: Sequence[_Photo]) -> dict[str, dict[str, Any] | str]:
         answers: dict[str, dict[str, Any] | str] = {}
-        with self.crew.room(sum(photo.reduced[0].numel() for photo in photos)):
-            inputs, sizes = [photo.reduced for photo in photos], [photo.size for photo in photos]
-            found = self.model.label_maps(inputs, sizes, self.tell)
-            cams = [self.maps.of(photo.reduced) if self.maps else None for photo in photos]
-        for photo, (mask, sure), own in zip(photos, found, cams, strict=True):
-            try:
-                answers[photo.path] = self._write(photo, mask, sure, own)
-            except OSError as error:
-                if error.errno not in _REFUSED_NAME:
-                    raise
-                answers[photo.path] = f"its outputs cannot be written ({error.strerror})"
+        inputs, sizes = [photo.reduced for photo in photos], [photo.size for photo in photos]
+        with self.crew.room(*((image.shape[1], image.shape[2]) for image in inputs)):
+            for photo, made in zip(photos, self.model.label_maps(inputs, sizes, self.tell), strict=True):
+                try:
+                    answers[photo.path] = self._write(photo, *made)
+                except OSError as error:
+                    if error.errno not in _REFUSED_NAME:
+                        raise
+                    answers[photo.path] = f"its outputs cannot be written ({error.strerror})"
         return answers
 
-    def _write(
-        self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16], cams: dict[str, _Cam] | None
-    ) -> dict[str, Any]:
+    def _write(self, photo: _Photo, mask: NDArray[np.uint8], sure: NDArray[np.uint16]) -> dict[str, Any]:
         pixels = photo.overview.permute(1, 2, 0).numpy()
         rows, columns = (np.arange(n) * side // n for n, side in zip(pixels.shape[:2], photo.size, strict=True))
         about: dict[str, Any] = {"mask": self._put("masks", f"{photo.name}.png", encode_mask(mask))}
@@ -185,11 +172,7 @@ class _Work:
         if photo.place is not None:
             about["geotiff"] = self._put("geotiff", f"{photo.name}.tif", encode_geotiff(mask, photo.place))
         about |= {"width": photo.size[1], "height": photo.size[0], "shares": self.model.shares(mask)}
-        if cams is None:
-            return about
-        for name, own in cams.items():
-            _save(own.picture, self.out / "cams" / f"{photo.name}.{name}.png")
-        return about | {"found": {own.label: own.chance for own in cams.values()}}
+        return about if self.maps is None else about | {"found": self.maps.write(self.out, photo)}
 
     def _put(self, folder: str, name: str, data: bytes) -> str:
         path = self.out / folder / name
@@ -211,18 +194,18 @@ class _Cams:
         self.heads = for_inference(trained_heads(self.config, len(self.classes)), self.device, None)
 
     @torch.no_grad()
-    def of(self, image: Tensor) -> dict[str, _Cam]:
-        """The maps of an image uint8 (3, H, W), by the name of their file, of the classes above one half."""
-        moved, config = image.to(self.device), self.config.section(MapsConfig)
-        chance = self.heads.net(moved[None])[0].sigmoid()
-        labels = (chance > 0.5).float()
+    def write(self, out: Path, photo: _Photo) -> dict[str, float]:
+        """Writes cams/NAME.CLASS.png and returns the probability of every class above one half."""
+        image, config = photo.reduced.to(self.device), self.config.section(MapsConfig)
+        chance = self.heads.net(image[None])[0].sigmoid()
         options: dict[str, Any] = {"scales": config.scales, "flip": config.flip, "long_side": config.long_side}
-        maps = list(class_maps([moved], [labels], self.heads, **options)[0].values())[-1]
-        pixels = image.permute(1, 2, 0).numpy()
+        maps = list(class_maps([image], [(chance > 0.5).float()], self.heads, **options)[0].values())[-1]
+        pixels = photo.reduced.permute(1, 2, 0).numpy()
         found = {}
         for number, full in zip(maps.classes.tolist(), maps.full.cpu().numpy(), strict=True):
-            label = self.classes[number]
-            found[self.places[label]] = _Cam(label, round(float(chance[number]), 4), heat(pixels, full))
+            name = self.classes[number]
+            found[name] = round(float(chance[number]), 4)
+            _save(heat(pixels, full), out / "cams" / f"{photo.name}.{self.places[name]}.png")
         return found
 
 

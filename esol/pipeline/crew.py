@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 ROOM = 2**22  # pixels of the photos that are worked on at once
-GPU_THREADS = 4  # one keeps the GPU busy, the others read ahead and write behind
+GPU_THREADS = 4  # while one waits for the GPU, others read, score and pack
 AHEAD = 2  # pieces of work that each thread has before it
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -24,14 +24,12 @@ class Crew:
 
     A convolution on two cores is faster than on one, a random walk or a CRF hardly; two photos on a core each are twice
     as fast either way, and what each comes to does not depend on how many there are. A photo that is too large to stand
-    beside others gets all threads for itself. On a GPU one piece of work computes at a time, while others are read and
-    written.
+    beside others gets all threads for itself.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type != "cpu"
         self._computing = torch.get_num_threads()
-        self.threads = min(GPU_THREADS, os.cpu_count() or 1) if self._gpu else self._computing
+        self.threads = self._computing if device.type == "cpu" else min(GPU_THREADS, os.cpu_count() or 1)
         self._free, self._changed = ROOM, threading.Condition()
 
     def map(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
@@ -56,19 +54,20 @@ class Crew:
             torch.set_num_threads(self._computing)  # a thread's own number is the next new thread's as well
 
     @contextmanager
-    def room(self, pixels: int) -> Iterator[None]:
-        """Inside, a piece of work computes on photos of so many pixels; it waits until they find room."""
-        alone = self._gpu or pixels * self.threads > ROOM
+    def room(self, *sizes: tuple[int, int]) -> Iterator[None]:
+        """Inside, a piece of work is at photos of these heights and widths; it waits until they find room."""
+        pixels = sum(height * width for height, width in sizes)
+        alone = pixels * self.threads > ROOM
         taken = ROOM if alone else pixels
         with self._changed:
             self._changed.wait_for(lambda: self._free >= taken)
             self._free -= taken
         try:
-            if alone and self.threads > 1 and not self._gpu:
+            if alone and self.threads > 1:
                 torch.set_num_threads(self._computing)
             yield
         finally:
-            if alone and self.threads > 1 and not self._gpu:
+            if alone and self.threads > 1:
                 torch.set_num_threads(1)
             with self._changed:
                 self._free += taken

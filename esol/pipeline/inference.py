@@ -241,17 +241,12 @@ def _one_shard(
 
 def _finish(stage: InferenceStage[Any], crew: Crew, ordinals: Sequence[int]) -> list[tuple[Sample, Tally, Members]]:
     """What a stage makes of some photos, counted and packed; in a thread of the crew."""
-    return [
-        (sample, stage.count(sample, made), stage.members(sample, made) if stage.writes else {})
-        for sample, made in made_of(stage, crew, ordinals)
-    ]
-
-
-def made_of(stage: InferenceStage[Made], crew: Crew, ordinals: Sequence[int]) -> list[tuple[Sample, Made]]:
-    """Some photos of the data and what a stage makes of them; in a thread of the crew."""
     samples = [stage.sample(ordinal) for ordinal in ordinals]
-    with torch.no_grad(), crew.room(sum(sample.image[0].numel() for sample in samples)):
-        return list(zip(samples, stage.make(samples), strict=True))
+    with torch.no_grad(), crew.room(*(sample.size for sample in samples)):
+        return [
+            (sample, stage.count(sample, made), stage.members(sample, made) if stage.writes else {})
+            for sample, made in zip(samples, stage.make(samples), strict=True)
+        ]
 
 
 def _finished(folder: Path, spec: str, writes: bool) -> bool:
@@ -296,8 +291,9 @@ def draw(stage: InferenceStage[Any], name: str) -> None:
 
 def _drawn(stage: InferenceStage[Any], crew: Crew, ordinal: int) -> tuple[list[str], tuple[str, list[Pixels]]]:
     """Headings and a row of the pictures; in a thread of the crew."""
-    [(sample, made)] = made_of(stage, crew, [ordinal])
-    tiles = {"photo": sample.pixels, **stage.tiles(sample, made)}
+    sample = stage.sample(ordinal)
+    with torch.no_grad(), crew.room(sample.size):
+        tiles = {"photo": sample.pixels, **stage.tiles(sample, stage.make([sample])[0])}
     if sample.truth is not None:
         tiles["truth"] = paint(sample.pixels, sample.truth)
     shown = ", ".join(stage.context.index.classes[c] for c in sample.classes)

@@ -25,7 +25,7 @@ from esol.ops.pseudo_labels import pseudo_mask
 from esol.ops.seeds import best_class
 from esol.pipeline.cam import PAPER_THRESHOLD, MapStage, cam_stages, trained_heads
 from esol.pipeline.crew import Crew
-from esol.pipeline.inference import Members, Sample, Tally, made_of
+from esol.pipeline.inference import Members, Sample, Tally
 from esol.pipeline.masks import highest, spoken, write_curves
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, Scores, by_class
@@ -163,10 +163,10 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
     crew = Crew(engine.device)
 
     def masks(ordinal: int) -> tuple[Sample, dict[str, Label]]:
-        [(sample, maps)] = made_of(stage, crew, [ordinal])
-        image, found = sample.image.to(engine.device), dict[str, Label]()
-        with torch.no_grad(), crew.room(image[0].numel()):
-            for source, own in maps.items():
+        sample, found = stage.sample(ordinal), dict[str, Label]()
+        with torch.no_grad(), crew.room(sample.size):
+            image = sample.image.to(engine.device)
+            for source, own in stage.make([sample])[0].items():
                 found[source] = pseudo_mask(image, own.full, own.classes, MaskConfig())[1].cpu().numpy()
         return sample, found
 
