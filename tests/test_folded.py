@@ -52,9 +52,23 @@ class Shared(nn.Module):
         x = self.conv(x)
         return x + self.norm(x).relu()
 
+    def pyramid(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self(x)]
 
-def test_a_network_whose_features_would_change_stays_as_it_is() -> None:
-    shared = Shared()
+
+class Tapped(Shared):
+    """A level that is taken before the norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).relu()
+
+    def pyramid(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.conv(x), self(x)]
+
+
+@pytest.mark.parametrize("kind", [Shared, Tapped])
+def test_a_network_whose_features_would_change_stays_as_it_is(kind: type[Shared]) -> None:
+    shared = kind()
     shared.norm.weight.data.fill_(3)
     net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)

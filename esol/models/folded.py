@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from esol.base.errors import ConfigError
 from esol.models.backbones import Backbone
 from esol.models.phased import PhasedConv2d
 
-SAME = 1e-3  # of a level's largest feature: more than rounding, less than any mistake
+SAME = 1e-3  # of the largest feature of a level: more than rounding, less than any mistake
 _Net = TypeVar("_Net", bound=nn.Module)
 
 
@@ -44,7 +45,7 @@ def fold_batch_norm(backbone: Backbone) -> int:
     found = _pairs(backbone, image)
     if not found:
         return 0
-    before, original = backbone(image), deepcopy(body)
+    before, original = _features(backbone, image), deepcopy(body)
     names = {module: name for name, module in body.named_modules()}
     for conv, norm in found:
         mean, variance = norm.running_mean, norm.running_var
@@ -54,10 +55,19 @@ def fold_batch_norm(backbone: Backbone) -> int:
         conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
         parent, _, own = names[norm].rpartition(".")
         setattr(body.get_submodule(parent), own, _rest(norm))
-    if float((backbone(image) - before).abs().max()) <= SAME * float(before.abs().max()):
+    after = _features(backbone, image)
+    if all((x - was).abs().max() <= SAME * was.abs().max() for x, was in zip(after, before, strict=True)):
         return len(found)
     backbone.body = original
     return 0
+
+
+def _features(backbone: Backbone, image: Tensor) -> list[Tensor]:
+    """The last features, and those of every level where there are levels: they may be taken before a norm."""
+    try:
+        return [backbone(image), *backbone.pyramid(image)]
+    except ConfigError:
+        return [backbone(image)]
 
 
 def _pairs(backbone: Backbone, image: Tensor) -> list[tuple[Any, nn.BatchNorm2d]]:
