@@ -1,9 +1,10 @@
 """Where the time of every inference stage and of `esol predict` goes, in parts, milliseconds a photo.
 
-    ESOL_WEIGHTS=weights python -m benchmarks.inference_profile --data data/some --photos some-photos --threads 1
+    ESOL_WEIGHTS=weights python -m benchmarks.inference_profile --data data/some --photos some-photos
 
 data: a shard set of a few photos with a split train; photos: a folder for predict. Networks learn for a few steps only,
-which changes what they say and not how long they take. A part's time is its own, without what it calls.
+which changes what they say and not how long they take. A part's time is its own, without what it calls. In one thread:
+the parts of photos side by side would add up to more than the time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from esol.models.heads import Heads
 from esol.models.irn_net import IrnNet
 from esol.ops import class_maps, dense_crf, pseudo_labels, segmentation, tiles
 from esol.ops.metrics import ThresholdCurve
-from esol.pipeline import cam, config_file, inference, job, made, masks, registry
+from esol.pipeline import cam, config_file, crew, inference, job, made, masks, registry
 from esol.stages import evaluate, localize, vote
 
 STEPS = {"classify": 4, "decide": 4, "expand": 2, "shrink": 2, "psa": 3, "irn": 2, "segment": 2}
@@ -109,9 +110,9 @@ def main() -> None:
     parser.add_argument("--photos", required=True, type=Path)
     parser.add_argument("--config", default="configs/voc-animals.yaml")
     parser.add_argument("--run", default="runs/inference_profile", type=Path, help="made anew")
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     parts, rows = Parts(), []
+    crew.GPU_THREADS = 1
     for owner, name, label in PARTS:
         setattr(owner, name, parts.timed(getattr(owner, name), label))
 
@@ -139,17 +140,17 @@ def main() -> None:
     overrides += [f"data.{key}_split=train" for key in ("train", "mask", "score", "eval")]
     overrides += [f"{name}.duration={count} steps" for name, count in STEPS.items()]
     overrides += [f"{name}.global_batch=4" for name in ("segment", "psa", "irn")]
-    overrides += ["tracking.pictures=0", f"engine.threads={args.threads}"]
+    overrides += ["tracking.pictures=0", "engine.threads=1"]
     config = config_file.load(args.config, overrides)
     job.run_job(config)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     photos = sum(1 for _ in args.photos.iterdir())
     for fast in (False, True):
         out = args.run / f"predicted-{fast}"
         what = f"esol predict{' --fast' if fast else ''}"
         measured(what, lambda out=out, fast=fast: predict.predict(args.run, args.photos, out, fast=fast), photos)
     names = ", ".join(registry.table())
-    print(f"\n{machine()}, {args.threads} thread(s)\n{args.config}, {photos} photos predicted; stages: {names}\n")
+    print(f"\n{machine()}\n{args.config}, {photos} photos predicted; stages: {names}\n")
     print(table(("stage", "ms a photo", "of it"), rows))
 
 

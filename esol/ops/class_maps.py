@@ -73,8 +73,7 @@ def class_maps(
         for image, factor, chosen, found, own in zip(images, factors, present, seen, grids, strict=True):
             aligned = grid_size(image, factor, stride)
             for source, maps in found.items():
-                # Feature (i, j) looks at pixel (i, j) * stride where the network pads symmetrically; a patch stem does
-                # not.
+                # feature (i, j) looks at pixel (i, j) * stride, unless the network has a patch stem
                 corners = ((maps.shape[1] - 1) * stride + 1, (maps.shape[2] - 1) * stride + 1) == aligned
                 own[source].append((maps[chosen], corners))
     return [

@@ -20,11 +20,11 @@ Found = TypeVar("Found")
 
 
 class Crew:
-    """The threads of this process, each with a photo of its own, where one photo would use them badly.
+    """The threads of this process, each with a photo of its own.
 
-    A convolution on two cores is faster than on one, a random walk or a CRF hardly; two photos on a core each are twice
-    as fast either way, and what each comes to does not depend on how many there are. A photo that is too large to stand
-    beside others gets all threads for itself.
+    Reading, scoring, packing and the small operators of a walk or a CRF leave a second thread idle that is given to
+    them; another photo does not. What a photo comes to then does not depend on how many threads there are. One that is
+    too large to stand beside others has all threads to itself.
     """
 
     def __init__(self, device: torch.device) -> None:
