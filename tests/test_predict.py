@@ -306,7 +306,7 @@ def test_a_model_predicts_in_the_precision_in_which_it_was_evaluated_where_the_m
     answers = []
     for path in (model, half):
         predictor = Model(path)
-        predictor.net.aspp[0].register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
+        predictor.net.aspp[0].register_forward_hook(lambda layer, given, made: seen.append(given[0].dtype))
         answers.append(predictor.label_map(image))
     assert set(seen[: len(seen) // 2]) == {torch.float32}
     assert set(seen[len(seen) // 2 :]) == {torch.bfloat16 if has else torch.float32}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from esol.models.backbones import Backbone
+from esol.models.shifted import ShiftedConv2d
 
 
 class DeepLab(nn.Module):
@@ -23,9 +24,7 @@ class DeepLab(nn.Module):
             raise ValueError(f"DeepLab-v2 stands on features of stride 8, not {backbone.stride}")
         self.backbone = backbone
         self.num_labels = num_labels
-        self.aspp = nn.ModuleList(
-            nn.Conv2d(backbone.channels, num_labels, 3, padding=rate, dilation=rate) for rate in rates
-        )
+        self.aspp = nn.ModuleList(ShiftedConv2d(backbone.channels, num_labels, 3, rate) for rate in rates)
         for layer in self.aspp:
             nn.init.normal_(layer.weight, std=0.01)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
