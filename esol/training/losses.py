@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from esol.base.named import Named
 from esol.models.cam_net import pool
@@ -107,15 +108,52 @@ def affinity_losses(affinity: Tensor, pairs: tuple[Tensor, Tensor, Tensor]) -> t
     affinity a (B, K, h, w) in 0..1; pairs: the three masks of `pair_labels`. The mean over the pairs of a kind of
     -log(a + 1e-5), for different ones of -log(1 - a + 1e-5); 0 where there are none. Source: PSA, IRN.
     """
-    background, foreground, different = pairs
-    each = -torch.log(torch.where(different, 1 - affinity, affinity) + 1e-5)
-    return _pair_mean(each, background), _pair_mean(each, foreground), _pair_mean(each, different)
+    background, foreground, different = _PairCrossEntropy.apply(affinity, *pairs).unbind(1)
+    return background, foreground, different
+
+
+class _PairCrossEntropy(torch.autograd.Function):
+    """The three means of affinity_losses, (B, 3).
+
+    A batch's pairs are far larger than a processor's cache and every operator would go through all of them, so that a
+    CPU takes image by image; the gradient computes the logarithm's argument again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, affinity: Tensor, *kinds: Tensor) -> Tensor:
+        count, total = affinity.new_empty(len(affinity), 3), affinity.new_empty(len(affinity), 3)
+        for part in _at_a_time(affinity):
+            masks, argument = _masks_and_argument(affinity, kinds, part)
+            count[part] = masks.sum(2).clamp_min(1)
+            total[part] = -torch.matmul(masks, argument.log_()[:, :, None])[:, :, 0]
+        ctx.save_for_backward(affinity, count, *kinds)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        affinity, count, *kinds = ctx.saved_tensors
+        weight = upstream / count * upstream.new_tensor([-1, -1, 1])
+        gradient = torch.empty_like(affinity)
+        for part in _at_a_time(affinity):
+            masks, argument = _masks_and_argument(affinity, kinds, part)
+            pull = torch.matmul(weight[part, None], masks)[:, 0].mul_(argument.reciprocal_())
+            gradient[part] = pull.view(gradient[part].shape)
+        return gradient, None, None, None
+
+
+def _masks_and_argument(affinity: Tensor, kinds: Sequence[Tensor], part: slice) -> tuple[Tensor, Tensor]:
+    """Of some images: which pairs are of each kind, (b, 3, N), and what the logarithm is taken of, (b, N)."""
+    masks = torch.stack([kind[part].flatten(1) for kind in kinds], 1).to(affinity.dtype)
+    return masks, (masks[:, 2] - affinity[part].flatten(1)).abs_().add_(1e-5)  # of different ones 1 - a, else a
+
+
+def _at_a_time(values: Tensor) -> list[slice]:
+    """Which images are computed together."""
+    step = 1 if values.device.type == "cpu" else max(1, len(values))
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
 def _present_mean(values: Tensor, labels: Tensor) -> Tensor:
     present = labels.to(values.dtype)
     return (values * present).sum(1) / present.sum(1).clamp_min(1)
-
-
-def _pair_mean(values: Tensor, pairs: Tensor) -> Tensor:
-    return (values * pairs).sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp_min(1)
