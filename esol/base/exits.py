@@ -15,7 +15,7 @@ from pathlib import Path
 
 from esol.base.errors import EsolError, LostRankError
 from esol.base.interrupts import Interrupts, end_children
-from esol.base.machine import wait_briefly
+from esol.base.machine import keep_memory, wait_briefly
 
 PARENT = os.getppid()
 """Who started this process, noted early: a launcher may be gone by the time that torch is imported."""
@@ -41,6 +41,7 @@ def entry(command: Callable[[], int], again: str = "run the command again") -> i
     """
     code = 1
     wait_briefly()  # before torch is there
+    keep_memory()
     with Interrupts(_leave):
         try:
             code = command()
