@@ -1,5 +1,8 @@
 """Networks ready for inference say what they said, with fewer operations."""
 
+from copy import deepcopy
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -7,13 +10,13 @@ from torch import nn
 from esol.config import BackboneConfig
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.deeplab import DeepLab
-from esol.models.folded import fold_batch_norm, for_inference
+from esol.models.folded import fold_batch_norm, fold_frozen_norms, for_inference
 
 
-def network(name: str, stride: int) -> Backbone:
+def network(name: str, stride: int, freeze: Literal["none", "stem", "all"] = "all") -> Backbone:
     """With batch norms that do something."""
     torch.manual_seed(0)
-    net = build_backbone(BackboneConfig(name, weights="none", output_stride=stride, freeze="all")).eval()
+    net = build_backbone(BackboneConfig(name, weights="none", output_stride=stride, freeze=freeze)).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -88,3 +91,49 @@ def test_weights_are_in_the_type_that_autocast_computes_in_and_answers_stay_as_n
             once = ready(image)
     assert {layer.weight.dtype for layer in ready.modules() if isinstance(layer, nn.Conv2d)} == {torch.bfloat16}
     assert float((once - exact).abs().mean()) < 1.1 * float((cast_each_time - exact).abs().mean())
+
+
+@pytest.mark.parametrize(("name", "stride"), [("resnet50", 16), ("timm:tf_efficientnet_lite0", 8)])
+def test_a_network_that_learns_behind_frozen_norms_learns_the_same(name: str, stride: int) -> None:
+    net = network(name, stride, "stem").double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    folded = deepcopy(net)
+    assert fold_frozen_norms(folded, None) == norms(net) > 30
+    assert folded.state_dict().keys() == net.state_dict().keys()
+    assert dict(folded.named_parameters()).keys() == dict(net.named_parameters()).keys()
+    image, gradients = torch.randint(0, 256, (2, 3, 33, 49), dtype=torch.uint8), []
+    for own in (net, deepcopy(folded)):  # a copy computes with weights of its own
+        own.pyramid(image)[-1].square().mean().backward()
+        gradients.append({n: p.grad for n, p in own.named_parameters() if p.requires_grad})
+    assert all(p.grad is None for p in folded.parameters())
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-8, atol=1e-12)
+
+
+def test_norms_that_learn_stay_and_frozen_weights_are_cast_once() -> None:
+    net = network("resnet50", 16, "stem")
+    image = torch.randint(0, 256, (1, 3, 33, 49), dtype=torch.uint8)
+    before = net(image)
+    frozen = sum(
+        not any(p.requires_grad for p in m.parameters()) for m in net.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+    assert fold_frozen_norms(net, torch.bfloat16) == frozen > 0
+    assert frozen < norms(net)
+    held = {name: own.dtype for name, own in net.named_buffers() if name.endswith("folded_weight")}
+    assert len(held) == frozen
+    assert set(held.values()) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float((net(image) - before).abs().max().detach()) < 0.1 * float(before.abs().max().detach())
+
+
+def test_a_network_whose_features_would_change_is_trained_as_it_is() -> None:
+    shared = Shared()
+    shared.norm.weight.data.fill_(3)
+    net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    before = net(image)
+    assert fold_frozen_norms(net, None) == 0
+    assert torch.equal(net(image), before)

@@ -1,8 +1,9 @@
-"""Networks made ready for inference: batch norm folded into convolutions, weights in the type that they compute in."""
+"""Batch norm folded into convolutions: for inference for good, in training where the norm does not learn."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -39,27 +40,85 @@ def fold_batch_norm(backbone: Backbone) -> int:
     Which follows which is seen in a forward pass. It is checked by another one, because a convolution's output might
     be used elsewhere too, as in networks whose norms come first; such a network stays as it is.
     """
-    body = backbone.body
-    random = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (1, 3, 65, 65), dtype=torch.uint8, generator=random).to(backbone.mean.device)
+    body, image = backbone.body, _probe(backbone)
     found = _pairs(backbone, image)
     if not found:
         return 0
     before, original = _features(backbone, image), deepcopy(body)
     names = {module: name for name, module in body.named_modules()}
     for conv, norm in found:
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert variance is not None
-        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+        weight, bias = _fused(conv, norm)
         conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
         parent, _, own = names[norm].rpartition(".")
         setattr(body.get_submodule(parent), own, _rest(norm))
-    after = _features(backbone, image)
-    if all((x - was).abs().max() <= SAME * was.abs().max() for x, was in zip(after, before, strict=True)):
+    if _same(before, _features(backbone, image)):
         return len(found)
     backbone.body = original
     return 0
+
+
+@torch.no_grad()
+def fold_frozen_norms(backbone: Backbone, kind: torch.dtype | None) -> int:
+    """Folds every batch norm that does not learn into the convolution before it, in a network that is trained.
+
+    Parameters, state and what is learned stay as they were: a convolution that learns computes with its weights times
+    the norm's scale; one that does not has a copy of these, made now, in the type `kind` that autocast computes in
+    (None for float32). To be called when the weights are there, before an engine takes them over. Returns how many
+    norms, 0 where the features would differ, as fold_batch_norm has it.
+    """
+    image = _probe(backbone)
+    found = [(conv, norm) for conv, norm in _pairs(backbone, image) if not _learns(norm)]
+    if not found:
+        return 0
+    before = _features(backbone, image)
+    for conv, norm in found:
+        weight, bias = _fused(conv, norm)
+        if conv.weight.requires_grad:
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            conv.register_buffer("norm_scale", scale.view(-1, 1, 1, 1), persistent=False)
+        else:
+            conv.register_buffer("folded_weight", weight, persistent=False)
+        conv.register_buffer("folded_bias", bias, persistent=False)
+        conv.forward = MethodType(_folded_forward, conv)
+        norm.forward = _rest(norm).forward  # type: ignore[union-attr]
+    same = _same(before, _features(backbone, image))
+    for conv, norm in found:
+        if not same:
+            del conv.forward, norm.forward, conv.folded_bias
+        elif not conv.weight.requires_grad:
+            conv.folded_weight = conv.folded_weight.to(kind, memory_format=torch.channels_last)
+    return len(found) if same else 0
+
+
+def _folded_forward(conv: Any, x: Tensor) -> Tensor:
+    """What the convolution's own class computes, with the weights of convolution and norm together."""
+    own = copy(conv)
+    vars(own)["_parameters"] = {}
+    own.weight = conv.weight * conv.norm_scale if conv.weight.requires_grad else conv.folded_weight
+    own.bias = conv.folded_bias
+    result: Tensor = type(conv).forward(own, x)
+    return result
+
+
+def _fused(conv: Any, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _probe(backbone: Backbone) -> Tensor:
+    """A photo by which two forms of a network are compared."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, 65, 65), dtype=torch.uint8, generator=random).to(backbone.mean.device)
+
+
+def _same(features: list[Tensor], others: list[Tensor]) -> bool:
+    return all((x - was).abs().max() <= SAME * was.abs().max() for x, was in zip(others, features, strict=True))
 
 
 def _features(backbone: Backbone, image: Tensor) -> list[Tensor]:
@@ -70,16 +129,16 @@ def _features(backbone: Backbone, image: Tensor) -> list[Tensor]:
         return [backbone(image)]
 
 
-def _pairs(backbone: Backbone, image: Tensor) -> list[tuple[Any, nn.BatchNorm2d]]:
+def _pairs(backbone: Backbone, image: Tensor) -> list[tuple[Any, Any]]:
     """Convolutions whose output goes into a batch norm as it is, with that norm."""
     made: list[tuple[Tensor, nn.Module]] = []  # tensors are held, so that none takes another's place
-    found: list[tuple[Any, nn.BatchNorm2d]] = []
+    found: list[tuple[Any, Any]] = []
 
     def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
         made.append((output, module))
 
     def before(module: nn.Module, inputs: Any) -> None:
-        found.extend((conv, module) for output, conv in made if output is inputs[0])  # type: ignore[misc]
+        found.extend((conv, module) for output, conv in made if output is inputs[0])
 
     hooks = []
     for module in backbone.body.modules():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from esol.config import Config
@@ -38,9 +39,14 @@ class Context:
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
 
+    @property
+    def kind(self) -> torch.dtype | None:
+        """What matrix products are computed in, None for float32."""
+        return DTYPES.get(self.config.engine.precision)
+
     def ready(self, net: _Net) -> _Net:
         """A network for forward passes alone, on the engine's device and in its precision."""
-        return for_inference(net, self.engine.device, DTYPES.get(self.config.engine.precision))
+        return for_inference(net, self.engine.device, self.kind)
 
     def say(self, text: str) -> None:
         """Prints a line, once per job."""

@@ -21,6 +21,7 @@ from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.models.backbones import Backbone
+from esol.models.folded import fold_frozen_norms
 from esol.pipeline.made import StageShards
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
@@ -66,6 +67,9 @@ class TrainingStage(Stage):
         share = share_of(engine.rank, engine.world_size, config.global_batch, settings.engine.micro_batch)
         total = total_steps(config, self.name, plan)
         fill = _mean_colour(task)  # before an engine may have the weights in parts
+
+        for backbone in [module for module in task.modules() if isinstance(module, Backbone)]:
+            fold_frozen_norms(backbone, context.kind)
 
         last: dict[str, Any] = {}
         engine.prepare(task, build_optimizer(task, config), config.clip_norm)

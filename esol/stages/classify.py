@@ -65,7 +65,7 @@ class Classify(CamStage):
     name = "classify"
     source = "cam"
     section = ClassifyConfig
-    version = 2
+    version = 3
     config: ClassifyConfig
 
     def task(self) -> Task:

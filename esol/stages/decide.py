@@ -59,7 +59,7 @@ class Decide(CamStage):
     after = "classify"
     source = "decide"
     section = DecideConfig
-    version = 2
+    version = 3
     needs = ("classify",)
     config: DecideConfig
 

@@ -48,7 +48,7 @@ class Evaluate(InferenceStage[Predicted]):
     name = "evaluate"
     after = "segment"
     section = EvaluateConfig
-    version = 4
+    version = 5
     needs = ("segment",)
     makes = "predictions"
     produces = ("index.json", "*.tar", "confusion.json")

@@ -95,7 +95,7 @@ class Expand(CamStage):
     after = "decide"
     source = "expand"
     section = ExpandConfig
-    version = 2
+    version = 3
     needs = ("classify",)
     uses = ("decide",)
     config: ExpandConfig

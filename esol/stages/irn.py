@@ -172,6 +172,7 @@ class Irn(MaskTrainingStage):
     name = "irn"
     after = "irn_labels"
     section = IrnConfig
+    version = 2
     needs = ("classify", "irn_labels")
     shaped_by = ("data.mask_split", "data.damaged", "model")
     config: IrnConfig

@@ -129,6 +129,7 @@ class Segment(MaskTrainingStage):
     after = "vote_masks"
     makes = "model"
     section = SegmentConfig
+    version = 2
     config: SegmentConfig
 
     @classmethod

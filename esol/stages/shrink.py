@@ -70,7 +70,7 @@ class Shrink(CamStage):
     after = "expand"
     source = "shrink"
     section = ShrinkConfig
-    version = 2
+    version = 3
     needs = ("classify", "expand")
     config: ShrinkConfig
 
