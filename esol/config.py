@@ -34,6 +34,8 @@ class DataConfig:
     # that read and crop photos beside training
     workers: int = key(2, low=0, high=256, unit="processes per rank", runtime=True)
     cache: str = key("", path=True, runtime=True)  # folder for shards read from a URL; "" = ~/.cache/esol
+    # features of crops that RUN/features may hold for the stages behind a frozen backbone (model.freeze = all)
+    features: float = key(0.0, low=0, high=1_000_000, unit="GiB; 0 = they are computed each time", runtime=True)
 
     def check(self, where: str) -> None:
         if self.long_side[0] > self.long_side[1]:

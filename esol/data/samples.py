@@ -124,14 +124,17 @@ def _write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
 class Batch(TypedDict):
     """One micro-batch as the data stream yields it.
 
-    image: uint8 (B, 3, H, W), RGB 0..255, not normalised (the network knows its own mean and deviation);
+    image: uint8 (B, 3, H, W), RGB 0..255, not normalised (the network knows its own mean and deviation); features: in
+    their place in the stages behind a frozen backbone, where those of all the crops are kept (esol.data.features);
     labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys; skipped: what was wrong with the
     damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
-    0 background, 1..C classes, 255 ignored, in the stages that learn from one.
+    0 background, 1..C classes, 255 ignored, in the stages that learn from one; crop: the B crops' numbers.
     """
 
-    image: Tensor
+    image: NotRequired[Tensor]
+    features: NotRequired[Tensor]
     labels: Tensor
     key: list[str]
     skipped: NotRequired[list[str]]
     target: NotRequired[Tensor]
+    crop: NotRequired[NDArray[np.int64]]

@@ -11,10 +11,11 @@ from esol.base.schema import key
 from esol.config import BackboneConfig, Config, LabelConfig
 from esol.data.reader import ShardReader
 from esol.data.samples import Batch
-from esol.models.cam_net import CamNet
+from esol.models.cam_net import CamNet, pool
 from esol.models.heads import Heads
 from esol.pipeline.cam import CamStage, new_net
 from esol.pipeline.registry import register
+from esol.training.head import CamTask
 from esol.training.losses import classification_loss
 from esol.training.task import ParameterGroup, Task
 
@@ -28,7 +29,7 @@ class ClassifyConfig(LabelConfig):
     head_lr: float = key(10.0, low=0, high=1000, unit="times lr, for W1 and the classifier")
 
 
-class ClassifyTask(Task):
+class ClassifyTask(CamTask):
     """Classification loss of GAP(V * relu(W1 * X)); hands over the whole network."""
 
     handover: CamNet
@@ -41,9 +42,13 @@ class ClassifyTask(Task):
         self.handover = net
         self.head_lr = config.head_lr
 
+    @property
+    def net(self) -> CamNet:  # type: ignore[override]  # the same module, under the name that it is handed over by
+        return self.handover
+
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """losses: loss; report: exact, the share of images whose labels are all right at probability .5."""
-        logits = self.handover(batch["image"])
+        logits = pool(self.handover.class_maps(self.features(batch)))
         with torch.autocast(logits.device.type, enabled=False):
             loss = classification_loss(logits, batch["labels"], absence=self.absence).mean()
         exact = ((logits.detach() > 0) == (batch["labels"] > 0.5)).all(1).float().mean()

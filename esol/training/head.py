@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -12,7 +13,26 @@ from esol.models.cam_net import CamNet
 from esol.training.task import Task
 
 
-class HeadTask(Task):
+class CamTask(Task):
+    """A task on what the CAM network's backbone makes of an image. A batch has images or, ready, their features.
+
+    keep: told the features of every batch of images, where the backbone is frozen and a stage keeps them.
+    """
+
+    net: CamNet
+    keep: Callable[[Batch, Tensor], None] | None = None
+
+    def features(self, batch: Batch) -> Tensor:
+        """X (B, Cf, h, w) of the batch's images."""
+        if "features" in batch:
+            return batch["features"]
+        x = self.net.features(batch["image"])
+        if self.keep is not None:
+            self.keep(batch, x)
+        return x
+
+
+class HeadTask(CamTask):
     """A task behind the CAM network, which is frozen: its features are constants."""
 
     absence: Tensor | None
@@ -32,4 +52,4 @@ class HeadTask(Task):
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """X (B, Cf, h, w) of the batch's images."""
-        return self.net.features(batch["image"])
+        return super().features(batch)
