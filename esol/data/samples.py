@@ -127,7 +127,8 @@ class Batch(TypedDict):
     image: uint8 (B, 3, H, W), RGB 0..255, not normalised (the network knows its own mean and deviation);
     labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys; skipped: what was wrong with the
     damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
-    0 background, 1..C classes, 255 ignored, in the stages that learn from one.
+    0 background, 1..C classes, 255 ignored, in the stages that learn from one; weight: how much its losses count in the
+    plain mean over the micro-batches of all ranks, 1 where it is not given (esol.data.plan.Share).
     """
 
     image: Tensor
@@ -135,3 +136,4 @@ class Batch(TypedDict):
     key: list[str]
     skipped: NotRequired[list[str]]
     target: NotRequired[Tensor]
+    weight: NotRequired[float]
