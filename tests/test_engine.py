@@ -76,6 +76,22 @@ def test_steps_equal_plain_pytorch(start) -> None:
         torch.testing.assert_close(engine.model_state_dict()[name], value, rtol=0, atol=1e-6)
 
 
+def test_micro_batches_of_other_sizes_step_like_the_whole_batch(start) -> None:
+    weights = []
+    for sizes in ((7,), (3, 2, 2)):
+        torch.manual_seed(0)
+        engine = start()
+        for step in range(3):
+            parts = [batch(step, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+            for part, size in zip(parts, sizes, strict=True):
+                part["weight"] = len(sizes) * size / 7
+            losses = engine.train_step(parts, lr=0.1).losses
+            weights.append(engine.model_state_dict() | losses)
+    for whole, parts in zip(weights[:3], weights[3:], strict=True):
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_mixed_precision_learns_close_to_float32(start, precision: str, dtype: torch.dtype) -> None:
     ends = {}

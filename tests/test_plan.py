@@ -1,5 +1,7 @@
 """The global order: the same for every number of ranks, workers and micro-batches, exact, and resumable anywhere."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -62,10 +64,39 @@ def test_epochs_and_seeds_give_other_orders_and_shards_stay_together() -> None:
     assert len(np.unique(first)) == 16  # one block of shards, all of it mixed
 
 
-def test_sizes_that_do_not_divide_are_errors_that_name_one_that_does() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch = 16 .* 3 processes: set global_batch to 15"):
-        share_of(0, 3, 16, 0)
-    with pytest.raises(ConfigError, match=r"engine.micro_batch = 3 .* set engine.micro_batch to 2"):
-        share_of(0, 2, 16, 3)
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3, 5, 200])
+def test_shares_are_as_equal_as_whole_images_allow(micro_batch: int) -> None:
+    rng = np.random.default_rng()
+    for world in range(1, 20):
+        images = int(rng.integers(world, 200)) if micro_batch != 1 else world * int(rng.integers(1, 9))
+        shares = [share_of(rank, world, images, micro_batch) for rank in range(world)]
+        case, most, sizes = (world, images), -(-images // world), [np.diff(share.edges) for share in shares]
+        assert (shares[0].edges[0], shares[-1].edges[-1]) == (0, images), case
+        assert all(one.edges[-1] == other.edges[0] for one, other in pairwise(shares)), case
+        assert np.ptp([sum(each) for each in sizes]) <= 1, case
+        assert all(np.ptp(each) <= 1 and each.min() > 0 for each in sizes), case
+        assert {share.per_step for share in shares} == {-(-most // (micro_batch or most))}, case
+        assert micro_batch == 0 or max(share.largest for share in shares) <= micro_batch, case
+        weights = np.array([share.weights for share in shares])
+        np.testing.assert_allclose(weights / weights.size * images, sizes, rtol=1e-12)  # an image counts 1 / images
+        assert np.ptp(np.concatenate(sizes)) or (weights == 1).all(), case  # where all are equal, to the last bit
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(3, 0), (7, 2), (10, 0), (16, 2)])
+def test_same_global_batches_where_ranks_and_micro_batches_do_not_divide_them(ranks: int, micro_batch: int) -> None:
+    plan = plan_of(global_batch=25)
+    steps = 2 * plan.steps_per_epoch
+    assert global_batches(plan, ranks, 2, 7, steps, micro_batch) == global_batches(plan, 1, 1, 7, steps)
+
+
+def test_sizes_that_cannot_be_shared_are_errors_that_name_some_that_can() -> None:
+    with pytest.raises(
+        ConfigError, match=r"global_batch = 3 .* 4 processes.*: set global_batch to 4 or more, or start"
+    ):
+        share_of(0, 4, 3, 0)
+    message = r"engine.micro_batch = 1 cuts the 2 images .* others have only 1: set engine.micro_batch to 2, or "
+    for rank in range(8):  # all say so, not only those that have too few
+        with pytest.raises(ConfigError, match=message + "global_batch to 8"):
+            share_of(rank, 8, 10, 1)
     with pytest.raises(DataError, match=r"10 samples, fewer than one global batch of 24"):
         plan_of(samples=10)

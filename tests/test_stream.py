@@ -32,12 +32,13 @@ def read(
     ranks: int = 1,
     damaged: str = "error",
     micro_batch: int = 2,
+    global_batch: int = 8,
 ) -> list[list[Batch]]:
     index = Index.load(str(root))
     ordinals = index.split("train")
-    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
+    plan = Plan(ordinals, index.shard_of[ordinals], 5, global_batch)
     config = DataConfig(root=str(root), workers=workers, damaged=damaged)  # type: ignore[arg-type]
-    share = share_of(rank, ranks, 8, micro_batch)
+    share = share_of(rank, ranks, global_batch, micro_batch)
     return list(training_stream(ShardReader(index), plan, share, start, stop, Crop(32, (48, 80)), config, FILL))
 
 
@@ -60,6 +61,21 @@ def test_pixels_and_order_do_not_depend_on_workers_or_ranks_and_resume_anywhere(
     assert same([a + b for a, b in zip(*halves, strict=True)], reference)
     epoch = [key for step in reference[:6] for batch in step for key in batch["key"]]
     assert len(epoch) == len(set(epoch)) == 48
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_uneven_shares_are_parts_of_the_same_global_batches(shard_set: Path, workers: int) -> None:
+    """10 images over 3 ranks, 3 at most in a micro-batch; two workers have micro-batches of both sizes."""
+    whole = read(shard_set, 0, stop=6, micro_batch=0, global_batch=10)  # 4 steps an epoch
+    parts = [read(shard_set, workers, 0, 6, rank, 3, micro_batch=3, global_batch=10) for rank in range(3)]
+    sizes = [{tuple(len(batch["image"]) for batch in step) for step in steps} for steps in parts]
+    assert sizes == [{(2, 2)}, {(2, 1)}, {(2, 1)}]
+    for (reference,), *steps in zip(whole, *parts, strict=True):
+        batches = [batch for step in steps for batch in step]
+        assert [key for batch in batches for key in batch["key"]] == reference["key"]
+        assert torch.equal(torch.cat([batch["image"] for batch in batches]), reference["image"])
+        assert torch.equal(torch.cat([batch["labels"] for batch in batches]), reference["labels"])
+        assert [batch["weight"] / 6 for batch in batches] == pytest.approx([len(b["key"]) / 10 for b in batches])
 
 
 def test_labels_are_those_of_the_shard(shard_set: Path) -> None:

@@ -3,10 +3,11 @@
 The order depends on (seed, epoch, index, global batch) alone. An epoch is one permutation of the split: the shards in
 seeded order, taken BLOCK at a time, the samples of a block shuffled together, so that reads stay near each other on
 disks and caches while every batch mixes thousands of samples (sets of up to BLOCK shards are shuffled as a whole).
-Global batch b of an epoch is the b-th slice of that permutation; each rank takes an equal, contiguous part of it, cut
-into micro-batches. Hence the same global batches for every number of ranks, workers and micro-batches, each sample at
-most once per epoch, and a start at any step without reading what is past. The remainder of an epoch that fills no
-global batch (fewer than `global_batch` samples, others each epoch) is left out.
+Global batch b of an epoch is the b-th slice of that permutation; each rank takes a contiguous part of it, one image
+larger on some than on others where it does not divide, cut into micro-batches. Hence the same global batches for every
+number of ranks, workers and micro-batches, each sample at most once per epoch, and a start at any step without reading
+what is past. The remainder of an epoch that fills no global batch (fewer than `global_batch` samples, others each
+epoch) is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,37 +73,56 @@ class Plan:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self.epoch_order(epoch)
-            begin = (step % self.steps_per_epoch) * self.global_batch
-            begin += (share.rank * share.per_step + part) * share.micro_batch
-            yield epoch, order[begin : begin + share.micro_batch]
+            first = (step % self.steps_per_epoch) * self.global_batch
+            yield epoch, order[first + share.edges[part] : first + share.edges[part + 1]]
 
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of every global batch: `per_step` micro-batches of `micro_batch` images."""
+    """One rank's part of every global batch: the batch's images edges[i]..edges[i + 1] - 1 are its micro-batch i.
 
-    rank: int
-    micro_batch: int
-    per_step: int
+    weights: how much the loss of each counts in the plain mean over the micro-batches of all ranks, which then is the
+    mean over the images of the global batch. Exactly 1 where all micro-batches have as many images.
+    """
+
+    edges: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of a step, the same on every rank."""
+        return len(self.weights)
+
+    @property
+    def largest(self) -> int:
+        """Images of the rank's largest micro-batch."""
+        return max(end - begin for begin, end in pairwise(self.edges))
 
 
 def share_of(rank: int, world_size: int, global_batch: int, micro_batch: int) -> Share:
-    """The rank's share; micro_batch 0 = all at once. ConfigError, naming sizes that work, where it does not divide."""
-    if global_batch % world_size:
-        near = max(1, round(global_batch / world_size)) * world_size
+    """The rank's share: ranks differ by one image at most, and so do the micro-batches of a rank.
+
+    micro_batch: the most images of one, 0 = the whole share at once. ConfigError, naming sizes that work, where a rank
+    would have no image, or fewer images than another one has micro-batches.
+    """
+    least, rest = divmod(global_batch, world_size)
+    if not least:
         raise ConfigError(
-            f"global_batch = {global_batch} cannot be shared by {world_size} processes: "
-            f"set global_batch to {near}, or start a number of processes that divides {global_batch}"
+            f"global_batch = {global_batch} is too small for {world_size} processes, each of which needs an image: "
+            f"set global_batch to {world_size} or more, or start at most {global_batch} processes"
         )
-    images = global_batch // world_size
-    if micro_batch and images % micro_batch:
-        fits = max(d for d in range(1, micro_batch + 1) if images % d == 0)
+    most = least + (rest > 0)
+    per_step = -(-most // (micro_batch or most))
+    if per_step > least:  # only by micro-batches of one image
         raise ConfigError(
-            f"engine.micro_batch = {micro_batch} does not divide the {images} images that each of {world_size} "
-            f"processes takes of global_batch = {global_batch}: set engine.micro_batch to {fits}"
+            f"engine.micro_batch = {micro_batch} cuts the {most} images that some of {world_size} processes take of "
+            f"global_batch = {global_batch} into {per_step} parts, and others have only {least}: set "
+            f"engine.micro_batch to 2, or global_batch to {round(global_batch / world_size) * world_size}"
         )
-    micro_batch = micro_batch or images
-    return Share(rank, micro_batch, images // micro_batch)
+    begin, images = rank * least + min(rank, rest), least + (rank < rest)
+    edges = tuple(begin + part * (images // per_step) + min(part, images % per_step) for part in range(per_step + 1))
+    weights = tuple(world_size * per_step * (end - start) / global_batch for start, end in pairwise(edges))
+    return Share(edges, weights)
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:

@@ -37,7 +37,7 @@ Sample = dict[str, Any]
 
 @dataclass(eq=False)
 class PlannedSamples(IterableDataset):
-    """The source stage: which samples one data worker of one rank takes, in order."""
+    """The source stage: the samples of the micro-batches that one data worker of one rank makes, in order."""
 
     reader: ShardReader
     plan: Plan
@@ -45,17 +45,20 @@ class PlannedSamples(IterableDataset):
     start: int
     stop: int
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         for epoch, ordinals in self.plan.micro_batches(self.share, self.start, self.stop, worker, workers):
-            for ordinal in ordinals:
-                yield {"__key__": str(self.reader.index.keys[ordinal]), "epoch": epoch, "ordinal": int(ordinal)}
+            keys = self.reader.index.keys[ordinals].tolist()
+            yield [
+                {"__key__": key, "epoch": epoch, "ordinal": ordinal}
+                for key, ordinal in zip(keys, ordinals.tolist(), strict=True)
+            ]
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The map stage: from a planned sample to its crop, labels and target.
+    """The map stage: from the planned samples of a micro-batch to their crops, labels and targets, collated.
 
     skip: a damaged sample's place is taken by the first good one of an order that its key and the epoch draw, so that
     who stands in depends on the photos alone, not on ranks, workers or micro-batches, and a damaged shard does not make
@@ -68,8 +71,13 @@ class Examples:
     fill: tuple[int, ...]
     target: Callable[[int], NDArray[np.uint8]] | None
     skip: bool
+    collate: Callable[[list[Sample]], Sample]
 
-    def __call__(self, sample: Sample) -> Sample:
+    def __call__(self, samples: list[Sample]) -> Sample:
+        """What `collate` makes of the samples' examples."""
+        return self.collate([self._example(sample) for sample in samples])
+
+    def _example(self, sample: Sample) -> Sample:
         """{"image", "labels", "key"}, with "damaged", the reason, where another sample stands in."""
         reason = ""
         for ordinal in self._candidates(sample):
@@ -126,14 +134,11 @@ def training_stream(
     data.damaged = skip, the next good sample of the split stands in and batch["skipped"] says what was wrong. All that
     goes to the data workers can be pickled, so that they start by fork, forkserver and spawn alike.
     """
-
     workers = config.workers
-    ring = _Ring(workers, (share.micro_batch, 3 if target is None else 4, crop.size, crop.size)) if workers else None
-    pipeline = wds.DataPipeline(
-        PlannedSamples(reader, plan, share, start, stop),
-        wds.map(Examples(reader, plan, crop, tuple(fill), target, config.damaged == "skip")),
-        wds.batched(share.micro_batch, collation_fn=ring.collate if ring else collate),
-    )
+    ring = _Ring(workers, (share.largest, 3 if target is None else 4, crop.size, crop.size)) if workers else None
+    skip = config.damaged == "skip"
+    examples = Examples(reader, plan, crop, tuple(fill), target, skip, ring.collate if ring else collate)
+    pipeline = wds.DataPipeline(PlannedSamples(reader, plan, share, start, stop), wds.map(examples))
     # a Ctrl-C while workers still import is the main process's affair: they unblock it when they ignore it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if workers else set())
     loader = iter(
@@ -151,7 +156,9 @@ def training_stream(
     try:
         step: list[Batch] = []
         for batch in _clear_errors(loader):
-            step.append(_part(ring.take(batch) if ring else batch))
+            batch = _part(ring.take(batch) if ring else batch)
+            batch["weight"] = share.weights[len(step)]
+            step.append(batch)
             if len(step) == share.per_step:
                 yield step
                 step = []
@@ -188,6 +195,7 @@ class _Ring:
 
     torch's own way makes, fills and unmaps a new segment for every batch, a sixth of a worker's time. A worker has at
     most PREFETCH micro-batches under way beside the one that is being taken, so that PREFETCH + 2 places need no lock.
+    A place has room for the largest micro-batch; smaller ones leave its end as it is.
     """
 
     def __init__(self, workers: int, shape: tuple[int, ...]) -> None:
@@ -198,7 +206,7 @@ class _Ring:
         """In the worker: images go to the next place; small arrays travel by value."""
         worker = get_worker_info()
         assert worker is not None
-        place = (worker.id, self._count % (PREFETCH + 2))
+        place = (worker.id, self._count % (PREFETCH + 2), slice(len(examples)))
         self._count += 1
         batch = collate(examples, out=self._places[place])
         return {**batch, "image": place, "labels": batch["labels"].numpy()}

@@ -24,7 +24,7 @@ from esol.base.errors import CheckpointError, LaunchError
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, weighted_mean, write_state
 from esol.training.task import Task
 
 
@@ -87,10 +87,11 @@ class AccelerateEngine(Ranks):
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._optimizer.zero_grad(set_to_none=True)
+        weights = [batch.get("weight", 1.0) for batch in microbatches]
         with self._contact("gradients of the other ranks"):
             outputs = [
-                self._backward(batch, share=1 / len(microbatches), last=i == len(microbatches) - 1)
-                for i, batch in enumerate(microbatches)
+                self._backward(batch, share=weight / len(microbatches), last=i == len(microbatches) - 1)
+                for i, (batch, weight) in enumerate(zip(microbatches, weights, strict=True))
             ]
             self._scaler.unscale_(self._optimizer)
             gradients = [p.grad for p in self._learning if p.grad is not None]
@@ -112,8 +113,7 @@ class AccelerateEngine(Ranks):
                 nn.utils.clip_grads_with_norm_(self._learning, self._clip_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        mean = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
-        return StepResult(mean, grad_norm, skipped=not finite, stop=bool(any_stop))
+        return StepResult(weighted_mean(outputs, weights), grad_norm, skipped=not finite, stop=bool(any_stop))
 
     def _backward(self, batch: Batch, share: float, last: bool) -> dict[str, Tensor]:
         """Adds one micro-batch's gradients; ranks exchange them with the last. Returns detached losses and report."""

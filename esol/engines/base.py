@@ -19,8 +19,9 @@ from esol.training.task import Task
 class StepResult:
     """What one optimizer step gave on this rank.
 
-    losses: every entry of the task's losses and report, averaged over the micro-batches, detached float32 scalars
-    on the engine's device (not reduced over ranks); grad_norm: global norm before clipping, the same on all ranks;
+    losses: every entry of the task's losses and report, detached float32 scalars on the engine's device: the mean over
+    the micro-batches, each times its weight, so that the mean over the ranks is that over the images of the global
+    batch; grad_norm: global norm before clipping, the same on all ranks;
     skipped: True where fp16 scaling overflowed and no weight changed; stop: whether any rank asked to stop.
     """
 
@@ -45,8 +46,9 @@ class Engine(Protocol):
         """
 
     def train_step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
-        """One optimizer step over this rank's micro-batches (equal sizes) at learning rate lr.
+        """One optimizer step at learning rate lr over this rank's micro-batches, as many as every other rank has.
 
+        Each counts by its batch["weight"]: the gradient is that of the mean over the images of the global batch.
         Each parameter group learns at lr * group["lr_multiplier"]. A non-finite loss on any rank raises
         DivergenceError on every rank, naming the batch's sample keys, before any weight changes.
         stop: this rank was asked to stop; it rides on the collective that agrees on the losses.

@@ -25,7 +25,7 @@ from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.deepspeed_config import deepspeed_config
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, write_state
+from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, weighted_mean, write_state
 from esol.training.task import Task
 
 _SLOTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # per weight; AdamW's step is one number
@@ -85,14 +85,15 @@ class DeepSpeedEngine(Ranks):
         """See base.Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        weights = [batch.get("weight", 1.0) for batch in microbatches]
         if self._zero:
             self._optimizer.loss_scaler.cur_scale = self._scale.value  # its backward multiplies, its step divides
         with self._contact("gradients of the other ranks"):
             outputs = []
-            for i, batch in enumerate(microbatches):
+            for i, (batch, weight) in enumerate(zip(microbatches, weights, strict=True)):
                 self._engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
                 losses, report = self._engine(self._moved(batch))
-                loss = losses["loss"].float() / len(microbatches)
+                loss = losses["loss"].float() * weight / len(microbatches)
                 self._engine.backward(loss if self._zero else loss * self._scale.value)
                 outputs.append({name: value.detach().float() for name, value in {**report, **losses}.items()})
             each = torch.stack([output["loss"] for output in outputs])
@@ -106,8 +107,7 @@ class DeepSpeedEngine(Ranks):
         if not applied and not self._scale.dynamic:
             self._diverged(microbatches, each)
         self._scale.update(applied)
-        mean = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
-        return StepResult(mean, norm, skipped=not applied, stop=bool(any_stop))
+        return StepResult(weighted_mean(outputs, weights), norm, skipped=not applied, stop=bool(any_stop))
 
     def _update_whole(self) -> tuple[float, bool]:
         """ZeRO 0: the gradients are whole and averaged. The global norm, and whether weights changed."""

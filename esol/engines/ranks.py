@@ -275,6 +275,12 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def weighted_mean(outputs: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Each entry of the micro-batches' losses and reports times their weights, averaged."""
+    pairs = list(zip(outputs, weights, strict=True))
+    return {name: torch.stack([output[name] * weight for output, weight in pairs]).mean() for name in outputs[0]}
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

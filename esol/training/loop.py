@@ -99,8 +99,8 @@ def train(
 
     batches yields this rank's micro-batches of one optimizer step, starting at start_step. Steps are counted from 1 in
     logs and checkpoints: "after step N". Every log_every steps, and at the end, the main rank's log gets means over the
-    steps and ranks since the last time. A signal on any rank: the running step is finished, all ranks save and raise
-    Stopped. DivergenceError: a non-finite loss, or MAX_SKIPPED fp16 overflows in a row.
+    steps since the last time and over their global batches' images. A signal on any rank: the running step is finished,
+    all ranks save and raise Stopped. DivergenceError: a non-finite loss, or MAX_SKIPPED fp16 overflows in a row.
     """
     meter = _Meter(engine)
     skipped_in_a_row = 0
@@ -170,9 +170,10 @@ class _Meter:
         worst = torch.tensor([self._waited / self._steps, self._seconds / self._steps, *_memory(self._engine.device)])
         waited, seconds, resident, cuda = self._engine.reduce(worst.double(), "max").tolist()
         damaged = self._engine.reduce(torch.tensor([self._damaged]), "sum")
-        images = self._images / self._steps * self._engine.world_size  # ranks have equal shares
+        images = torch.tensor([self._images / self._steps], dtype=torch.float64)
+        images_of_all = float(self._engine.reduce(images, "mean")) * self._engine.world_size
         values = dict(zip(names, losses.tolist(), strict=True))
-        values |= {"images_per_second": images / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
+        values |= {"images_per_second": images_of_all / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
         values |= {"peak_memory_mib": resident, "skipped_steps": float(self._skipped)}
         values["damaged_samples"] = float(damaged)
         if self._engine.device.type == "cuda":

@@ -60,6 +60,15 @@ def test_five_float32_steps_are_the_same_on_both_engines(tmp_path: Path, count: 
                 torch.testing.assert_close(ours["state"][index][slot], value, rtol=0, atol=1e-6)
 
 
+def test_ten_images_on_three_ranks_step_as_on_one(tmp_path: Path) -> None:
+    """Shares of 4, 3 and 3 images, in micro-batches of 2 and 2, 2 and 1, 2 and 1."""
+    same = (None, "sgd", "fp32", None, 10)
+    expected = drill(1, "accelerate", (0,), tmp_path / "one", *same)[0]
+    found = drill(3, "deepspeed", ALL, tmp_path / "three", *same)
+    for zero in ALL:
+        assert_equal(found[zero], expected)
+
+
 @pytest.mark.parametrize(
     ("precision", "extra"),
     [

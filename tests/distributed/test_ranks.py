@@ -46,6 +46,24 @@ def test_two_ranks_train_like_one(tmp_path: Path, micro: int) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
+def test_ranks_of_uneven_shares_train_and_log_like_one(tmp_path: Path) -> None:
+    """10 images on 3 ranks: micro-batches of 2 and 2, 2 and 1, 2 and 1."""
+    logged = {}
+    for count, micro in ((1, 1), (3, 2)):
+        outcomes = run_ranks(count, toy.run, tmp_path / str(count), 8, 8, 0.0, micro, print, 10)
+        assert all(outcome.exitcode == 0 for outcome in outcomes), outcomes
+        logged[count] = outcomes[0].result
+    one, three = (weights(tmp_path / str(count), 8) for count in (1, 3))
+    for name in one:
+        torch.testing.assert_close(three[name], one[name], rtol=0, atol=1e-6)
+    assert list(logged[1]) == [5, 8]
+    for step, values in logged[1].items():
+        for name in ("loss", "mean_label", "grad_norm"):
+            assert logged[3][step][name] == pytest.approx(values[name], rel=0, abs=1e-6)
+        for found in (values, logged[3][step]):
+            assert found["images_per_second"] * found["step_seconds"] == pytest.approx(10)
+
+
 def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
     for micro in (1, 4):
         (outcome,) = run_ranks(1, toy.run, tmp_path / str(micro), 20, 20, 0.0, micro)

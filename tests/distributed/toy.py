@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,13 @@ def batch(step: int, first: int, count: int) -> Batch:
 
 def batches(engine: Engine, start_step: int, global_batch: int = 8, micro: int = 1) -> Iterator[list[Batch]]:
     """This rank's share of each global batch, in `micro` micro-batches."""
-    share = global_batch // engine.world_size // micro
+    most = -(-global_batch // engine.world_size)
+    share = share_of(engine.rank, engine.world_size, global_batch, -(-most // micro))
     for step in range(start_step, 1_000_000):
-        first = engine.rank * share * micro
-        yield [batch(step, first + i * share, share) for i in range(micro)]
+        parts = [batch(step, begin, end - begin) for begin, end in pairwise(share.edges)]
+        for part, weight in zip(parts, share.weights, strict=True):
+            part["weight"] = weight
+        yield parts
 
 
 def drill(
@@ -97,10 +101,11 @@ def drill(
     optimizer: str = "sgd",
     precision: str = "fp32",
     extra: dict[str, Any] | None = None,
+    images: int = 8,
 ) -> dict[int, tuple[list[tuple[float, float]], dict[str, torch.Tensor]]]:
     """Five steps from scratch or from a checkpoint, by ZeRO stage: losses and gradient norms, and the weights after.
 
-    extra: other fields of DeepSpeedConfig.
+    extra: other fields of DeepSpeedConfig; images: of a global batch.
 
     Saves into folder/<name><zero>. One engine for all stages: DeepSpeed cannot start twice in a process.
     """
@@ -115,7 +120,7 @@ def drill(
         engine.prepare(task, build_optimizer(task, config), config.clip_norm)
         if source is not None:
             engine.load(source)
-        stream, trace = batches(engine, 5 if source else 0, micro=2), []
+        stream, trace = batches(engine, 5 if source else 0, images, micro=2), []
         for _ in range(5):
             result = engine.train_step(next(stream), config.lr)
             trace.append((engine.reduce(result.losses["loss"], "mean").item(), result.grad_norm))
@@ -129,19 +134,19 @@ def drill(
     return found
 
 
-def elastic(root: Path, folder: Path, name: str, zero: int, until: int) -> list[tuple[str, float]]:
+def elastic(root: Path, folder: Path, name: str, zero: int, until: int, images: int = 8) -> list[tuple[str, float]]:
     """Trains on real shards from the newest checkpoint to step `until`: keys and loss of each step's global batch."""
     options = build(EngineConfig, {"name": name, "threads": 1, "timeout": 0.5, "deepspeed": {"zero": zero}})
     engine = make_engine(options, seed=7)
     index = Index.load(str(root))
     ordinals = index.split("train")
-    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=8)
+    plan = Plan(ordinals, index.shard_of[ordinals], seed=5, global_batch=images)
     task = Toy()
     engine.prepare(task, build_optimizer(task, CONFIG), CONFIG.clip_norm)
     checkpointer = Checkpointer(folder, engine, fingerprint="f", config={})
     resumed = checkpointer.resume()
     start = resumed.step if resumed else 0
-    share = share_of(engine.rank, engine.world_size, 8, 0)
+    share = share_of(engine.rank, engine.world_size, images, 0)
     crop, data = Crop(16, (16, 24)), DataConfig(str(root), workers=0)
     stream, trace = training_stream(ShardReader(index), plan, share, start, until, crop, data, (0, 0, 0)), []
     for microbatches in stream:
@@ -217,16 +222,21 @@ def run(
     noise: float = 0.0,
     micro: int = 1,
     event: Callable[[Engine, int], None] = print,
-) -> None:
+    images: int = 8,
+) -> dict[int, dict[str, float]]:
     """Trains from the newest checkpoint in folder to step total; leaves with exits.STOPPED after a signal.
 
-    event: called with the step whose batch is drawn.
+    event: called with the step whose batch is drawn; images: of a global batch. Returns what was logged, by step.
     """
     engine, _ = start(noise=noise)
     checkpointer = Checkpointer(folder, engine, fingerprint="f", config={"a": 1}, every=every, keep=2)
     resumed = checkpointer.resume()
     step = resumed.step if resumed else 0
-    stream = batches(engine, step, micro=micro)
+    stream, logged = batches(engine, step, images, micro), {}
+
+    def log(step: int, values: dict[str, float]) -> None:
+        logged[step] = values
+        print(step, values, flush=True)
 
     def drawn() -> Iterator[list[Batch]]:
         for number, item in enumerate(stream, step + 1):
@@ -243,13 +253,14 @@ def run(
                 start_step=step,
                 checkpointer=checkpointer,
                 stop=stop,
-                log=lambda step, values: print(step, values, flush=True),
+                log=log,
                 log_every=5,
             )
         except Stopped as stopped:
             print(stopped, flush=True)
             os._exit(exits.STOPPED)
     engine.close()
+    return logged
 
 
 def sigterm_rank_1_twice(engine: Engine, step: int) -> None:

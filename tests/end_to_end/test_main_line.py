@@ -351,9 +351,12 @@ def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) 
     nowhere = launch(PLAIN, config, *options, "--set", "data.root=nowhere")
     assert nowhere.returncode == 2
     assert "error: nowhere/index.json is missing" in nowhere.stderr
-    odd = launch(TWO_RANKS, config, *options, "--set", "classify.global_batch=9")
+    odd = launch(TWO_RANKS, config, *options, "--set", "classify.global_batch=1")
     assert odd.returncode != 0
-    assert "global_batch = 9 cannot be shared by 2 processes: set global_batch to" in odd.stderr
+    assert (
+        "global_batch = 1 is too small for 2 processes, each of which needs an image: set global_batch to 2"
+        in odd.stderr
+    )
 
 
 def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_its_results(config: Path, one: Path) -> None:
