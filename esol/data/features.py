@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class FeatureStore:
     """The features of one backbone's crops in a folder, which ranks share; each adds a part of its own.
 
     shape: (channels, h, w) of a crop's features; kind: their type; room: bytes that this process may write. What is
-    there when it is made is known; what is added is known to those that are made after `close`.
+    there when it is made is known; what is added is known to those that are made after it was left.
     """
 
     known: NDArray[np.int64]
@@ -81,8 +81,11 @@ class FeatureStore:
         self._room -= size
         self._added.append(crops)
 
-    def close(self) -> None:
-        """Makes what was added known to the stages that follow."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Makes what was added known to the stages that follow, also those after a stop."""
         if self._file is None:
             return
         path, file, self._file = Path(self._file.name), self._file, None

@@ -128,8 +128,8 @@ class Batch(TypedDict):
     their place in the stages behind a frozen backbone, where those of all the crops are kept (esol.data.features);
     labels: float32 (B, C) multi-hot, C classes without background; key: B sample keys; skipped: what was wrong with the
     damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
-    0 background, 1..C classes, 255 ignored, in the stages that learn from one; crop: the numbers of the B crops; weight:
-    how much its losses count in the plain mean over the micro-batches of all ranks, 1 where it is not given
+    0 background, 1..C classes, 255 ignored, in the stages that learn from one; crop: the numbers of its B crops;
+    weight: how much its losses count in the plain mean over the micro-batches of all ranks, 1 where it is not given
     (esol.data.plan.Share).
     """
 

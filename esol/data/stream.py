@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from esol.base.errors import DataError, EsolError
 from esol.config import DataConfig
+from esol.data.features import FeatureStore
 from esol.data.plan import Plan, Share, sample_rng
 from esol.data.reader import ShardReader
 from esol.data.samples import Batch
@@ -62,7 +63,8 @@ class Examples:
 
     skip: a damaged sample's place is taken by the first good one of an order that its key and the epoch draw, so that
     who stands in depends on the photos alone, not on ranks, workers or micro-batches, and a damaged shard does not make
-    one photo count for all of it. DataError where none is good.
+    one photo count for all of it. DataError where none is good. kept: the numbers of crops whose features are at hand,
+    in rising order; a micro-batch of which all are has no images, and no photo of it is read.
     """
 
     reader: ShardReader
@@ -72,10 +74,16 @@ class Examples:
     target: Callable[[int], NDArray[np.uint8]] | None
     skip: bool
     collate: Callable[[list[Sample]], Sample]
+    kept: NDArray[np.int64]
 
     def __call__(self, samples: list[Sample]) -> Sample:
-        """What `collate` makes of the samples' examples."""
-        return self.collate([self._example(sample) for sample in samples])
+        """What `collate` makes of the samples' examples, with "crop", their numbers."""
+        index = self.reader.index
+        crops = np.array([sample["epoch"] * len(index) + sample["ordinal"] for sample in samples], np.int64)
+        if not np.isin(crops, self.kept, assume_unique=True).all():
+            return {**self.collate([self._example(sample) for sample in samples]), "crop": crops}
+        labels = np.stack([self.reader.labels(sample["ordinal"]) for sample in samples])
+        return {"labels": labels, "key": [sample["__key__"] for sample in samples], "skipped": [], "crop": crops}
 
     def _example(self, sample: Sample) -> Sample:
         """{"image", "labels", "key"}, with "damaged", the reason, where another sample stands in."""
@@ -126,18 +134,21 @@ def training_stream(
     config: DataConfig,
     fill: tuple[int, int, int],
     target: Callable[[int], NDArray[np.uint8]] | None = None,
+    features: FeatureStore | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of steps start..stop-1, a list per step.
 
     fill: RGB 0..255 around photos smaller than the crop; target: the label map (H, W) of a sample by its ordinal, which
-    is cropped with its photo to batch["target"]. DataError, naming shard and key, for a damaged sample, or, with
-    data.damaged = skip, the next good sample of the split stands in and batch["skipped"] says what was wrong. All that
-    goes to the data workers can be pickled, so that they start by fork, forkserver and spawn alike.
+    is cropped with its photo to batch["target"]; features: where those of crops are kept, which stand in place of
+    images in micro-batches of which all are known there. DataError, naming shard and key, for a damaged sample, or,
+    with data.damaged = skip, the next good sample of the split stands in and batch["skipped"] says what was wrong. All
+    that goes to the data workers can be pickled, so that they start by fork, forkserver and spawn alike.
     """
     workers = config.workers
     ring = _Ring(workers, (share.largest, 3 if target is None else 4, crop.size, crop.size)) if workers else None
     skip = config.damaged == "skip"
-    examples = Examples(reader, plan, crop, tuple(fill), target, skip, ring.collate if ring else collate)
+    kept = features.known if features else np.zeros(0, np.int64)
+    examples = Examples(reader, plan, crop, tuple(fill), target, skip, ring.collate if ring else collate, kept)
     pipeline = wds.DataPipeline(PlannedSamples(reader, plan, share, start, stop), wds.map(examples))
     # a Ctrl-C while workers still import is the main process's affair: they unblock it when they ignore it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if workers else set())
@@ -156,7 +167,11 @@ def training_stream(
     try:
         step: list[Batch] = []
         for batch in _clear_errors(loader):
-            batch = _part(ring.take(batch) if ring else batch)
+            batch["labels"] = torch.as_tensor(batch["labels"])
+            if "image" in batch:
+                batch = _part(ring.take(batch) if ring else batch)
+            elif features is not None:
+                batch["features"] = features.get(batch["crop"])
             batch["weight"] = share.weights[len(step)]
             step.append(batch)
             if len(step) == share.per_step:
@@ -215,12 +230,7 @@ class _Ring:
         """In the main process: copies the images out, which frees their place."""
         place = self._places[batch["image"]]
         image = torch.empty(place.shape, dtype=place.dtype, pin_memory=torch.cuda.is_available()).copy_(place)
-        return {
-            "image": image,
-            "labels": torch.from_numpy(batch["labels"]),
-            "key": batch["key"],
-            "skipped": batch["skipped"],
-        }
+        return Batch(**{**batch, "image": image})  # type: ignore[typeddict-item]
 
 
 def _set_up_worker(worker: int) -> None:

@@ -127,14 +127,10 @@ class Ranks(Engine):
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the device."""
-        moved = Batch(
-            image=batch["image"].to(self.device, non_blocking=True),
-            labels=batch["labels"].to(self.device, non_blocking=True),
-            key=batch["key"],
-        )
-        if "target" in batch:
-            moved["target"] = batch["target"].to(self.device, non_blocking=True)
-        return moved
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }  # type: ignore[return-value]
 
     def _diverged(self, microbatches: Sequence[Batch], losses: Tensor) -> None:
         """Raises on every rank with what each rank saw; called by all ranks or none, before the optimizer's step."""

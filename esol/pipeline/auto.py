@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from esol.base.files import atomic_write, writable
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.pipeline import records
+from esol.pipeline.features import FEATURES
 from esol.pipeline.recipe import CHAIN, OPTIONAL, Initial, Machine, Photos, config_text, find_weights, this_machine
 from esol.report.tables import best_masks
 
@@ -67,6 +69,7 @@ def auto(
 
     if code := run_job(load(path), resume=True):
         return code
+    shutil.rmtree(out / FEATURES, ignore_errors=True)  # gigabytes that a run which is done has no use for
     print("\n".join(closing(photos, out)), flush=True)
     return 0
 

@@ -15,21 +15,21 @@ from esol.pipeline.context import Context
 from esol.training.head import CamTask
 from esol.training.task import Task
 
-FOLDER = "features"  # below the run directory
+FEATURES = "features"  # below the run directory
 _FORM = 1  # of the numbers that make features what they are: raised when the code computes others
 
 
 def kept_features(context: Context, task: Task) -> FeatureStore | None:
     """The store of the task's features, which it fills; None where nothing is to be kept. A collective.
 
-    Only a backbone of which nothing learns has features that stay. What is in the folder and was made by another
-    backbone, from other crops or other data, is removed.
+    Only a backbone of which nothing learns in this stage has features that stay. What is in the folder and was made by
+    another backbone, from other crops or other data, is removed.
     """
     gib, engine = context.config.data.features, context.engine
-    if not gib or not isinstance(task, CamTask) or not task.net.backbone.frozen:
+    if not gib or not isinstance(task, CamTask) or any(p.requires_grad for p in task.net.backbone.parameters()):
         return None
     backbone = task.net.backbone.to(engine.device)
-    stamp, folder = _stamp(context, backbone), context.run_dir / FOLDER
+    stamp, folder = _stamp(context, backbone), context.run_dir / FEATURES
     if engine.is_main:
         (folder / stamp).mkdir(parents=True, exist_ok=True)
         clear(folder, stamp)

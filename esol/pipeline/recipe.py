@@ -177,6 +177,7 @@ def config_text(
         f"  long_side: [{low}, {side}]  # {photos.count} photos, whose long side is {photos.side} pixels in the middle",
         f"  crop: {crop}  # pixels; {masks}",
         f"  workers: {2 if machine.gpu else 1}  # processes that read photos beside training",
+        *([] if machine.gpu else ["  features: 4  # GiB for what the frozen network makes of photos, gone at the end"]),
         "model:",
         *(f"  {line}" for line in model),
         "  freeze: stem  # the machine has a GPU" if machine.gpu else "  freeze: all  # on a CPU only the head learns",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.models.backbones import Backbone
 from esol.models.folded import fold_frozen_norms
+from esol.pipeline.features import kept_features
 from esol.pipeline.made import StageShards
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
@@ -70,6 +72,7 @@ class TrainingStage(Stage):
 
         for backbone in [module for module in task.modules() if isinstance(module, Backbone)]:
             fold_frozen_norms(backbone, context.kind)
+        features = kept_features(context, task)
 
         last: dict[str, Any] = {}
         engine.prepare(task, build_optimizer(task, config), config.clip_norm)
@@ -84,9 +87,9 @@ class TrainingStage(Stage):
         )
         start = self._start(checkpoints, last)
         batches = training_stream(
-            context.reader, plan, share, start, total, self.crop(), settings.data, fill, self.target()
+            context.reader, plan, share, start, total, self.crop(), settings.data, fill, self.target(), features
         )
-        with progress(self.name, total, "steps", engine.is_main) as advance:
+        with progress(self.name, total, "steps", engine.is_main) as advance, features or nullcontext():
 
             def log(step: int, metrics: dict[str, float]) -> None:
                 last.update(metrics)

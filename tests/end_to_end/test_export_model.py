@@ -82,7 +82,7 @@ def test_networks_that_pad_by_size_are_exported_with_fixed_padding() -> None:
     net = DeepLab(backbone, 3).eval()
     fixed = _with_fixed_padding(net)
     assert any(type(module).__name__ == "Conv2dSame" for module in net.modules())
-    assert all(type(module) is torch.nn.Conv2d for module in fixed.modules() if isinstance(module, torch.nn.Conv2d))
+    assert not any(type(module).__name__ == "Conv2dSame" for module in fixed.modules())
     for size in ((9, 17), (65, 97), (129, 41)):
         image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
         with torch.no_grad():

@@ -299,6 +299,36 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
         assert Index.load(str(one / stage)).keys.tolist() == Index.load(str(other / stage)).keys.tolist()
 
 
+def test_kept_features_stand_for_the_photos_and_change_nothing(config: Path, one: Path, shard_set: Path) -> None:
+    """decide keeps them; expand and shrink, which see the same crops, then read no photo."""
+    run, photos = config.parent / "runs/kept", config.parent / "damaged"
+    shutil.copytree(one, run)
+    heads = ("decide", "expand", "shrink")
+    for stage in heads:
+        shutil.rmtree(run / stage)
+    options = ["--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "tracking.pictures=0"]
+    kept = [*options, "--set", "data.features=0.1", "--resume", "--stages"]
+    done = launch(PLAIN, config, *kept, "decide")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(shard_set, photos)
+    index = Index.load(str(photos))
+    for shard, spec in enumerate(index.shards):
+        data = bytearray((photos / spec.name).read_bytes())
+        for ordinal in np.flatnonzero(index.shard_of == shard):
+            place = int(index.members[index.image_ext(int(ordinal))][ordinal, 0])
+            data[place : place + 100] = bytes(100)
+        (photos / spec.name).write_bytes(data)
+    damaged = ["--set", f"data.root={photos}"]
+    done = launch(PLAIN, config, *kept, "expand,shrink", *damaged)
+    assert done.returncode == 0, done.stderr
+    for stage in heads:
+        assert (run / stage / "model.safetensors").read_bytes() == (one / stage / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "shrink")
+    without = launch(PLAIN, config, *options, "--resume", "--stages", "shrink", *damaged)
+    assert without.returncode == 2
+    assert "holds other bytes than were indexed" in without.stderr
+
+
 @pytest.mark.parametrize("stage", ["classify", "segment"])
 def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path, stage: str) -> None:
     """Schedulers signal data workers too; they must not take the main process down before it has saved."""
