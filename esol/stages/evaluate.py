@@ -56,6 +56,7 @@ class Evaluate(InferenceStage[Predicted]):
     splits = ("eval_split",)
     scored = "eval_split"
     labelled = False
+    beside = True
     config: EvaluateConfig
 
     def open(self) -> None:
@@ -67,26 +68,23 @@ class Evaluate(InferenceStage[Predicted]):
         self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
 
     def make(self, samples: Sequence[Sample]) -> list[Predicted]:
-        return [self._predict(sample) for sample in samples]
-
-    def _predict(self, sample: Sample) -> Predicted:
-        config, image = self.config, sample.image.to(self.context.engine.device)
+        config, images = self.config, [sample.image.to(self.context.engine.device) for sample in samples]
+        keys = ", ".join(sample.key for sample in samples)
 
         def tell(what: str) -> None:
-            self.context.engine.beat(f"{what} of {sample.key}")
+            self.context.engine.beat(f"{what} of {keys}")
 
         with self.context.engine.autocast():
             found = logits_by_scale(
-                [image], self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
-            )[0]
-        plain, sharp = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
-        sure = np.empty(sample.size, np.float32)
-        for part, before, after in by_parts(image, found, config, tell):
+                images, self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
+            )
+        made = [Predicted(*(np.empty(one.size, kind) for kind in (np.uint8, np.uint8, np.float32))) for one in samples]
+        for i, part, before, after in by_parts(images, found, config, tell):
             label = after.argmax(0)
-            plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
-            sharp[part.kept] = label.to(torch.uint8).cpu().numpy()
-            sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
-        return Predicted(plain, sharp, sure)
+            made[i].plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
+            made[i].refined[part.kept] = label.to(torch.uint8).cpu().numpy()
+            made[i].sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
+        return made
 
     def members(self, sample: Sample, made: Predicted) -> Members:
         return {"mask.png": encode_mask(made.refined)}
