@@ -106,8 +106,8 @@ class InferenceStage(Stage, Generic[Made]):
         """What is written of it: extension -> bytes."""
         return {}
 
-    def confidence(self, sample: Sample, made: Made) -> NDArray[np.float32]:
-        """How sure it is of its label map, float (H, W) in 0..1; of stages that make masks, made on request."""
+    def confidence(self, sample: Sample, mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """How sure it is of the label map (H, W) that it has made, float (H, W) in 0..1; of stages that make masks."""
         raise NotImplementedError
 
     def count(self, sample: Sample, made: Made) -> Tally:

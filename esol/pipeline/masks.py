@@ -76,13 +76,19 @@ class MaskStage(InferenceStage[Mask]):
     def open(self) -> None:
         self.maps = StageShards(self.context, "localize")
 
-    def make(self, samples: Sequence[Sample]) -> list[Mask]:
+    def _scored(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[dict[str, NDArray[Any]]], list[Tensor], list[Tensor], list[Tensor]]:
+        """The maps of photos as localize wrote them, and on the device: the photos, their classes and their scores."""
         device = self.context.engine.device
         arrays = [self.maps.arrays(sample.ordinal, "maps.npz") for sample in samples]
         images = [sample.image.to(device) for sample in samples]
         classes = [torch.from_numpy(own["classes"]).to(device) for own in arrays]
-        full = [torch.from_numpy(own["full"]).to(device).float() / 255 for own in arrays]
-        scores = self.scores_of(images, arrays)
+        return arrays, images, classes, self.scores_of(images, arrays)
+
+    def make(self, samples: Sequence[Sample]) -> list[Mask]:
+        arrays, images, classes, scores = self._scored(samples)
+        full = [torch.from_numpy(own["full"]).to(self.context.engine.device).float() / 255 for own in arrays]
         cues = [self._cue(*one) for one in zip(samples, images, scores, strict=True)]
         masks = [[one.cpu() for one in both] for both in pseudo_masks(images, scores, classes, self.config, cues)]
         lost = [
@@ -114,14 +120,15 @@ class MaskStage(InferenceStage[Mask]):
     def members(self, sample: Sample, made: Mask) -> Members:
         return {"mask.png": encode_mask(made.refined)}
 
-    def confidence(self, sample: Sample, made: Mask) -> NDArray[np.float32]:
+    def confidence(self, sample: Sample, mask: Label) -> NDArray[np.float32]:
         """The score of a pixel's class, before the CRF, or what the best score leaves for background; 0 for void.
 
         The CRF's own probabilities are of little use here: all but all of them are 0 or 1.
         """
-        label = torch.from_numpy(made.refined).to(made.scores.device)
-        found = (label == 0) * (1 - best_class(made.scores, made.classes)[1])
-        for number, own in zip(made.classes.tolist(), made.scores, strict=True):
+        (arrays,), _, (classes,), (scores,) = self._scored([sample])
+        label = torch.from_numpy(mask).to(scores.device)
+        found = (label == 0) * (1 - best_class(scores, classes)[1])
+        for number, own in zip(arrays["classes"].tolist(), scores, strict=True):
             found = torch.where(label == number + 1, own, found)
         return found.cpu().numpy()
 
