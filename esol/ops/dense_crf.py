@@ -24,11 +24,11 @@ class DenseCrf:
     """Dense CRF of one photo or of several, for any number of label sets; the semantics of pydensecrf's DenseCRF2D.
 
     images: uint8 (3, H, W), each of its own size. Photos share a lattice without touching, since its points are
-    numbered by photo: on a CPU what a photo comes to is the same to the bit with and without others, on a GPU, where
-    small kernels wait to be started, several cost little more than one. Standard deviations: sxy in pixels, srgb in
-    grey levels; compat: weight of the Potts model, 0 leaves the kernel out. Kernels are normalised symmetrically, and a
-    pixel counts among its own neighbours. Raises ValueError for other images, or for deviations so small that the
-    lattice points of all photos cannot be numbered in 63 bits.
+    numbered by photo: on a CPU what a photo comes to is the same to the bit with and without others; on a GPU, where
+    small kernels wait to be started, several need hardly more of them than one. Standard deviations: sxy in pixels,
+    srgb in grey levels; compat: weight of the Potts model, 0 leaves the kernel out. Kernels are normalised
+    symmetrically, and a pixel counts among its own neighbours. Raises ValueError for other images, or for deviations so
+    small that the lattice points of all photos cannot be numbered in 63 bits.
 
     Memory: 0.2 to 0.4 kB per pixel for photos at bilateral 50/5, 0.8 kB while the lattices are built (pure noise, with
     6 lattice points per pixel: 1.2 and 1.6 kB). infer adds 8 bytes per pixel and label, and 0.3 kB per pixel (noise:

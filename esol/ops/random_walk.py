@@ -26,8 +26,8 @@ def random_walk(
 
     The result of PSA and IRN (`to_transition_matrix`), who square a dense matrix of (hw)^2; memory here is about K + 6n
     floats a pixel, on a GPU 7K + 6n and up to 256 MiB. A step makes every pixel a mean of those around it: a map stays
-    between its extremes. Photos of any sizes walk side by side: on a CPU with the same bits as alone, on a GPU in
-    little more time than the slowest of them.
+    between its extremes. Photos of any sizes walk side by side: on a CPU with the same bits as alone, on a GPU with
+    hardly more kernels than the one of most steps.
 
     T is self-adjoint when pixels weigh what their columns sum to. Its eigenvalues are in -1..1, where x^steps is nearly
     a Chebyshev series of 5.3 sqrt(steps) terms: 84 products instead of 256 (Sachdeva and Vishnoi, "Faster Algorithms

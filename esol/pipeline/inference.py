@@ -79,7 +79,7 @@ class InferenceStage(Stage, Generic[Made]):
     labelled: whether it needs every photo's labels, so that one without any record of them is an error; writes: whether
     what it makes is kept as shards, or the counts alone; beside: whether it has small operators, such as a CRF's, of
     which it makes one pass for several photos: it gets them together on a GPU, where such operators wait to be started,
-    and one by one on a CPU, where that is as fast.
+    and one by one on a CPU, where that is not slower.
     """
 
     produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar")
