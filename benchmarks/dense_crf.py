@@ -46,6 +46,8 @@ PARAMETERS: dict[str, tuple[dict[str, float], int]] = {  # kernels and labels
     "81 labels: soft scores, 3/3, 50/5/10": (IRN, 81),
 }
 
+AT_ONCE = (1, 4, 8)  # photos in one lattice
+
 
 def load(path: Path, size: tuple[int, int] | None) -> Tensor:
     """uint8 (3, H, W); size: (long side, short side), None keeps the photo's own."""
@@ -174,23 +176,33 @@ def speed(paths: list[Path], size: tuple[int, int] | None, name: str, rounds: in
     return rows
 
 
-def on_gpu(paths: list[Path], rounds: int) -> str:
-    """Images per second of IRN's workload at 375x500, lattices included."""
-    if not torch.cuda.is_available():
+def at_once(paths: list[Path], size: tuple[int, int] | None, device: str, rounds: int) -> str:
+    """Images per second of IRN's workload, lattices included, one photo at a time and several at once, in turn."""
+    if not torch.cuda.is_available() and device == "cuda":
         return "not run"
     name = next(iter(PARAMETERS))
     kernels, labels = PARAMETERS[name]
-    photos = [load(path, (500, 375)) for path in paths]
-    batch = [(photo.cuda(), [u.cuda() for u in unaries(photo, name, labels, i)]) for i, photo in enumerate(photos)]
-    for photo, sets in batch[:3]:
-        DenseCrf(photo, **kernels).infer(sets)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        for photo, sets in batch:
-            DenseCrf(photo, **kernels).infer(sets)
-    torch.cuda.synchronize()
-    return f"{rounds * len(batch) / (time.perf_counter() - start):.1f} images/s"
+    photos = [load(path, size) for path in paths]
+    batch = [
+        (photo.to(device), [u.to(device) for u in unaries(photo, name, labels, i)]) for i, photo in enumerate(photos)
+    ]
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        for first in range(0, len(batch), count):
+            some = batch[first : first + count]
+            sets = [(number, one) for number, (_, own) in enumerate(some) for one in own]
+            crf = DenseCrf(*(photo for photo, _ in some), **kernels)
+            crf.infer([one for _, one in sets], photos=[number for number, _ in sets])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    cases = {count: partial(timed, count) for count in AT_ONCE}
+    for case in cases.values():
+        case()
+    found = interleaved({str(count): case for count, case in cases.items()}, rounds)
+    return ", ".join(f"{n} at once {len(batch) / statistics.median(took):.1f} images/s" for n, took in found.items())
 
 
 def main() -> None:
@@ -204,8 +216,9 @@ def main() -> None:
     paths = sorted(p for p in args.photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))[: args.count]
     torch.set_num_threads(1)
     print(f"{machine()}, one thread, {len(paths)} photos, 10 iterations\n")
+    on_gpu = f"GPU, IRN's workload at 375x500: {at_once(paths, (500, 375), 'cuda', args.rounds)}"
     if args.gpu_alone:
-        print(f"GPU, IRN's workload at 375x500: {on_gpu(paths, args.rounds)}")
+        print(on_gpu)
         return
     print(agreement(paths), flush=True)
     headings = ["kernels", "photos", "counted", "ours, s", "pydensecrf2, s", "ratio (median)", "highest of a photo"]
@@ -215,7 +228,8 @@ def main() -> None:
     rows += speed(timed[:4], (500, 375), many, args.rounds)
     print(f"\n{table(headings, rows)}\n")
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    print(f"GPU, IRN's workload at 375x500: {on_gpu(paths, args.rounds)}")
+    print(f"one core, IRN's workload at 320 long: {at_once(timed, None, 'cpu', args.rounds)}")
+    print(on_gpu)
 
 
 if __name__ == "__main__":

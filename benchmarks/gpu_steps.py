@@ -157,39 +157,49 @@ def _step(name: str, parts: list[str], batch: int, crop: int) -> Callable[[], No
 
 
 def crf(args: argparse.Namespace, note: Callable[..., None]) -> None:
-    """Lattice and mean field, by labels: IRN's kernels for 3 and 6, DeepLab's for 21 and 81."""
+    """Lattice and mean field, by labels and by photos at once: IRN's kernels for 3 and 6, DeepLab's for 21 and 81."""
     generator = torch.Generator().manual_seed(0)
-    height, width = (375, 500) if CUDA else (60, 80)
-    coarse = torch.rand(1, 3, 40, 50, generator=generator) * 255
-    image = F.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255)
-    image = (image + torch.randn(image.shape, generator=generator) * 4).clamp(0, 255).to(torch.uint8).to(DEVICE)
+    sizes = ((375, 500), (500, 375), (333, 500), (375, 500)) if CUDA else ((60, 80), (80, 60), (53, 80), (60, 80))
+    images = []
+    for height, width in sizes:
+        coarse = torch.rand(1, 3, 40, 50, generator=generator) * 255
+        image = F.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255)
+        noise = torch.randn(image.shape, generator=generator) * 4
+        images.append((image + noise).clamp(0, 255).to(torch.uint8).to(DEVICE))
     late = CrfConfig(gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4)
     for labels, config in ((3, CrfConfig()), (6, CrfConfig()), (21, late), (81, late)):
         kernels = {
             name: getattr(config, name)
             for name in ("gaussian_sxy", "gaussian_compat", "bilateral_sxy", "bilateral_srgb", "bilateral_compat")
         }
-        noise = torch.rand(labels, height, width, generator=generator)
-        unary, made = unary_from_probabilities(noise.softmax(0)).to(DEVICE), DenseCrf(image, **kernels)
-        parts: dict[str, Callable[[], object]] = {
-            "build": lambda kernels=kernels: DenseCrf(image, **kernels),  # type: ignore[misc]
-            "infer": lambda made=made, unary=unary: made.infer([unary], 10),  # type: ignore[misc]
-        }
-        for part, work in parts.items():
-            note(what="crf", size=[height, width], labels=labels, part=part, **clock(work, 2, 5), **busy(work))
+        unaries = [
+            unary_from_probabilities(torch.rand(labels, *size, generator=generator).softmax(0)).to(DEVICE)
+            for size in sizes
+        ]
+        for count in (1, len(images)):
+            some, own, of = images[:count], unaries[:count], list(range(count))
+            made = DenseCrf(*some, **kernels)
+            parts: dict[str, Callable[[], object]] = {
+                "build": lambda some=some, kernels=kernels: DenseCrf(*some, **kernels),  # type: ignore[misc]
+                "infer": lambda made=made, own=own, of=of: made.infer(own, 10, of),  # type: ignore[misc]
+            }
+            for part, work in parts.items():
+                about = {"what": "crf", "size": sizes[0], "photos": count, "labels": labels, "part": part}
+                note(**about, **clock(work, 2, 5), **busy(work))
 
 
 def walk(args: argparse.Namespace, note: Callable[..., None]) -> None:
-    """256 steps on the grids of PSA and IRN for a photo of 375 x 500."""
+    """256 steps on the grids of PSA and IRN for a photo of 375 x 500; several at once, every second one upright."""
     for height, width, classes in ((47, 63, 3), (94, 125, 2)):
         for batch in (1, 4, 16):
-            maps = torch.rand(batch, classes, height, width, device=DEVICE)
-            affinity = torch.rand(batch, 34, height, width, device=DEVICE)
+            sizes = [(height, width) if i % 2 == 0 else (width, height) for i in range(batch)]
+            maps = [torch.rand(classes, *size, device=DEVICE) for size in sizes]
+            affinity = [torch.rand(34, *size, device=DEVICE) for size in sizes]
 
-            def work(maps: torch.Tensor = maps, affinity: torch.Tensor = affinity) -> object:
+            def work(maps: list[torch.Tensor] = maps, affinity: list[torch.Tensor] = affinity) -> object:
                 return random_walk(maps, affinity, 5, 8.0, 256)
 
-            note(what="walk", grid=[height, width], batch=batch, **clock(work, 1, 3), **busy(work))
+            note(what="walk", grid=[height, width], photos=batch, **clock(work, 1, 3), **busy(work))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from esol.models.affinity_net import AffinityNet
 from esol.models.deeplab import DeepLab
 from esol.models.heads import Heads
 from esol.models.irn_net import IrnNet
-from esol.ops import class_maps, dense_crf, pseudo_labels, segmentation, tiles
+from esol.ops import class_maps, dense_crf, lattice, pseudo_labels, segmentation, tiles
 from esol.ops.metrics import ThresholdCurve
 from esol.pipeline import cam, config_file, crew, inference, job, made, masks, registry
 from esol.stages import evaluate, localize, vote
@@ -55,7 +55,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (masks, "judge_counts", "judge"),
     (vote, "judge_counts", "judge"),
     (evaluate, "judge_counts", "judge"),
-    (dense_crf._Kernel, "__init__", "CRF, lattice"),
+    (lattice.Kernel, "__init__", "CRF, lattice"),
     (dense_crf.DenseCrf, "infer", "CRF, mean field"),
     (pseudo_labels, "random_walk", "walk"),
     (pseudo_labels, "feature_affinity", "affinities"),

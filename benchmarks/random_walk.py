@@ -86,7 +86,7 @@ def exact_walk(maps: Tensor, affinity: Tensor) -> Tensor:
 def against_dense(squarings: int) -> None:
     """Errors, times and memory at the size of a VOC photo."""
     maps, affinity = scene(*VOC_GRID)
-    walk = partial(random_walk, maps, affinity, RADIUS, BETA)
+    walk = partial(walked, maps, affinity)
     exact, ours = exact_walk(maps, affinity), walk()
     found: dict[str, list[Any]] = {"dense": [], "ours": [once(walk) for _ in range(10)]}
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def once(function: Callable[[], object]) -> float:
 def growth() -> None:
     """Time and memory by image size, the sizes in turn."""
     sides = (128, 256, 384, 512, 768, 1024, 4096)
-    cases = {side: partial(random_walk, *scene(side // 4, side // 4), RADIUS, BETA) for side in sides}
+    cases = {side: partial(walked, *scene(side // 4, side // 4)) for side in sides}
     found = interleaved({str(side): partial(once, case) for side, case in cases.items()}, rounds=7)
     rows = []
     for side in sides:
@@ -160,9 +160,14 @@ def on_gpu() -> None:
     print(table(["grid", "float32", "largest error", "mean error", "ms", "extra memory, MiB"], rows))
 
 
+def walked(maps: Tensor, affinity: Tensor) -> Tensor:
+    """The walk of one photo, as the scenes have it."""
+    return torch.stack(random_walk(list(maps), list(affinity), RADIUS, BETA))
+
+
 def waited(maps: Tensor, affinity: Tensor) -> Tensor:
     """The walk to its end, on the CPU then."""
-    return random_walk(maps, affinity, RADIUS, BETA).cpu()
+    return walked(maps, affinity).cpu()
 
 
 def pair_by_pair(maps: Tensor, affinity: Tensor) -> Tensor:
@@ -185,9 +190,9 @@ def extra_memory(height: int, width: int) -> float:
 
 def _walk_and_watch(height: int, width: int) -> float:
     torch.set_num_threads(1)
-    random_walk(*scene(16, 16), RADIUS, BETA)  # loads what torch loads on first use
+    walked(*scene(16, 16))  # loads what torch loads on first use
     inputs = scene(height, width)
-    return rise(lambda: random_walk(*inputs, RADIUS, BETA))
+    return rise(lambda: walked(*inputs))
 
 
 def rise(function: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from esol.data.transforms import decode, within
 from esol.models.affinity_net import AffinityNet
 from esol.models.regrid import squeeze_to_grid
 from esol.ops.class_maps import class_maps
-from esol.ops.pseudo_labels import psa_scores, pseudo_mask
+from esol.ops.pseudo_labels import psa_scores, pseudo_masks
 from esol.pipeline import records
 from esol.pipeline.cam import new_backbone, ran_with_maps, trained_heads
 from esol.pipeline.weights import restore
@@ -46,8 +46,9 @@ def tiles(run: Path, photo: Path, label: str) -> dict[str, Pixels]:
     net = restore(AffinityNet(new_backbone(config, output_stride=8)), config, "psa").eval()
     walk: WalkConfig = config.named("psa_masks")
     last = list(maps.values())[-1]
-    scores = psa_scores(last.low, net(squeeze_to_grid(image, 8))[0], (image.shape[1], image.shape[2]), walk)
-    found["mask"] = paint(pixels, pseudo_mask(image, scores, last.classes, walk)[1].numpy())
+    scores = psa_scores([last.low], [net(squeeze_to_grid(image, 8))[0]], [(image.shape[1], image.shape[2])], walk)
+    [(_, mask)] = pseudo_masks([image], scores, [last.classes], walk)
+    found["mask"] = paint(pixels, mask.numpy())
     return found
 
 

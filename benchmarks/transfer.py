@@ -38,7 +38,7 @@ from esol.data.transforms import decode
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.ops.metrics import Counts, confusion_matrix, score
-from esol.ops.pseudo_labels import mask_threshold, pseudo_mask
+from esol.ops.pseudo_labels import mask_threshold, pseudo_masks
 from esol.ops.thresholds import auto_threshold
 from esol.pipeline import records
 from esol.pipeline.cam import trained_heads
@@ -109,7 +109,8 @@ def _share_of_time(
     for image, maps, seconds in timed:
         evidence = Evidence.empty(1 + max(int(own.classes.max()) for own in maps.values()))
         begun = time.perf_counter()
-        masks = [pseudo_mask(image, own.full, own.classes, MaskConfig())[1].numpy() for own in maps.values()]
+        made = [pseudo_masks([image], [own.full], [own.classes], MaskConfig())[0] for own in maps.values()]
+        masks = [mask.numpy() for _, mask in made]
         middle = time.perf_counter()
         for mask in masks:
             evidence.add(image.numpy(), mask, maps["cam"].classes.tolist(), seeds=mask)
@@ -181,7 +182,7 @@ def _masks(
     best, row = maps.max(0)
     unaries = [unary_from_labels(torch.where(best > t, row + 1, 0), len(maps) + 1, 0.7) for t in thresholds.values()]
     number = torch.cat((torch.zeros(1, dtype=torch.int64), classes + 1))
-    made = mean_field(image, unaries, CrfConfig())
+    [made] = mean_field([image], [unaries], CrfConfig())
     return {which: number[q.argmax(0)].to(torch.uint8).numpy() for which, q in zip(thresholds, made, strict=True)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from esol.config import CrfConfig
 from esol.ops import dense_crf
 from esol.ops.dense_crf import DenseCrf, refined, unary_from_labels, unary_from_probabilities
+from esol.ops.lattice import spatial_kernel
 
 PARAMETERS: dict[str, tuple[int, dict[str, float]]] = {  # labels, kernels
     "irn": (3, {}),
@@ -137,7 +138,7 @@ def test_label_sets_side_by_side_give_what_they_give_one_by_one() -> None:
 def test_same_input_same_bytes() -> None:
     image, sets = photo(40, 50), [energies(3, 40, 50), energies(20, 40, 50)]
     first = DenseCrf(image).infer(sets)
-    dense_crf._spatial_kernel.cache_clear()
+    spatial_kernel.cache_clear()
     strided = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     second = DenseCrf(strided).infer([one.permute(2, 0, 1).contiguous().permute(1, 2, 0) for one in sets])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -207,12 +208,67 @@ def test_labels_that_no_pixel_wants_stay_out_and_nobody_notices() -> None:
     rare = torch.full((18, 40, 50), 1e-4)
     found = torch.cat((wanted[:2], rare, wanted[2:])) / (1 + 18e-4)
     config = CrfConfig(iterations=5)
-    got, whole = (
-        refined(image, found, config),
-        dense_crf.mean_field(image, [unary_from_probabilities(found)], config)[0],
+    [got], [[whole]] = (
+        refined([image], [found], config),
+        dense_crf.mean_field([image], [[unary_from_probabilities(found)]], config),
     )
     assert torch.equal(got.argmax(0), whole.argmax(0))
     assert bool((got[2:20] == 0).all())
     torch.testing.assert_close(got, whole, atol=1e-2, rtol=0)
-    torch.testing.assert_close(refined(image, wanted, config), dense_crf.mean_field(image, [-wanted.log()], config)[0])
-    assert refined(image, found, CrfConfig(iterations=0)) is found
+    [every] = dense_crf.mean_field([image], [[-wanted.log()]], config)
+    torch.testing.assert_close(refined([image], [wanted], config), every)
+    assert refined([image], [found], CrfConfig(iterations=0))[0] is found
+
+
+MIXED = [(40, 50), (1, 1), (33, 61), (50, 40), (7, 1), (40, 50), (12, 9)]
+SETS = [(2,), (4,), (7, 3), (3,), (5,), (), (21,)]  # labels of each photo's sets
+
+
+@pytest.mark.parametrize("kind", ["irn", "psa", "deeplab"])
+def test_photos_in_one_lattice_are_what_they_are_alone_to_the_bit(kind: str) -> None:
+    kernels = PARAMETERS[kind][1]
+    images = [photo(*size, seed) for seed, size in enumerate(MIXED)]
+    photos = [n for n, labels in enumerate(SETS) for _ in labels]
+    sets = [energies(own, *MIXED[n], n) for n, labels in enumerate(SETS) for own in labels]
+    together = DenseCrf(*images, **kernels).infer(sets, photos=photos)
+    for n, image in enumerate(images):
+        alone = DenseCrf(image, **kernels).infer([own for own, m in zip(sets, photos, strict=True) if m == n])
+        found = [own for own, m in zip(together, photos, strict=True) if m == n]
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+    other_way = [len(images) - 1 - n for n in photos[::-1]]
+    turned = DenseCrf(*reversed(images), **kernels).infer(sets[::-1], photos=other_way)
+    assert all(torch.equal(a, b) for a, b in zip(together, turned[::-1], strict=True))
+
+
+def test_photos_of_the_same_pixels_do_not_touch() -> None:
+    """Beside its twin, whose labels say the opposite, a photo is what it is alone: no kernel reaches over."""
+    image, energy = photo(30, 40), energies(3, 30, 40)
+    alone = DenseCrf(image).infer([energy])[0]
+    for _ in range(2):  # the second time with the spatial lattice of the first
+        assert torch.equal(DenseCrf(image, image).infer([energy, energy.flip(0)], photos=[0, 1])[0], alone)
+
+
+def test_nobody_builds_a_lattice_for_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [photo(*size) for size in MIXED[:3]]
+    unaries = [[energies(1, *MIXED[0])], [], [energies(2, *MIXED[2]), energies(1, *MIXED[2])]]
+    built: list[tuple[tuple[int, int], ...]] = []
+    real = DenseCrf.__init__
+
+    def spy(self: DenseCrf, *photos: Tensor, **options: float) -> None:
+        real(self, *photos, **options)
+        built.append(self.sizes)
+
+    monkeypatch.setattr(DenseCrf, "__init__", spy)
+    found = dense_crf.mean_field(images, unaries, CrfConfig())
+    assert built == [(MIXED[2],)]
+    assert [len(own) for own in found] == [1, 0, 2]
+    assert bool((found[0][0] == 1).all())
+    assert bool((found[2][1] == 1).all())
+    assert torch.equal(found[2][0], DenseCrf(images[2]).infer([unaries[2][0]])[0])
+    dense_crf.mean_field(images[:2], unaries[:2], CrfConfig())
+    assert len(built) == 2
+
+
+def test_of_a_hundred_equal_labels_some_take_part() -> None:
+    even = torch.full((120, 5, 6), 1 / 120)
+    torch.testing.assert_close(refined([photo(5, 6)], [even], CrfConfig(iterations=2)), [even])

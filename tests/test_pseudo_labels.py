@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esol.config import CrfConfig
-from esol.ops.pseudo_labels import irn_labels, irn_scores, psa_labels, psa_scores, pseudo_mask, walk_steps
+from esol.ops.pseudo_labels import Cue, irn_labels, irn_scores, psa_labels, psa_scores, pseudo_masks, walk_steps
 from esol.ops.thresholds import auto_threshold, background_power, power_threshold
 from esol.stages.irn import IrnLabelsConfig, IrnMasksConfig
 from esol.stages.psa import PsaLabelsConfig, PsaMasksConfig
@@ -18,12 +18,12 @@ MAPS = torch.tensor([[[0.9, 0.2, 0.02, 0.2]], [[0.1, 0.1, 0.01, 0.3]]])
 
 def test_irn_labels_merge_the_two_thresholds() -> None:
     # above .3: its class; between: void; below .05: background; at .3 exactly: not above it
-    assert irn_labels(GRAY, MAPS, CLASSES, OFF, foreground=0.3, background=0.05).tolist() == [[3, 255, 0, 255]]
+    assert irn_labels([GRAY], [MAPS], [CLASSES], OFF, 0.3, 0.05)[0].tolist() == [[3, 255, 0, 255]]
 
 
 def test_psa_labels_merge_the_two_backgrounds() -> None:
     # (1 - best)^4 = .0001, .41, .92, .24; ^32 = 0, .0008, .52, 0: class, void, background, class
-    assert psa_labels(GRAY, MAPS, CLASSES, OFF, alpha_low=4, alpha_high=32).tolist() == [[3, 255, 0, 6]]
+    assert psa_labels([GRAY], [MAPS], [CLASSES], OFF, 4, 32)[0].tolist() == [[3, 255, 0, 6]]
 
 
 def test_masks_keep_an_edge_that_the_scores_miss() -> None:
@@ -33,7 +33,8 @@ def test_masks_keep_an_edge_that_the_scores_miss() -> None:
     scores = torch.zeros(1, 24, 24)
     scores[:, :, 9:] = 0.8
     for unary in ("hard", "soft"):
-        plain, refined = pseudo_mask(image, scores, torch.tensor([4]), SeedMasksConfig(threshold=0.3, unary=unary))  # type: ignore[arg-type]
+        config = SeedMasksConfig(threshold=0.3, unary=unary)  # type: ignore[arg-type]
+        [(plain, refined)] = pseudo_masks([image], [scores], [torch.tensor([4])], config)
         assert (plain[:, 9:] == 5).all()
         assert (plain[:, :9] == 0).all()
         assert (refined[:, 12:] == 5).all()
@@ -42,7 +43,7 @@ def test_masks_keep_an_edge_that_the_scores_miss() -> None:
 
 def test_void_of_another_cue_stays_void() -> None:
     labels = torch.tensor([[0, 255, 1, 2]])
-    plain, refined = pseudo_mask(GRAY, MAPS, CLASSES, SeedMasksConfig(), labels)
+    [(plain, refined)] = pseudo_masks([GRAY], [MAPS], [CLASSES], SeedMasksConfig(), [Cue(labels, MAPS)])
     assert plain.tolist() == [[0, 255, 3, 6]]
     assert refined[0, 1] == 255
 
@@ -53,7 +54,7 @@ def test_walks_stop_at_boundaries_and_spread_inside() -> None:
     maps[0, :3, :3] = 1
     edge = torch.zeros(12, 12)
     edge[:, 6] = 1
-    scores = irn_scores(maps, edge, (45, 45), IrnMasksConfig(alpha=0, steps=256))
+    [scores] = irn_scores([maps], [edge], [(45, 45)], IrnMasksConfig(alpha=0, steps=256))
     assert scores.shape == (1, 45, 45)
     assert scores.max() == 1
     assert scores[0, :, :20].min() > 0.3
@@ -61,7 +62,7 @@ def test_walks_stop_at_boundaries_and_spread_inside() -> None:
 
     features = torch.zeros(4, 12, 12)
     features[:, :, 6:] = 8
-    scores = psa_scores(maps, features, (45, 45), PsaMasksConfig(alpha=0.2, steps=256))
+    [scores] = psa_scores([maps], [features], [(45, 45)], PsaMasksConfig(alpha=0.2, steps=256))
     assert scores[0, :, :20].min() > 10 * scores[0, :, 26:].max()
 
 
@@ -76,19 +77,19 @@ def test_any_size_and_class_count(size: tuple[int, int], count: int) -> None:
     grid = (-(-size[0] // 4), -(-size[1] // 4))
     low = torch.nn.functional.interpolate(maps[None], grid)[0] if count else torch.zeros(0, *grid)
     for labels in (
-        psa_labels(image, maps, classes, PsaLabelsConfig().crf),
-        irn_labels(image, maps, classes, IrnLabelsConfig().crf),
+        *psa_labels([image], [maps], [classes], PsaLabelsConfig().crf),
+        *irn_labels([image], [maps], [classes], IrnLabelsConfig().crf),
     ):
         assert labels.dtype == torch.uint8
         assert labels.shape == size
         assert set(labels.unique().tolist()) <= {0, 1, 255} if count else not labels.any()
     for scores in (
-        irn_scores(low, torch.zeros(grid), size, IrnMasksConfig()),
-        psa_scores(low, torch.rand(8, *grid, generator=generator), size, PsaMasksConfig()),
+        *irn_scores([low], [torch.zeros(grid)], [size], IrnMasksConfig()),
+        *psa_scores([low], [torch.rand(8, *grid, generator=generator)], [size], PsaMasksConfig()),
     ):
         assert scores.shape == (count, *size)
         assert scores.isfinite().all()
-        for mask in pseudo_mask(image, scores, classes, SeedMasksConfig(unary="soft")):
+        for mask in pseudo_masks([image], [scores], [classes], SeedMasksConfig(unary="soft"))[0]:
             assert mask.shape == size
             assert mask.max() <= count
 
@@ -104,11 +105,11 @@ def test_with_a_walking_background_the_strongest_wins_and_a_photo_names_its_own_
     image = torch.zeros(3, 45, 45, dtype=torch.uint8)
     config = IrnMasksConfig(steps=256, crf=OFF)
     walked = {
-        "irn": (irn_scores(maps, edge, (45, 45), config), config),
-        "psa": (psa_scores(maps, features, (45, 45), PsaMasksConfig(steps=256)), PsaMasksConfig(crf=OFF)),
+        "irn": (irn_scores([maps], [edge], [(45, 45)], config), config),
+        "psa": (psa_scores([maps], [features], [(45, 45)], PsaMasksConfig(steps=256)), PsaMasksConfig(crf=OFF)),
     }
     for scores, own in walked.values():
-        plain, _ = pseudo_mask(image, scores, torch.tensor([4]), own)
+        [(plain, _)] = pseudo_masks([image], scores, [torch.tensor([4])], own)
         assert (plain[:, :20] == 5).all()
         assert (plain[:, 29:] == 0).all()
 

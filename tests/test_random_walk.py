@@ -182,21 +182,29 @@ def test_walk_equals_the_dense_matrix(size: tuple[int, int], radius: int, beta: 
     maps = torch.cat((torch.rand(2, *size), spike))
     for edge in (torch.rand(1, *size), torch.rand(1, *size) * 0.1, torch.zeros(1, *size)):
         affinity = boundary_affinity(edge, radius)
-        got = random_walk(maps[None], affinity, radius, beta, steps)[0]
+        [got] = random_walk([maps], affinity, radius, beta, steps)
         want = plain_walk(maps, affinity[0], radius, beta, steps)
         for ours, theirs in zip(got, want, strict=True):
             assert error(ours, theirs) < 2e-5
 
 
 @pytest.mark.usefixtures("way")
-def test_walk_of_a_batch_equals_one_by_one_and_repeats_to_the_bit() -> None:
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("radius", [3, 5])
+def test_photos_side_by_side_walk_as_alone_and_again_the_same(radius: int, request: pytest.FixtureRequest) -> None:
+    """Of other grids, classes and steps; to the bit in slices, where nobody's sum depends on who stands beside him."""
     torch.manual_seed(0)
-    maps, affinity = torch.rand(3, 4, 11, 9), boundary_affinity(torch.rand(3, 11, 9) * 0.2, 5)
-    together = random_walk(maps, affinity, 5, 10)
-    assert torch.equal(together, random_walk(maps, affinity, 5, 10))
-    for i in range(3):
-        alone = random_walk(maps[i : i + 1], affinity[i : i + 1], 5, 10)
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-7, rtol=1e-6)
+    sizes, counts, steps = [*SIZES, (17, 13), (4, 30)], (2, 1, 3, 0, 7, 4, 2), (256, 3, 0, 9, 100, 256, 1)
+    maps = [torch.rand(count, *size) for count, size in zip(counts, sizes, strict=True)]
+    affinity = [boundary_affinity(torch.rand(1, *size) * 0.3, radius)[0] for size in sizes]
+    together = random_walk(maps, affinity, radius, 8, steps)
+    alone = [random_walk([m], [a], radius, 8, s)[0] for m, a, s in zip(maps, affinity, steps, strict=True)]
+    again = random_walk(maps, affinity, radius, 8, steps)
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    if "in slices" in request.node.name:
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    for got, want in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("way")
@@ -204,32 +212,32 @@ def test_walk_of_a_batch_equals_one_by_one_and_repeats_to_the_bit() -> None:
 def test_walk_takes_any_number_of_classes_and_keeps_constants(count: int) -> None:
     torch.manual_seed(0)
     maps = torch.rand(2, count, 1, 1).expand(2, count, 8, 12)
-    got = random_walk(maps, boundary_affinity(torch.rand(2, 8, 12), 5), 5, 10)
-    assert torch.equal(got, maps)
+    got = random_walk([*maps], [*boundary_affinity(torch.rand(2, 8, 12), 5)], 5, 10)
+    assert torch.equal(torch.stack(got), maps)
 
 
 @pytest.mark.usefixtures("way")
 def test_walk_without_affinity_changes_nothing_and_never_leaves_the_range_of_its_map() -> None:
     torch.manual_seed(0)
-    maps = torch.rand(1, 2, 20, 21)
-    affinity = boundary_affinity(torch.rand(1, 20, 21) * 0.3, 5)
-    torch.testing.assert_close(random_walk(maps, affinity * 0, 5, 10), maps, atol=1e-6, rtol=0)
+    maps, affinity = torch.rand(2, 20, 21), boundary_affinity(torch.rand(1, 20, 21) * 0.3, 5)[0]
+    torch.testing.assert_close(random_walk([maps], [affinity * 0], 5, 10), [maps], atol=1e-6, rtol=0)
     spike = torch.zeros_like(maps)
     spike[..., 3, 3] = 1
-    assert random_walk(spike, affinity, 5, 10).min() >= 0
+    assert random_walk([spike], [affinity], 5, 10)[0].min() >= 0
 
 
 @pytest.mark.usefixtures("way")
 def test_walk_looks_at_no_pair_that_leaves_the_image() -> None:
     torch.manual_seed(0)
-    maps, affinity = torch.rand(1, 2, 6, 7), boundary_affinity(torch.rand(1, 6, 7), 3)
-    outside = boundary_affinity(torch.zeros(1, 6, 7), 3) == 0
-    assert torch.equal(random_walk(maps, affinity, 3, 4), random_walk(maps, affinity + outside, 3, 4))
+    maps, affinity = torch.rand(2, 6, 7), boundary_affinity(torch.rand(1, 6, 7), 3)[0]
+    outside = boundary_affinity(torch.zeros(1, 6, 7), 3)[0] == 0
+    got, same = (random_walk([maps, maps], [own] * 2, 3, 4) for own in (affinity, affinity + outside))
+    assert all(torch.equal(a, b) for a, b in zip(got, same, strict=True))
 
 
 def test_walk_names_what_does_not_fit() -> None:
-    maps, affinity = torch.rand(1, 2, 6, 7), torch.rand(1, 12, 6, 7)
+    maps, affinity = torch.rand(2, 6, 7), torch.rand(12, 6, 7)
     with pytest.raises(ValueError, match="radius 5"):
-        random_walk(maps, affinity, 5, 10)
+        random_walk([maps], [affinity], 5, 10)
     with pytest.raises(ValueError, match="beta must be above 0"):
-        random_walk(maps, affinity, 3, 0)
+        random_walk([maps], [affinity], 3, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from esol.base.errors import ConfigError, DataError
 from esol.config import CrfConfig, MaskConfig
 from esol.data.samples import decode_gray
-from esol.ops.pseudo_labels import pseudo_mask
+from esol.ops.pseudo_labels import Cue, pseudo_masks
 from esol.ops.saliency import saliency_channels, saliency_labels, spectral_residual
 
 
@@ -111,7 +111,8 @@ def test_saliency_decides_the_background_of_hard_and_soft_masks(unary: str, iter
 
     def masks(saliency: Tensor) -> Tensor:
         labels = saliency_labels(scores, saliency)
-        return torch.stack(pseudo_mask(image, scores, classes, config, labels, saliency_channels(scores, saliency)))
+        cue = Cue(labels, saliency_channels(scores, saliency))
+        return torch.stack(pseudo_masks([image], [scores], [classes], config, [cue])[0])
 
     assert not masks(torch.zeros(12, 16)).any()  # nothing stands out: there is no object, whatever the scores
     assert (masks(torch.ones(12, 16)) == 4).all()

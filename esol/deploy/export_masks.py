@@ -36,8 +36,8 @@ def export_masks(
     """Writes the masks of a stage in a format, and returns lines on what it wrote and what the format cannot hold.
 
     stage: "" for the judge's choice; split: "" for all photos that have a mask; confidence: 16-bit maps beside the
-    masks, for which the stage works once more. out: a new or empty folder. EsolError where there is no such run, stage,
-    format or split.
+    masks, for which the stage scores the photos once more. out: a new or empty folder. EsolError where there is no such
+    run, stage, format or split.
     """
     found = records.finished(run_dir)
     made = [name for name, own in found.items() if own.makes in ("masks", "predictions")]
@@ -68,7 +68,7 @@ def export_masks(
             file = f"{key}.{index.image_ext(ordinal)}"
             writer.add(Masked(key, file, photos.image(ordinal), mask, str(split_of[ordinal])))
             if sure_of is not None:
-                sure = (sure_of(ordinal) * 65535).round().astype(np.uint16)
+                sure = (sure_of(ordinal, mask) * 65535).round().astype(np.uint16)
                 writer.save(f"confidence/{key}.png", encode_png(Image.fromarray(sure)))
             advance(done, key)
     writer.close()
@@ -79,8 +79,8 @@ def export_masks(
 @contextlib.contextmanager
 def _confidences(
     run_dir: Path, own: Manifest, reader: ShardReader, wanted: bool
-) -> Iterator[Callable[[int], NDArray[np.float32]] | None]:
-    """What says how sure a stage is of its mask of a photo, float (H, W), by making it once more; None: not wanted."""
+) -> Iterator[Callable[[int, NDArray[np.uint8]], NDArray[np.float32]] | None]:
+    """What says how sure a stage is of its mask of a photo, float (H, W), without its CRF; None: not wanted."""
     if not wanted:
         yield None
         return
@@ -93,9 +93,8 @@ def _confidences(
     stage.open()
 
     @torch.no_grad()
-    def sure_of(ordinal: int) -> NDArray[np.float32]:
-        sample = stage.sample(ordinal)
-        found: NDArray[np.float32] = stage.confidence(sample, stage.make([sample])[0])
+    def sure_of(ordinal: int, mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = stage.confidence(stage.sample(ordinal), mask)
         return found
 
     try:

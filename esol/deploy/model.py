@@ -110,20 +110,23 @@ class Model:
         moved = [image.to(self.device) for image in images]
         with torch.autocast(self.device.type, kind, enabled=kind is not None):
             found = logits_by_scale(moved, self.net, scales=own.scales, flip=own.flip, combine=own.combine, tell=tell)
-        return [self._labels(*one, tell) for one in zip(moved, found, sizes, strict=True)]
+        answers = [(np.empty(image.shape[1:], np.uint8), np.empty(image.shape[1:], np.uint16)) for image in moved]
+        for i, part, before, after in by_parts(moved, found, own, tell):
+            if after.shape[1:] == moved[i].shape[1:]:  # the photo in one part, whose probabilities can be enlarged
+                answers[i] = enlarged_labels(after, before, sizes[i])
+            else:
+                mask, confidence = answers[i]
+                mask[part.kept], confidence[part.kept] = strongest(after, before)
+        return [self._at(*answer, size) for answer, size in zip(answers, sizes, strict=True)]
 
-    def _labels(
-        self, image: Tensor, logits: list[Tensor], size: tuple[int, int], tell: Callable[[str], None] | None
+    @staticmethod
+    def _at(
+        mask: NDArray[np.uint8], confidence: NDArray[np.uint16], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        seen = (image.shape[1], image.shape[2])
-        mask, confidence = np.empty(seen, np.uint8), np.empty(seen, np.uint16)
-        for part, before, after in by_parts(image, logits, self.config, tell):
-            if after.shape[1:] == seen:  # the photo in one part, whose probabilities can be enlarged
-                return enlarged_labels(after, before, size)
-            mask[part.kept], confidence[part.kept] = strongest(after, before)
-        if seen == size:
+        """Both at the photo's own size, where they are not yet."""
+        if mask.shape == size:
             return mask, confidence
-        place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, seen, strict=True)))
+        place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, mask.shape, strict=True)))
         return mask[place], confidence[place]
 
     def label_map(self, image: Tensor) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ from esol.models.folded import for_inference
 from esol.ops.class_maps import class_maps
 from esol.pipeline import records
 from esol.pipeline.cam import ran_with_maps, trained_heads
-from esol.pipeline.crew import Crew
+from esol.pipeline.crew import TOGETHER, Crew
 from esol.report.pictures import heat, paint
 
 OVERLAY = 1024  # pixels, long side of overlays and class maps at most
@@ -38,7 +38,6 @@ _T = TypeVar("_T")
 _LINES = 20  # of skipped files that are printed; the report has all
 _REFUSED_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # by a file system that knows other rules
 ALONE = 3 * 2048**2  # values: a larger photo goes through the network by itself, as soon as it is read
-TOGETHER = 4  # photos that a GPU has at once
 
 
 @dataclass

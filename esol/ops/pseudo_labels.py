@@ -1,6 +1,13 @@
-"""From class maps to label maps: the labels that PSA and IRN learn from, and the walked scores of their networks."""
+"""From class maps to label maps: the labels that PSA and IRN learn from, and the walked scores of their networks.
+
+Everything takes several photos, of any sizes, whose CRF and walk are computed side by side; on a CPU what comes of a
+photo is the same to the bit with and without others.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +15,7 @@ from torch import Tensor
 
 from esol.base.palette import VOID
 from esol.config import Auto, CrfConfig, MaskConfig, WalkConfig
-from esol.ops.dense_crf import mean_field, unary_from_labels, unary_from_probabilities
+from esol.ops.dense_crf import mean_field, refined, unary_from_labels, unary_from_probabilities
 from esol.ops.pairs import boundary_affinity, feature_affinity
 from esol.ops.random_walk import random_walk
 from esol.ops.thresholds import auto_threshold, background_power, power_threshold
@@ -16,39 +23,49 @@ from esol.ops.thresholds import auto_threshold, background_power, power_threshol
 PSA_PIXELS, IRN_PIXELS = 32, 48  # of the grid for each step: at VOC's photos about 100 for PSA, 256 for IRN
 
 
+class Cue(NamedTuple):
+    """What another cue, such as saliency, says of a photo: labels int64 (H, W), 0..n or 255, that it has decided on,
+    and what it decided by, channels (1 + n, H, W), background first, which a soft unary starts from."""
+
+    labels: Tensor
+    channels: Tensor
+
+
 def psa_labels(
-    image: Tensor,
-    maps: Tensor,
-    classes: Tensor,
+    images: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    classes: Sequence[Tensor],
     crf: CrfConfig,
     alpha_low: float | Auto = "auto",
     alpha_high: float | Auto = "auto",
-) -> Tensor:
+) -> list[Tensor]:
     """PSA's label synthesis: class where it wins over the low-alpha background, 0 where the high-alpha one wins.
 
     auto: the low background meets the best map at the photo's own threshold, the high alpha is 8 times the low, as in
     PSA.
 
-    image uint8 (3, H, W); maps float (n, H, W) in 0..1 of the classes (n,), indices without background. Returns uint8
-    (H, W): 0, class index + 1, 255 where neither is sure. Source: PSA, infer_cls.py and voc12/data.py.
+    Of each photo: image uint8 (3, H, W); maps float (n, H, W) in 0..1 of the classes (n,), indices without background.
+    Returns uint8 (H, W) of each: 0, class index + 1, 255 where neither is sure. Source: PSA, infer_cls.py and
+    voc12/data.py.
     """
-    best = _best(maps)
-    alpha = background_power(auto_threshold(best))
-    alphas = (alpha * times if given == "auto" else given for times, given in ((1, alpha_low), (8, alpha_high)))
-    unaries = [unary_from_probabilities(torch.cat(((1 - best)[None] ** a, maps))) for a in alphas]
-    low, high = (q.argmax(0) for q in mean_field(image, unaries, crf))
-    return _merge(low, high, classes)
+    unaries = []
+    for own in maps:
+        best = _best(own)
+        alpha = background_power(auto_threshold(best))
+        alphas = (alpha * times if given == "auto" else given for times, given in ((1, alpha_low), (8, alpha_high)))
+        unaries.append([unary_from_probabilities(torch.cat(((1 - best)[None] ** a, own))) for a in alphas])
+    return _merged(images, unaries, classes, crf)
 
 
 def irn_labels(
-    image: Tensor,
-    maps: Tensor,
-    classes: Tensor,
+    images: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    classes: Sequence[Tensor],
     crf: CrfConfig,
     foreground: float | Auto = "auto",
     background: float | Auto = "auto",
     certainty: float = 0.7,
-) -> Tensor:
+) -> list[Tensor]:
     """IRN's label synthesis: class where the foreground threshold's seeds have one, 0 where neither threshold's do.
 
     auto: where backgrounds of .6 and 5 times the alpha of the photo's own threshold meet the best map, which for a CAM
@@ -56,40 +73,47 @@ def irn_labels(
 
     Shapes as psa_labels. Source: IRN, step/cam_to_ir_label.py.
     """
-    alpha = background_power(auto_threshold(_best(maps)))
-    thresholds = (
-        power_threshold(times * alpha) if given == "auto" else given
-        for times, given in ((0.6, foreground), (5, background))
-    )
-    unaries = [unary_from_labels(_winner(maps, t), len(maps) + 1, certainty) for t in thresholds]
-    low, high = (q.argmax(0) for q in mean_field(image, unaries, crf))
-    return _merge(low, high, classes)
+    unaries = []
+    for own in maps:
+        alpha = background_power(auto_threshold(_best(own)))
+        thresholds = (
+            power_threshold(times * alpha) if given == "auto" else given
+            for times, given in ((0.6, foreground), (5, background))
+        )
+        unaries.append([unary_from_labels(_winner(own, t), len(own) + 1, certainty) for t in thresholds])
+    return _merged(images, unaries, classes, crf)
 
 
-def pseudo_mask(
-    image: Tensor,
-    scores: Tensor,
-    classes: Tensor,
+def pseudo_masks(
+    images: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    classes: Sequence[Tensor],
     config: MaskConfig,
-    labels: Tensor | None = None,
-    channels: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Label maps of scores (n, H, W) in 0..1, without and with the CRF: uint8 (H, W) twice.
+    cues: Sequence[Cue | None] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Label maps of scores (n, H, W) in 0..1, without and with the CRF: uint8 (H, W) twice for each photo.
 
-    Background where no score is above the threshold. labels int64 (H, W), 0..n or 255, stand in for that decision where
-    another cue, such as saliency, has made it; its void stays void. channels (1 + n, H, W), background first, are what
-    that cue decided by: with unary = soft they stand in for the threshold and the scores.
+    Background where no score is above the threshold. cues: of photos where something else has made that decision; its
+    void stays void.
     """
-    threshold = mask_threshold(config, scores)
-    plain = _winner(scores, threshold) if labels is None else labels
-    if config.unary == "hard":
-        unary = unary_from_labels(plain, len(scores) + 1, config.certainty)
-    else:
-        if channels is None:
-            channels = torch.cat((scores.new_full((1, *scores.shape[1:]), threshold), scores))
-        unary = unary_from_probabilities(channels / channels.sum(0, keepdim=True).clamp_min(1e-5))
-    refined = mean_field(image, [unary], config.crf)[0].argmax(0) if config.crf.iterations else plain
-    return _to_classes(plain, classes), _to_classes(torch.where(plain == VOID, plain, refined), classes)
+    plain, start = [], []  # where the CRF starts from: energies, or probabilities
+    for own, cue in zip(scores, cues or [None] * len(scores), strict=True):
+        threshold = mask_threshold(config, own)
+        plain.append(_winner(own, threshold) if cue is None else cue.labels)
+        if config.unary == "hard":
+            start.append(unary_from_labels(plain[-1], len(own) + 1, config.certainty))
+        else:
+            channels = torch.cat((own.new_full((1, *own.shape[1:]), threshold), own)) if cue is None else cue.channels
+            start.append(channels / channels.sum(0, keepdim=True).clamp_min(1e-5))
+    after = plain
+    if config.crf.iterations and config.unary == "hard":
+        after = [q.argmax(0) for (q,) in mean_field(images, [[one] for one in start], config.crf)]
+    elif config.crf.iterations:
+        after = [q.argmax(0) for q in refined(images, start, config.crf)]
+    return [
+        (_to_classes(was, own), _to_classes(torch.where(was == VOID, was, now), own))
+        for was, now, own in zip(plain, after, classes, strict=True)
+    ]
 
 
 def mask_threshold(config: MaskConfig, scores: Tensor) -> float:
@@ -102,37 +126,45 @@ def mask_threshold(config: MaskConfig, scores: Tensor) -> float:
     return 0.5 if isinstance(config, WalkConfig) and config.alpha else auto_threshold(_best(scores))
 
 
-def psa_scores(maps: Tensor, features: Tensor, size: tuple[int, int], config: WalkConfig) -> Tensor:
+def psa_scores(
+    maps: Sequence[Tensor], features: Sequence[Tensor], sizes: Sequence[tuple[int, int]], config: WalkConfig
+) -> list[Tensor]:
     """Class maps and their background walked on AffinityNet's affinities: class / (best + background), (n, H, W).
 
-    maps (n, h', w') in 0..1, any grid over the whole image; features (C, h, w), stride 8. Source: PSA, infer_aff.py.
+    Of each photo: maps (n, h', w') in 0..1, any grid over the whole image; features (C, h, w), stride 8; its size.
+    Source: PSA, infer_aff.py.
     """
-    if not len(maps):
-        return maps.new_zeros(0, *size)
-    maps = _enlarge(maps.float(), (features.shape[1], features.shape[2]))
-    rivals = torch.cat((_background(maps, config.alpha), maps))
-    steps = walk_steps(config.steps, features.shape[1] * features.shape[2], PSA_PIXELS)
-    walked = random_walk(
-        rivals[None], feature_affinity(features[None], config.radius), config.radius, config.beta, steps
-    )
-    return _over_background(_enlarge(walked[0], size))
+    some = [i for i, own in enumerate(maps) if len(own)]
+    low = [_enlarge(maps[i].float(), (features[i].shape[1], features[i].shape[2])) for i in some]
+    rivals = [torch.cat((_background(own, config.alpha), own)) for own in low]
+    affinities = [feature_affinity(features[i][None], config.radius)[0] for i in some]
+    steps = [walk_steps(config.steps, own[0].numel(), PSA_PIXELS) for own in low]
+    found = [own.new_zeros(0, *size, dtype=torch.float32) for own, size in zip(maps, sizes, strict=True)]
+    for i, walked in zip(some, random_walk(rivals, affinities, config.radius, config.beta, steps), strict=True):
+        found[i] = _over_background(_enlarge(walked, sizes[i]))
+    return found
 
 
-def irn_scores(maps: Tensor, edge: Tensor, size: tuple[int, int], config: WalkConfig) -> Tensor:
+def irn_scores(
+    maps: Sequence[Tensor], edges: Sequence[Tensor], sizes: Sequence[tuple[int, int]], config: WalkConfig
+) -> list[Tensor]:
     """Class maps and their background walked between boundaries: class / (best + background), (n, H, W).
 
-    maps (n, h, w) in 0..1; edge (h, w) in 0..1, both of stride 4. alpha 0: no background walks, and scores are divided
-    by the image's maximum. Source: IRN, step/make_sem_seg_labels.py; the background that walks along is PSA's.
+    Of each photo: maps (n, h, w) in 0..1 and edge (h, w) in 0..1, both of stride 4; its size. alpha 0: no background
+    walks, and scores are divided by the image's maximum. Source: IRN, step/make_sem_seg_labels.py; the background that
+    walks along is PSA's.
     """
-    if not len(maps):
-        return maps.new_zeros(0, *size)
-    maps = maps.float()
-    rivals = torch.cat((_background(maps, config.alpha), maps)) if config.alpha else maps
-    steps = walk_steps(config.steps, edge.numel(), IRN_PIXELS)
-    affinity = boundary_affinity(edge[None], config.radius)
-    walked = random_walk((rivals * (1 - edge))[None], affinity, config.radius, config.beta, steps)[0]
-    walked = _enlarge(walked, size)
-    return _over_background(walked) if config.alpha else walked / walked.amax().clamp_min(1e-5)
+    some = [i for i, own in enumerate(maps) if len(own)]
+    low = [maps[i].float() for i in some]
+    rivals = [torch.cat((_background(own, config.alpha), own)) for own in low] if config.alpha else low
+    inside = [own * (1 - edges[i]) for i, own in zip(some, rivals, strict=True)]
+    affinities = [boundary_affinity(edges[i][None], config.radius)[0] for i in some]
+    steps = [walk_steps(config.steps, edges[i].numel(), IRN_PIXELS) for i in some]
+    found = [own.new_zeros(0, *size, dtype=torch.float32) for own, size in zip(maps, sizes, strict=True)]
+    for i, walked in zip(some, random_walk(inside, affinities, config.radius, config.beta, steps), strict=True):
+        wide = _enlarge(walked, sizes[i])
+        found[i] = _over_background(wide) if config.alpha else wide / wide.amax().clamp_min(1e-5)
+    return found
 
 
 def walk_steps(steps: int | Auto, pixels: int, pixels_a_step: int) -> int:
@@ -168,9 +200,15 @@ def _winner(scores: Tensor, threshold: float) -> Tensor:
     return torch.where(best > threshold, row + 1, 0)
 
 
-def _merge(foreground: Tensor, background: Tensor, classes: Tensor) -> Tensor:
-    sure = torch.where((foreground == 0) & (background != 0), VOID, foreground)
-    return _to_classes(sure, classes)
+def _merged(
+    images: Sequence[Tensor], unaries: Sequence[Sequence[Tensor]], classes: Sequence[Tensor], crf: CrfConfig
+) -> list[Tensor]:
+    """The label maps of two label sets of each photo: void where the first has background and the second a class."""
+    found = []
+    for both, own in zip(mean_field(images, unaries, crf), classes, strict=True):
+        low, high = (q.argmax(0) for q in both)
+        found.append(_to_classes(torch.where((low == 0) & (high != 0), VOID, low), own))
+    return found
 
 
 def _to_classes(rows: Tensor, classes: Tensor) -> Tensor:

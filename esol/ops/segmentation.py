@@ -14,7 +14,7 @@ from torch import Tensor
 from esol.config import PredictionConfig
 from esol.models.deeplab import DeepLab
 from esol.ops.dense_crf import refined
-from esol.ops.tiles import Part, Tile, on_grids, tiles
+from esol.ops.tiles import Part, Tile, on_grids, portions, tiles
 
 STRIP = 4_000_000  # floats that enlarged_labels holds at once
 
@@ -66,21 +66,30 @@ def blended(
 
 @torch.no_grad()
 def by_parts(
-    image: Tensor, logits: Sequence[Tensor], config: PredictionConfig, tell: Callable[[str], None] | None = None
-) -> Iterator[tuple[Tile, Tensor, Tensor]]:
-    """Of every part of a photo uint8 (3, H, W) the probabilities (L, h, w) that are kept, before and after the CRF.
+    images: Sequence[Tensor],
+    logits: Sequence[Sequence[Tensor]],
+    config: PredictionConfig,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, Tile, Tensor, Tensor]]:
+    """Of every part of photos uint8 (3, H, W) the probabilities (L, h, w) that are kept, before and after the CRF.
 
-    logits: of this photo, by logits_by_scale; tell: hears which part of a large photo is next.
+    Yields the photo's number, the part, and those two. logits: of each photo, by logits_by_scale. Small photos go
+    through the CRF beside each other; tell: hears which part of a large one is next.
     """
-    size = (image.shape[1], image.shape[2])
-    parts = tiles(*size)
-    for number, part in enumerate(parts, 1):
-        if tell and len(parts) > 1:
-            tell(f"mask, window {number} of {len(parts)}")
-        (rows, columns), (r, c) = part.window, part.inner
-        before = blended(logits, size, config.combine, part.window)
-        after = refined(image[:, rows, columns], before, config.crf)
-        yield part, before[:, r, c], after[:, r, c]
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    parts = [(i, part) for i, size in enumerate(sizes) for part in tiles(*size)]
+    for some in portions([(r.stop - r.start, c.stop - c.start) for r, c in (part.window for _, part in parts)]):
+        seen, before = [], []
+        for number, (i, part) in enumerate(parts[some], some.start):
+            of = [k for k, (photo, _) in enumerate(parts) if photo == i]
+            if tell and len(of) > 1:
+                tell(f"mask, window {of.index(number) + 1} of {len(of)}")
+            rows, columns = part.window
+            seen.append(images[i][:, rows, columns])
+            before.append(blended(logits[i], sizes[i], config.combine, part.window))
+        for (i, part), was, after in zip(parts[some], before, refined(seen, before, config.crf), strict=True):
+            r, c = part.inner
+            yield i, part, was[:, r, c], after[:, r, c]
 
 
 def _enlarged(logits: Tensor, size: tuple[int, int], part: Part | None) -> Tensor:

@@ -1,4 +1,7 @@
-"""Photos too large for a network at once: windows that overlap, and what of each window's answer is kept."""
+"""Photos too large for a network at once: windows that overlap, and what of each window's answer is kept.
+
+And photos small enough to stand beside each other: how many at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from esol.models.regrid import grid_size, scale_to_grid
 SIDE = 2048  # pixels: what is not larger is never cut
 MARGIN = 256  # pixels of a window that only lend context to the rest, about as far as DeepLab's features look
 STEP = 32  # pixels: windows begin on every network's grid
+ROOM = 2**20  # pixels of photos that stand beside each other
 
 Part = tuple[slice, slice]
 
@@ -54,6 +58,19 @@ def spans(length: int) -> list[tuple[slice, slice]]:
     edges = [0, *((before + SIDE + after) // (2 * STEP) * STEP for before, after in pairwise(starts)), length]
     ends = [*(start + SIDE for start in starts[:-1]), length]
     return [(slice(s, e), slice(*k)) for s, e, k in zip(starts, ends, pairwise(edges), strict=True)]
+
+
+def portions(sizes: Sequence[tuple[int, int]]) -> list[slice]:
+    """Photos of these heights and widths that follow each other, as many at a time as have ROOM; a larger one alone."""
+    found: list[slice] = []
+    taken = ROOM
+    for i, (height, width) in enumerate(sizes):
+        if taken + height * width > ROOM:
+            found.append(slice(i, i))
+            taken = 0
+        found[-1] = slice(found[-1].start, i + 1)
+        taken += height * width
+    return found
 
 
 def on_grids(

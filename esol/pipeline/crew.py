@@ -14,6 +14,7 @@ import torch
 
 ROOM = 2**22  # pixels of the photos that are worked on at once
 GPU_THREADS = 4  # while one waits for the GPU, others read, score and pack
+TOGETHER = 4  # photos that a thread gives a GPU at once
 AHEAD = 2  # pieces of work that each thread has before it
 Item = TypeVar("Item")
 Found = TypeVar("Found")

@@ -70,7 +70,7 @@ def measure(config: Config, index: Index) -> Speed:
         for photo in photos:
             labels = torch.zeros(photo.shape[1:], dtype=torch.long, device=device)
             labels[: photo.shape[1] // 3] = 1
-            mean_field(photo, [unary_from_labels(labels, 2)], CrfConfig())[0].sum().item()
+            mean_field([photo], [[unary_from_labels(labels, 2)]], CrfConfig())[0][0].sum().item()
 
     return Speed(_seconds(look) / BATCH, _seconds(learn) / BATCH, _seconds(refine) / PHOTOS)
 

@@ -28,7 +28,8 @@ from esol.base.progress import progress
 from esol.data.index import scan_shard, write_index
 from esol.data.samples import write_mirror_shard
 from esol.data.transforms import decode
-from esol.pipeline.crew import Crew
+from esol.ops.tiles import portions
+from esol.pipeline.crew import TOGETHER, Crew
 from esol.pipeline.made import truth_of
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
@@ -76,7 +77,9 @@ class InferenceStage(Stage, Generic[Made]):
 
     splits: keys below `data` that name the splits; scored: the key of the split whose truth it is held against;
     labelled: whether it needs every photo's labels, so that one without any record of them is an error; writes: whether
-    what it makes is kept as shards, or the counts alone.
+    what it makes is kept as shards, or the counts alone; beside: whether it has small operators, such as a CRF's, of
+    which it makes one pass for several photos: it gets them together on a GPU, where such operators wait to be started,
+    and one by one on a CPU, where that is not slower.
     """
 
     produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar")
@@ -85,6 +88,7 @@ class InferenceStage(Stage, Generic[Made]):
     scored: ClassVar[str] = "score_split"
     labelled: ClassVar[bool] = True
     writes: ClassVar[bool] = True
+    beside: ClassVar[bool] = False
 
     def open(self) -> None:
         """Loads networks and earlier stages' shards; every rank does, so that it may hold collectives."""
@@ -92,7 +96,7 @@ class InferenceStage(Stage, Generic[Made]):
     @property
     def batch(self) -> int:
         """How many photos `make` gets at most; of what is alike in them a network may make one pass."""
-        return 1
+        return TOGETHER if self.beside and self.context.engine.device.type != "cpu" else 1
 
     def make(self, samples: Sequence[Sample]) -> list[Made]:
         """What it makes of photos of any sizes; without gradients, in several threads at a time."""
@@ -102,8 +106,8 @@ class InferenceStage(Stage, Generic[Made]):
         """What is written of it: extension -> bytes."""
         return {}
 
-    def confidence(self, sample: Sample, made: Made) -> NDArray[np.float32]:
-        """How sure it is of its label map, float (H, W) in 0..1; of stages that make masks, made on request."""
+    def confidence(self, sample: Sample, mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """How sure it is of the label map (H, W) that it has made, float (H, W) in 0..1; of stages that make masks."""
         raise NotImplementedError
 
     def count(self, sample: Sample, made: Made) -> Tally:
@@ -241,12 +245,14 @@ def _one_shard(
 
 def _finish(stage: InferenceStage[Any], crew: Crew, ordinals: Sequence[int]) -> list[tuple[Sample, Tally, Members]]:
     """What a stage makes of some photos, counted and packed; in a thread of the crew."""
-    samples = [stage.sample(ordinal) for ordinal in ordinals]
-    with torch.no_grad(), crew.room(*(sample.size for sample in samples)):
-        return [
-            (sample, stage.count(sample, made), stage.members(sample, made) if stage.writes else {})
-            for sample, made in zip(samples, stage.make(samples), strict=True)
-        ]
+    samples, found = [stage.sample(ordinal) for ordinal in ordinals], list[tuple[Sample, Tally, Members]]()
+    for some in portions([sample.size for sample in samples]) if stage.beside else [slice(len(samples))]:
+        with torch.no_grad(), crew.room(*(sample.size for sample in samples[some])):
+            found += [
+                (sample, stage.count(sample, made), stage.members(sample, made) if stage.writes else {})
+                for sample, made in zip(samples[some], stage.make(samples[some]), strict=True)
+            ]
+    return found
 
 
 def _finished(folder: Path, spec: str, writes: bool) -> bool:

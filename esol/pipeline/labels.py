@@ -22,23 +22,23 @@ class LabelStage(InferenceStage[Label]):
 
     makes = "labels"
     needs = ("localize",)
+    beside = True
     maps: StageShards
 
-    def labels(self, image: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
-        """Photo uint8 (3, H, W), class maps (n, H, W) in 0..1 of the classes (n,) -> label map uint8 (H, W)."""
+    def labels(self, images: Sequence[Tensor], maps: Sequence[Tensor], classes: Sequence[Tensor]) -> list[Tensor]:
+        """Of photos uint8 (3, H, W) and class maps (n, H, W) in 0..1 of their classes (n,): label maps uint8 (H, W)."""
         raise NotImplementedError
 
     def open(self) -> None:
         self.maps = StageShards(self.context, "localize")
 
     def make(self, samples: Sequence[Sample]) -> list[Label]:
-        device, found = self.context.engine.device, []
-        for sample in samples:
-            arrays = self.maps.arrays(sample.ordinal, "maps.npz")
-            full = torch.from_numpy(arrays["full"]).to(device).float() / 255
-            classes = torch.from_numpy(arrays["classes"]).to(device)
-            found.append(self.labels(sample.image.to(device), full, classes).cpu().numpy())
-        return found
+        device = self.context.engine.device
+        arrays = [self.maps.arrays(sample.ordinal, "maps.npz") for sample in samples]
+        full = [torch.from_numpy(own["full"]).to(device).float() / 255 for own in arrays]
+        classes = [torch.from_numpy(own["classes"]).to(device) for own in arrays]
+        found = self.labels([sample.image.to(device) for sample in samples], full, classes)
+        return [labels.cpu().numpy() for labels in found]
 
     def members(self, sample: Sample, made: Label) -> Members:
         return {"label.png": encode_mask(made)}

@@ -21,7 +21,7 @@ from esol.config import Auto, Config, MaskConfig
 from esol.data.index import Index
 from esol.data.samples import encode_mask
 from esol.ops.metrics import METRICS, Counts, ThresholdCurve, confusion_matrix, score
-from esol.ops.pseudo_labels import pseudo_mask
+from esol.ops.pseudo_labels import Cue, pseudo_masks
 from esol.ops.saliency import saliency_channels, saliency_labels
 from esol.ops.seeds import best_class
 from esol.pipeline.context import Context
@@ -61,6 +61,7 @@ class MaskStage(InferenceStage[Mask]):
     produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json", "confusion.json")
     refines: ClassVar[bool] = False
     votes: ClassVar[bool] = True
+    beside = True
     config: MaskConfig
     maps: StageShards
 
@@ -68,44 +69,66 @@ class MaskStage(InferenceStage[Mask]):
         """Scores (n, H, W) in 0..1 of a photo uint8 (3, H, W) on the engine's device, from localize's maps.npz."""
         raise NotImplementedError
 
+    def scores_of(self, images: Sequence[Tensor], maps: Sequence[dict[str, NDArray[Any]]]) -> list[Tensor]:
+        """The scores of several photos, for a stage that computes something for all of them in one pass."""
+        return [self.scores(image, own) for image, own in zip(images, maps, strict=True)]
+
     def open(self) -> None:
         self.maps = StageShards(self.context, "localize")
 
-    def make(self, samples: Sequence[Sample]) -> list[Mask]:
-        return [self._mask(sample) for sample in samples]
+    def _scored(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[dict[str, NDArray[Any]]], list[Tensor], list[Tensor], list[Tensor]]:
+        """The maps of photos as localize wrote them, and on the device: the photos, their classes and their scores."""
+        device = self.context.engine.device
+        arrays = [self.maps.arrays(sample.ordinal, "maps.npz") for sample in samples]
+        images = [sample.image.to(device) for sample in samples]
+        classes = [torch.from_numpy(own["classes"]).to(device) for own in arrays]
+        return arrays, images, classes, self.scores_of(images, arrays)
 
-    def _mask(self, sample: Sample) -> Mask:
-        context, device = self.context, self.context.engine.device
-        image, arrays = sample.image.to(device), self.maps.arrays(sample.ordinal, "maps.npz")
-        classes = torch.from_numpy(arrays["classes"]).to(device)
-        full = torch.from_numpy(arrays["full"]).to(device).float() / 255
-        scores = self.scores(image, arrays)
-        saliency, labels, channels = saliency_map(context, sample, image), None, None
-        if saliency is not None:
-            cue = context.config.saliency
-            labels = saliency_labels(scores, saliency, floor=cue.floor, conflict=cue.conflict)
-            channels = saliency_channels(scores, saliency, floor=cue.floor)
-        plain, refined = pseudo_mask(image, scores, classes, self.config, labels, channels)
-        lost = [c for c in classes.tolist() if not bool((refined == c + 1).any())]
-        own: MaskConfig = context.config.named("seed_masks")
-        if not lost:
-            own = replace(own, crf=replace(own.crf, iterations=0))  # nobody will look at the seeds' edges
-        seeds, sharp = pseudo_mask(image, full, classes, own)
+    def make(self, samples: Sequence[Sample]) -> list[Mask]:
+        arrays, images, classes, scores = self._scored(samples)
+        full = [torch.from_numpy(own["full"]).to(self.context.engine.device).float() / 255 for own in arrays]
+        cues = [self._cue(*one) for one in zip(samples, images, scores, strict=True)]
+        masks = [[one.cpu() for one in both] for both in pseudo_masks(images, scores, classes, self.config, cues)]
+        lost = [
+            [c for c in own["classes"].tolist() if not bool((refined == c + 1).any())]
+            for own, (_, refined) in zip(arrays, masks, strict=True)
+        ]
+        edges: MaskConfig = self.context.config.named("seed_masks")
+        flat = replace(edges, crf=replace(edges.crf, iterations=0))
+        wanted = [self.refines and bool(own) and cue is None for own, cue in zip(lost, cues, strict=True)]
+        made: dict[int, Mask] = {}
+        for config in (edges, flat):  # elsewhere nobody would look at the seeds' edges
+            some = [i for i, own in enumerate(wanted) if own == (config is edges)]
+            seeds = pseudo_masks([images[i] for i in some], [full[i] for i in some], [classes[i] for i in some], config)
+            for i, (said, sharp) in zip(some, seeds, strict=True):
+                plain, refined = masks[i]
+                if wanted[i]:
+                    refined = stand_in(refined, sharp.cpu(), lost[i])
+                made[i] = Mask(classes[i], scores[i], plain.numpy(), refined.numpy(), said.cpu().numpy(), lost[i])
+        return [made[i] for i in range(len(samples))]
+
+    def _cue(self, sample: Sample, image: Tensor, scores: Tensor) -> Cue | None:
+        """What the photo's saliency map decides, where the config wants one."""
+        saliency, config = saliency_map(self.context, sample, image), self.context.config.saliency
         if saliency is None:
-            refined = stand_in(refined, sharp, lost)
-        return Mask(classes, scores, plain.cpu().numpy(), refined.cpu().numpy(), seeds.cpu().numpy(), lost)
+            return None
+        labels = saliency_labels(scores, saliency, floor=config.floor, conflict=config.conflict)
+        return Cue(labels, saliency_channels(scores, saliency, floor=config.floor))
 
     def members(self, sample: Sample, made: Mask) -> Members:
         return {"mask.png": encode_mask(made.refined)}
 
-    def confidence(self, sample: Sample, made: Mask) -> NDArray[np.float32]:
+    def confidence(self, sample: Sample, mask: Label) -> NDArray[np.float32]:
         """The score of a pixel's class, before the CRF, or what the best score leaves for background; 0 for void.
 
         The CRF's own probabilities are of little use here: all but all of them are 0 or 1.
         """
-        label = torch.from_numpy(made.refined).to(made.scores.device)
-        found = (label == 0) * (1 - best_class(made.scores, made.classes)[1])
-        for number, own in zip(made.classes.tolist(), made.scores, strict=True):
+        (arrays,), _, (classes,), (scores,) = self._scored([sample])
+        label = torch.from_numpy(mask).to(scores.device)
+        found = (label == 0) * (1 - best_class(scores, classes)[1])
+        for number, own in zip(arrays["classes"].tolist(), scores, strict=True):
             found = torch.where(label == number + 1, own, found)
         return found.cpu().numpy()
 

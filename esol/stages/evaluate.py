@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from esol.config import PredictionConfig
+from esol.config import CrfConfig, PredictionConfig
 from esol.data.samples import encode_mask
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.metrics import score
 from esol.ops.segmentation import by_parts, logits_by_scale
+from esol.ops.tiles import Tile
 from esol.pipeline import records
 from esol.pipeline.inference import InferenceStage, Members, Sample, Tally
 from esol.pipeline.made import StageShards
@@ -34,11 +36,10 @@ class EvaluateConfig(PredictionConfig):
 
 @dataclass(frozen=True)
 class Predicted:
-    """Of one photo: label maps without and with the CRF, and how probable the network found the latter, (H, W)."""
+    """Of one photo: label maps without and with the CRF."""
 
     plain: Label
     refined: Label
-    sure: NDArray[np.float32]
 
 
 @register
@@ -56,6 +57,7 @@ class Evaluate(InferenceStage[Predicted]):
     splits = ("eval_split",)
     scored = "eval_split"
     labelled = False
+    beside = True
     config: EvaluateConfig
 
     def open(self) -> None:
@@ -67,32 +69,35 @@ class Evaluate(InferenceStage[Predicted]):
         self.learned = StageShards(self.context, self.masks) if self.masks in mask_stages() else None
 
     def make(self, samples: Sequence[Sample]) -> list[Predicted]:
-        return [self._predict(sample) for sample in samples]
+        made = [Predicted(np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)) for sample in samples]
+        for i, part, before, after in self._parts(samples, self.config):
+            made[i].plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
+            made[i].refined[part.kept] = after.argmax(0).to(torch.uint8).cpu().numpy()
+        return made
 
-    def _predict(self, sample: Sample) -> Predicted:
-        config, image = self.config, sample.image.to(self.context.engine.device)
+    def _parts(self, samples: Sequence[Sample], config: PredictionConfig) -> Iterator[tuple[int, Tile, Tensor, Tensor]]:
+        """What by_parts says of the photos."""
+        images, keys = [one.image.to(self.context.engine.device) for one in samples], ", ".join(s.key for s in samples)
 
         def tell(what: str) -> None:
-            self.context.engine.beat(f"{what} of {sample.key}")
+            self.context.engine.beat(f"{what} of {keys}")
 
         with self.context.engine.autocast():
             found = logits_by_scale(
-                [image], self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
-            )[0]
-        plain, sharp = np.empty(sample.size, np.uint8), np.empty(sample.size, np.uint8)
-        sure = np.empty(sample.size, np.float32)
-        for part, before, after in by_parts(image, found, config, tell):
-            label = after.argmax(0)
-            plain[part.kept] = before.argmax(0).to(torch.uint8).cpu().numpy()
-            sharp[part.kept] = label.to(torch.uint8).cpu().numpy()
-            sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
-        return Predicted(plain, sharp, sure)
+                images, self.net, scales=config.scales, flip=config.flip, combine=config.combine, tell=tell
+            )
+        yield from by_parts(images, found, config, tell)
 
     def members(self, sample: Sample, made: Predicted) -> Members:
         return {"mask.png": encode_mask(made.refined)}
 
-    def confidence(self, sample: Sample, made: Predicted) -> NDArray[np.float32]:
-        return made.sure
+    def confidence(self, sample: Sample, mask: Label) -> NDArray[np.float32]:
+        """How probable the network found the label, before the CRF, for which nobody has to wait then."""
+        sure = np.empty(sample.size, np.float32)
+        for _, part, before, _ in self._parts([sample], replace(self.config, crf=CrfConfig(iterations=0))):
+            label = torch.from_numpy(mask[part.kept].astype(np.int64)).to(before.device)
+            sure[part.kept] = before.gather(0, label[None])[0].cpu().numpy()
+        return sure
 
     def count(self, sample: Sample, made: Predicted) -> Tally:
         classes = len(self.context.index.classes)

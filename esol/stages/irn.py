@@ -76,9 +76,9 @@ class IrnLabels(LabelStage):
     version = 2
     config: IrnLabelsConfig
 
-    def labels(self, image: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
+    def labels(self, images: Sequence[Tensor], maps: Sequence[Tensor], classes: Sequence[Tensor]) -> list[Tensor]:
         config = self.config
-        return irn_labels(image, maps, classes, config.crf, config.foreground, config.background, config.certainty)
+        return irn_labels(images, maps, classes, config.crf, config.foreground, config.background, config.certainty)
 
 
 class IrnTask(Task):
@@ -241,7 +241,7 @@ class IrnMasks(MaskStage):
     name = "irn_masks"
     after = "irn_mean"
     section = IrnMasksConfig
-    version = 4
+    version = 5
     needs = ("localize", "irn")
     refines = True
     config: IrnMasksConfig
@@ -250,10 +250,12 @@ class IrnMasks(MaskStage):
         super().open()
         self.net = self.context.ready(_trained(self))
 
-    def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
-        inputs = squeeze_to_grid(image, STRIDE)
-        with self.context.engine.autocast():
-            logits = self.net(torch.cat((inputs, inputs.flip(3))))[0][:, 0].float()
-        edge = ((logits[0] + logits[1].flip(1)) / 2).sigmoid()
-        low = torch.from_numpy(maps["stride4"]).to(image.device)
-        return irn_scores(low, edge, (image.shape[1], image.shape[2]), self.config)
+    def scores_of(self, images: Sequence[Tensor], maps: Sequence[dict[str, NDArray[Any]]]) -> list[Tensor]:
+        edges = []
+        for image in images:
+            inputs = squeeze_to_grid(image, STRIDE)
+            with self.context.engine.autocast():
+                logits = self.net(torch.cat((inputs, inputs.flip(3))))[0][:, 0].float()
+            edges.append(((logits[0] + logits[1].flip(1)) / 2).sigmoid())
+        low = [torch.from_numpy(own["stride4"]).to(image.device) for own, image in zip(maps, images, strict=True)]
+        return irn_scores(low, edges, [(image.shape[1], image.shape[2]) for image in images], self.config)

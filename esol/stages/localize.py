@@ -21,7 +21,7 @@ from esol.data.samples import decode_mask
 from esol.engines.base import gather_text
 from esol.ops.class_maps import ClassMaps
 from esol.ops.metrics import Score, ThresholdCurve
-from esol.ops.pseudo_labels import pseudo_mask
+from esol.ops.pseudo_labels import pseudo_masks
 from esol.ops.seeds import best_class
 from esol.pipeline.cam import PAPER_THRESHOLD, MapStage, cam_stages, trained_heads
 from esol.pipeline.crew import Crew
@@ -167,7 +167,8 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
         with torch.no_grad(), crew.room(sample.size):
             image = sample.image.to(engine.device)
             for source, own in stage.make([sample])[0].items():
-                found[source] = pseudo_mask(image, own.full, own.classes, MaskConfig())[1].cpu().numpy()
+                [(_, mask)] = pseudo_masks([image], [own.full], [own.classes], MaskConfig())
+                found[source] = mask.cpu().numpy()
         return sample, found
 
     for sample, found in crew.map(masks, sampled_photos(stage)[engine.rank :: engine.world_size]):

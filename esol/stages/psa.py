@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,8 @@ class PsaLabels(LabelStage):
     version = 2
     config: PsaLabelsConfig
 
-    def labels(self, image: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
-        return psa_labels(image, maps, classes, self.config.crf, self.config.alpha_low, self.config.alpha_high)
+    def labels(self, images: Sequence[Tensor], maps: Sequence[Tensor], classes: Sequence[Tensor]) -> list[Tensor]:
+        return psa_labels(images, maps, classes, self.config.crf, self.config.alpha_low, self.config.alpha_high)
 
 
 class PsaTask(Task):
@@ -142,7 +143,7 @@ class PsaMasks(MaskStage):
     name = "psa_masks"
     after = "psa"
     section = PsaMasksConfig
-    version = 6
+    version = 7
     needs = ("localize", "psa")
     refines = True
     config: PsaMasksConfig
@@ -152,8 +153,8 @@ class PsaMasks(MaskStage):
         net = AffinityNet(new_backbone(self.context.config, output_stride=8))
         self.net = self.context.ready(restore(net, self.context.config, "psa"))
 
-    def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:
+    def scores_of(self, images: Sequence[Tensor], maps: Sequence[dict[str, NDArray[Any]]]) -> list[Tensor]:
         with self.context.engine.autocast():
-            features = self.net(squeeze_to_grid(image, STRIDE))[0]
-        low = torch.from_numpy(maps["stride4"]).to(image.device)
-        return psa_scores(low, features.float(), (image.shape[1], image.shape[2]), self.config)
+            features = [self.net(squeeze_to_grid(image, STRIDE))[0].float() for image in images]
+        low = [torch.from_numpy(own["stride4"]).to(image.device) for own, image in zip(maps, images, strict=True)]
+        return psa_scores(low, features, [(image.shape[1], image.shape[2]) for image in images], self.config)

@@ -26,7 +26,7 @@ class SeedMasks(MaskStage):
     name = "seed_masks"
     after = "localize"
     section = SeedMasksConfig
-    version = 3
+    version = 4
     config: SeedMasksConfig
 
     def scores(self, image: Tensor, maps: dict[str, NDArray[Any]]) -> Tensor:

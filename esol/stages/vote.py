@@ -71,7 +71,7 @@ class VoteMasks(InferenceStage[Vote]):
         return [self._vote(sample) for sample in samples]
 
     def _vote(self, sample: Sample) -> Vote:
-        masks = {name: shards.label_map(sample.ordinal, "mask.png") for name, shards in self.voters.items()}
+        masks = self._masks(sample)
         vote = majority(np.stack(list(masks.values())))
         lost = [c for c in sample.classes if not (vote == c + 1).any()]
         first = torch.from_numpy(next(iter(masks.values())))  # its pixels stand in for what the vote has lost
@@ -80,9 +80,12 @@ class VoteMasks(InferenceStage[Vote]):
     def members(self, sample: Sample, made: Vote) -> Members:
         return {"mask.png": encode_mask(made.mask)}
 
-    def confidence(self, sample: Sample, made: Vote) -> NDArray[np.float32]:
+    def confidence(self, sample: Sample, mask: Label) -> NDArray[np.float32]:
         """The share of the stages that gave a pixel its label."""
-        return np.mean([mask == made.mask for mask in made.masks.values()], 0, dtype=np.float32)
+        return np.mean([own == mask for own in self._masks(sample).values()], 0, dtype=np.float32)
+
+    def _masks(self, sample: Sample) -> dict[str, Label]:
+        return {name: shards.label_map(sample.ordinal, "mask.png") for name, shards in self.voters.items()}
 
     def count(self, sample: Sample, made: Vote) -> Tally:
         classes, seeds = len(self.context.index.classes), made.masks.get("seed_masks")

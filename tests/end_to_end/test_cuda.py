@@ -43,19 +43,28 @@ def test_operators_and_their_gradients(name: str) -> None:
 
 def test_random_walk() -> None:
     torch.manual_seed(0)
-    maps, affinity = torch.rand(1, 3, 47, 62), torch.rand(1, len(pair_offsets(5)), 47, 62)
-    here = random_walk(maps, affinity, 5, 10)
-    torch.testing.assert_close(random_walk(maps.cuda(), affinity.cuda(), 5, 10).cpu(), here, rtol=1e-5, atol=1e-5)
+    sizes = [(47, 62), (30, 41), (62, 47), (1, 1)]
+    maps = [torch.rand(count, *size) for count, size in enumerate(sizes, 1)]
+    affinity = [torch.rand(len(pair_offsets(5)), *size) for size in sizes]
+    here = random_walk(maps, affinity, 5, 10, [256, 100, 30, 1])
+    there = random_walk([own.cuda() for own in maps], [own.cuda() for own in affinity], 5, 10, [256, 100, 30, 1])
+    for want, got in zip(here, there, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_dense_crf(kind: str) -> None:
     labels, kernels = PARAMETERS[kind]
-    image, energy = photo(120, 160), energies(labels, 120, 160)
-    here = DenseCrf(image, **kernels).infer([energy])[0]
-    there = DenseCrf(image.cuda(), **kernels).infer([energy.cuda()])[0].cpu()
-    assert float((here.argmax(0) == there.argmax(0)).float().mean()) > 0.999
-    assert float((here - there).abs().mean()) < 1e-4
+    sizes = [(120, 160), (90, 131), (1, 1)]
+    images, sets = [photo(*size) for size in sizes], [energies(labels, *size) for size in sizes]
+    crf = DenseCrf(*(image.cuda() for image in images), **kernels)
+    together = crf.infer([energy.cuda() for energy in sets], photos=[0, 1, 2])
+    for image, energy, found in zip(images, sets, together, strict=True):
+        here = DenseCrf(image, **kernels).infer([energy])[0]
+        alone = DenseCrf(image.cuda(), **kernels).infer([energy.cuda()])[0]
+        for there in (alone.cpu(), found.cpu()):
+            assert float((here.argmax(0) == there.argmax(0)).float().mean()) > 0.999
+            assert float((here - there).abs().mean()) < 1e-4
 
 
 @pytest.fixture(scope="module")
