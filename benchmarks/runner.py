@@ -63,13 +63,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", choices=[*ROWS, "stages"], help=f"{', '.join(ROWS)}, stages")
+    known = [*ROWS, "stages"]
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(known)}; all where none is named")
     parser.add_argument("--data", required=True, type=Path, help="a folder of JPEGs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--photos", type=int, default=32, help="of the folder, the first by name (default 32)")
     parser.add_argument("--long-side", type=int, default=500, help="pixels that they are scaled to (default 500)")
     args = parser.parse_args(arguments)
-    names = args.rows or [*ROWS, "stages"]
+    names = args.rows or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"there is no row {', '.join(unknown)}: the rows are {', '.join(known)}")
     print(f"{machine()}, {torch.get_num_threads()} threads, {args.rounds} rounds\n", flush=True)
     with tempfile.TemporaryDirectory() as place:
         photos = Photos(args.data, args.photos, args.long_side, Path(place, "photos"))

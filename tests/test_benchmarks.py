@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from benchmarks import runner, stages
 from benchmarks.rows import HEADINGS, Comparison, Photos, Row, measure
-from benchmarks.runner import ROWS
-from benchmarks.stages import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,20 +53,39 @@ def test_a_difference_that_is_too_large_stands_out_and_what_is_missing_is_said(
     assert far[-2:] == ["**1.5e+00**", "6e-01"]
 
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    (line,) = measure("crf", ROWS["crf"], photos, 1)
+    (line,) = measure("crf", runner.ROWS["crf"], photos, 1)
     assert line[1] == "not run: pydensecrf2 is missing: pip install 'esol[crf-oracle]', which needs a compiler"
     assert len(line) == len(HEADINGS)
+
+
+def test_all_rows_where_none_is_named_and_exit_1_where_two_ways_differ(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Comparison("", lambda: 1.0, {"": lambda: 3.0}, lambda mine, want: abs(mine - want), {"": 0.5})
+    monkeypatch.setattr(runner, "ROWS", {"made up": Row("mine", "theirs", lambda photos: iter([case]))})
+    monkeypatch.setattr(stages, "ceilings", lambda side, gibibytes: {"fp32": 1e12, "bf16": 2e12, "copy": 3e9})
+    monkeypatch.setattr(stages, "lines", lambda photos, rounds, most: iter([["a stage"] * len(stages.HEADINGS)]))
+    sizes = ["--data", str(folder), "--photos", "2", "--long-side", "32", "--rounds", "1"]
+    with pytest.raises(SystemExit, match="differ by more than is allowed"):
+        runner.main(sizes)
+    said = capsys.readouterr().out
+    assert "| made up | mine | theirs |" in said
+    assert "1 TFLOP/s in float32 and 2 in bf16; a copy of" in said
+    assert "| a stage | a stage |" in said
+    with pytest.raises(SystemExit):
+        runner.main(["walks", *sizes])
+    assert "there is no row walks: the rows are made up, stages" in capsys.readouterr().err
 
 
 def test_work_is_counted_with_its_gradient_and_views_are_free() -> None:
     a, b, out = torch.ones(4, 8), torch.ones(8, 16), torch.empty(4, 16)
     sizes = 4 * 8 + 8 * 16 + 4 * 16
-    assert counted(lambda: torch.mm(a, b)) == (2 * 4 * 8 * 16, 4 * sizes)
-    assert counted(lambda: (a.t()[2:].unsqueeze(0), torch.empty(9))) == (0, 0)
-    assert counted(lambda: out.add_(1)) == (0, 2 * out.nbytes)
+    assert stages.counted(lambda: torch.mm(a, b)) == (2 * 4 * 8 * 16, 4 * sizes)
+    assert stages.counted(lambda: (a.t()[2:].unsqueeze(0), torch.empty(9))) == (0, 0)
+    assert stages.counted(lambda: out.add_(1)) == (0, 2 * out.nbytes)
     learning = b.clone().requires_grad_()
-    assert counted(lambda: torch.mm(a, learning).sum().backward())[0] == 2 * 2 * 4 * 8 * 16
+    assert stages.counted(lambda: torch.mm(a, learning).sum().backward())[0] == 2 * 2 * 4 * 8 * 16
     x, kernel = (torch.ones(2, 8, 10, 10, requires_grad=True), torch.ones(8, 1, 3, 3, requires_grad=True))
     forward = 2 * (2 * 8 * 10 * 10) * 9
-    assert counted(lambda: F.conv2d(x, kernel, padding=1, groups=8))[0] == forward
-    assert counted(lambda: F.conv2d(x, kernel, padding=1, groups=8).sum().backward())[0] == 3 * forward
+    assert stages.counted(lambda: F.conv2d(x, kernel, padding=1, groups=8))[0] == forward
+    assert stages.counted(lambda: F.conv2d(x, kernel, padding=1, groups=8).sum().backward())[0] == 3 * forward
