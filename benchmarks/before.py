@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.common import interleaved, machine, table
+from benchmarks.common import interleaved, machine, ratios, table
 from benchmarks.main_line import ROOT
 
 STEPS = {"classify": 40, "decide": 40, "expand": 20, "shrink": 30, "psa": 30, "irn": 20, "segment": 30}
@@ -120,12 +120,6 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     print(f"\n{machine()}\n{args.config} of {args.commit}; now {commit.stdout.strip()}; {args.rounds} rounds\n")
     print(table(("stage", f"{args.commit}, s", "now, s", "times as fast", "least", "most"), rows))
-
-
-def ratios(before: list[float], now: list[float]) -> tuple[float, float, float]:
-    """Median, least and most of before / now, round by round."""
-    each = [a / b for a, b in zip(before, now, strict=True)]
-    return statistics.median(each), min(each), max(each)
 
 
 if __name__ == "__main__":

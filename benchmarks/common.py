@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+CLASSES = 20  # of a network whose photos have none of their own: as many as VOC has
+
 
 def machine() -> str:
     """One line: date, processor, cores, device, versions."""
@@ -29,6 +31,23 @@ def machine() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {cores} cores of {cpu}{gpu}, Python {platform.python_version()}, {packages}"
 
 
+def once(work: Callable[[], object]) -> float:
+    """Seconds that a call takes, until the GPU has nothing left to do, if there is one."""
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def wait() -> None:
+    """Until the GPU has nothing left to do."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Runs every case once per round, in turn, so that a machine whose speed drifts treats all alike."""
     found: dict[str, list[float]] = {name: [] for name in cases}
@@ -41,6 +60,12 @@ def interleaved(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 def ratio(found: dict[str, list[float]], name: str, base: str) -> float:
     """Median over the rounds of name / base."""
     return statistics.median(a / b for a, b in zip(found[name], found[base], strict=True))
+
+
+def ratios(before: list[float], now: list[float]) -> tuple[float, float, float]:
+    """Median, least and most of before / now, round by round."""
+    each = [a / b for a, b in zip(before, now, strict=True)]
+    return statistics.median(each), min(each), max(each)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

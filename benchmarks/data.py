@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["WDS_SECURE"] = "1"
@@ -22,9 +24,12 @@ os.environ["WDS_SECURE"] = "1"
 import numpy as np
 import torch
 import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from benchmarks.common import interleaved, machine, ratio, table
+from benchmarks.common import CLASSES, interleaved, machine, ratio, table
+from benchmarks.rows import Comparison, Photos
 from esol.config import DataConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, sample_rng, share_of
@@ -88,9 +93,68 @@ def slots(index: Index, crop: Crop) -> Iterator[Any]:
         wds.map(example),
         wds.batched(BATCH, collation_fn=collate),
     )
-    return iter(
-        wds.WebLoader(pipeline, batch_size=None, num_workers=1, worker_init_fn=lambda _: torch.set_num_threads(1))
-    )
+    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=1, worker_init_fn=_alone))
+
+
+class Folder(Dataset[dict[str, Any]]):
+    """A folder of JPEGs as IRN's code and most others read one: PIL decodes and scales the whole photo, then a crop.
+
+    Scaled to a long side that is drawn uniformly, mirrored or not, cropped at a random place, or on the fill colour.
+    """
+
+    def __init__(self, paths: list[Path], crop: Crop) -> None:
+        self.paths, self.crop = paths, crop
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        size = self.crop.size
+        assert self.crop.long_side is not None
+        with Image.open(self.paths[number]) as file:
+            photo = file.convert("RGB")
+        factor = random.randint(*self.crop.long_side) / max(photo.size)
+        width, height = (round(n * factor) for n in photo.size)
+        photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+        if random.random() < 0.5:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        canvas = np.empty((size, size, 3), np.uint8)
+        canvas[:] = FILL
+        shown, place, start = [], [], []
+        for side in (height, width):
+            shown.append(min(side, size))
+            place.append(random.randint(0, size - shown[-1]))
+            start.append(random.randint(0, side - shown[-1]))
+        part = np.asarray(photo)[start[0] : start[0] + shown[0], start[1] : start[1] + shown[1]]
+        canvas[place[0] : place[0] + shown[0], place[1] : place[1] + shown[1]] = part
+        image = torch.from_numpy(canvas.transpose(2, 0, 1).copy())
+        return {"image": image, "labels": torch.zeros(CLASSES)}
+
+
+def compared(photos: Photos) -> Iterator[Comparison]:
+    """The row `reading` of python -m benchmarks: training crops of the same photos, by one worker process each.
+
+    A call takes 30 batches of a stream that goes on: a worker starts once, and is up to two batches ahead.
+    """
+    batch, steps = min(BATCH, photos.count), 30
+    reader, ordinals = photos.reader, np.sort(photos.ordinals)
+    crop, config = Crop(224, (224, 320)), DataConfig(root=str(reader.index.root), workers=1)
+    plan = Plan(ordinals, reader.index.shard_of[ordinals], 0, batch)
+    ours = training_stream(reader, plan, share_of(0, 1, batch, 0), 0, 10**6, crop, config, FILL)
+    folder = Folder(photos.paths, crop)
+    drawn = RandomSampler(folder, replacement=True, num_samples=10**6)
+    theirs = iter(DataLoader(folder, batch, sampler=drawn, num_workers=1, worker_init_fn=_alone))
+
+    def take(stream: Iterator[Any]) -> None:
+        for _ in range(steps):
+            next(stream)
+
+    name = f"crops of {crop.size}, a photo of {photos.side} pixels"
+    yield Comparison(name, lambda: take(theirs), {"": lambda: take(ours)}, units=batch * steps)
+
+
+def _alone(worker: int) -> None:
+    torch.set_num_threads(1)
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def main() -> None:
     task = SegmentTask(DeepLab(build_backbone(model), len(index.classes) + 1, config.rates), config).to(device).train()
     batches = _batches(index, args.split, config, args.photos // args.batch)
     if args.weights == "none":
-        _make_random_start_sound(task.handover.backbone, torch.cat([b["image"] for b in batches])[:8].to(device))
+        make_random_start_sound(task.handover.backbone, torch.cat([b["image"] for b in batches])[:8].to(device))
     optimizer = build_optimizer(task, config)
 
     rows: list[list[object]] = []
@@ -118,7 +118,7 @@ def _batches(index: Index, split: str, config: SegmentConfig, steps: int) -> lis
 
 
 @torch.no_grad()
-def _make_random_start_sound(backbone: nn.Module, images: Tensor) -> None:
+def make_random_start_sound(backbone: nn.Module, images: Tensor) -> None:
     for name, module in backbone.named_modules():
         if name.endswith(".bn3"):
             nn.init.constant_(module.weight, 0.1)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.common import interleaved, machine, ratio, table
+from benchmarks.common import interleaved, machine, once, ratio, table
+from benchmarks.rows import Comparison, Photos
 from esol.ops import dense_crf
 from esol.ops.dense_crf import DenseCrf, unary_from_labels, unary_from_probabilities
 
@@ -124,15 +125,6 @@ def agreement(paths: list[Path]) -> str:
     return table(headings, rows)
 
 
-def seconds(function: Callable[[], object]) -> Callable[[], float]:
-    def timed() -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-    return timed
-
-
 def call(photo: Tensor, sets: list[Tensor], kernels: dict[str, float]) -> None:
     Theirs(photo, sets, kernels).infer()
 
@@ -161,7 +153,7 @@ def speed(paths: list[Path], size: tuple[int, int] | None, name: str, rounds: in
             "ours, inference": partial(ours.infer, sets),
             "ours, cold": partial(own_cold, photo, sets, kernels),
         }
-        found.append(interleaved({key: seconds(case) for key, case in cases.items()}, rounds))
+        found.append(interleaved({key: partial(once, case) for key, case in cases.items()}, rounds))
     rows: list[list[object]] = []
     where = "own size (320 long)" if size is None else "375x500"
     for what, mine, base in (
@@ -174,6 +166,22 @@ def speed(paths: list[Path], size: tuple[int, int] | None, name: str, rounds: in
         rows.append([name.split(":")[0], where, what, *(f"{t:.3f}" for t in medians)])
         rows[-1] += [f"{statistics.median(ratios):.2f}", f"{max(ratios):.2f}"]
     return rows
+
+
+def compared(photos: Photos) -> Iterator[Comparison]:
+    """The row `crf` of python -m benchmarks: IRN's workload, lattices included; the difference is of probabilities."""
+    name = next(iter(PARAMETERS))
+    kernels, labels = PARAMETERS[name]
+    loaded = [load(path, None) for path in photos.paths[:4]]
+    work = [(photo, unaries(photo, name, labels, seed)) for seed, photo in enumerate(loaded)]
+    yield Comparison(
+        "two label maps of 4 labels, a photo",
+        lambda: [torch.from_numpy(q) for photo, sets in work for q in Theirs(photo, sets, kernels).infer()],
+        {"": lambda: [q for photo, sets in work for q in DenseCrf(photo, **kernels).infer(sets)]},
+        lambda mine, want: max(float((a - b).abs().max()) for a, b in zip(mine, want, strict=True)),
+        {"": 1e-3},
+        units=len(work),
+    )
 
 
 def at_once(paths: list[Path], size: tuple[int, int] | None, device: str, rounds: int) -> str:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import wait
 from benchmarks.scaling_ranks import build_task, settings
 from esol.config import CrfConfig
 from esol.ops.dense_crf import DenseCrf, unary_from_probabilities
@@ -40,11 +41,6 @@ SIZES = {
     "irn": (32, 512),
     "segment": (10, 321),
 }  # batch and crop of VOC 2012's recipe
-
-
-def wait() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def clock(work: Callable[[], object], warm: int, count: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import esol.ops.random_walk as walk_module
-from benchmarks.common import interleaved, machine, table
+from benchmarks.common import interleaved, machine, once, table
+from benchmarks.rows import Comparison, Photos, relative
 from esol.ops.pairs import boundary_affinity, pair_offsets, pair_windows
 from esol.ops.random_walk import random_walk
 
@@ -115,11 +116,17 @@ def errors(got: Tensor, want: Tensor) -> list[float]:
     return [float(off.max() / want.abs().max()), float(off.mean() / want.abs().mean())]
 
 
-def once(function: Callable[[], object]) -> float:
-    """Wall time in seconds."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def compared(photos: Photos) -> Iterator[Comparison]:
+    """The row `walk` of python -m benchmarks: on PSA's grid; main has the larger one of IRN."""
+    height, width = -(-photos.side * 3 // 32), -(-photos.side // 8)
+    maps, affinity = scene(height, width)
+    yield Comparison(
+        f"{height} x {width} grid, 256 steps, {CLASSES} classes",
+        lambda: dense_walk(maps, affinity, SQUARINGS)[0],
+        {"": partial(random_walk, maps, affinity, RADIUS, BETA)},
+        relative,
+        {"": 2e-4},  # of which the dense float32 matrix has about a half against float64
+    )
 
 
 def growth() -> None:

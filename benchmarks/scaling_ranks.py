@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import interleaved
+from benchmarks.common import CLASSES, interleaved
 from esol.base.files import sha256
 from esol.base.progress import progress
 from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
@@ -52,7 +52,6 @@ from esol.training.task import Task
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("classify", "expand", "shrink", "psa", "irn", "segment")
-CLASSES = 20
 WARMUP = 3  # DDP orders its buckets anew after the first step, ZeRO 3 traces it
 
 
