@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import wait
 from benchmarks.scaling_ranks import build_task, settings
 from esol.config import CrfConfig
+from esol.models.folded import for_training
 from esol.ops.dense_crf import DenseCrf, unary_from_probabilities
 from esol.ops.random_walk import random_walk
 from esol.training.optim import build_optimizer
@@ -104,6 +105,7 @@ def _step(name: str, parts: list[str], batch: int, crop: int) -> Callable[[], No
     torch.backends.cudnn.allow_tf32 = False
     config = settings()
     task: Any = build_task(name, config).to(DEVICE).train()
+    for_training(task, torch.bfloat16)
     if "cl" in parts:
         task = task.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(task, getattr(config, name))

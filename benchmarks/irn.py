@@ -28,6 +28,7 @@ from esol.data.samples import Batch
 from esol.data.transforms import Crop, decode, training_crop
 from esol.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 from esol.models.cam_net import CamNet
+from esol.models.folded import for_training
 from esol.models.heads import Heads
 from esol.models.regrid import scale_to_grid
 from esol.pipeline.cam import new_net
@@ -109,6 +110,7 @@ def compared_steps(photos: Photos) -> Iterator[Comparison]:
             model = IrnStyle(net).to(device)
             settings = context.config.named("classify")
         task = ClassifyTask(net, settings)
+        for_training(task, context.kind)
         context.engine.prepare(task, build_optimizer(task, settings))
         ours[name] = partial(_our_step, context, batch, settings.lr)
     optimizer = torch.optim.SGD(

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from benchmarks.common import CLASSES, once
 from benchmarks.rows import Photos
 from benchmarks.scaling_ranks import build_task, crop_of, random_batch
+from esol.models.folded import for_training
 from esol.models.heads import Heads
 from esol.pipeline.cam import cam_stages
 from esol.pipeline.context import Context
@@ -123,6 +124,7 @@ def lines(photos: Photos, rounds: int, most: dict[str, float]) -> Iterator[list[
     for name in TRAINED:
         section = config.named(name)
         tasks[name] = build_task(name, config)
+        for_training(tasks[name], context.kind)
         context.engine.prepare(tasks[name], build_optimizer(tasks[name], section), section.clip_norm)
         batch = random_batch(section.global_batch, crop_of(name, config))
         step = partial(context.engine.train_step, [batch], 0.0)  # random networks run away at the recipe's rate

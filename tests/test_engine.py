@@ -15,6 +15,7 @@ from torch import nn
 from esol.base.errors import CheckpointError, DivergenceError, LaunchError
 from esol.config import EngineConfig
 from esol.engines import make_engine
+from esol.engines.accelerate_engine import _with_strides
 from esol.engines.base import Engine
 from esol.training.optim import build_optimizer
 
@@ -203,3 +204,14 @@ def test_accelerate_launch_with_cpu_starts_too_few_processes(monkeypatch: pytest
         monkeypatch.setenv(name, "x")
     with pytest.raises(LaunchError, match=r"started one .*launch/cpu\.yaml"):
         make_engine(EngineConfig(), seed=0)
+
+
+def test_a_small_convolutions_gradient_has_the_strides_of_its_weights() -> None:
+    """Two of the four say nothing, and DDP compares all of them."""
+    weight, laid = torch.empty(4, 8, 1, 1), torch.randn(4, 8, 1, 1)
+    gradient = laid.as_strided(laid.shape, (8, 1, 8, 8))  # as a convolution of channels_last activations returns it
+    found = _with_strides(weight.stride(), gradient)
+    assert found.stride() == weight.stride()
+    assert torch.equal(found, laid)
+    turned = torch.randn(8, 4, 1, 1).transpose(0, 1)
+    assert _with_strides(weight.stride(), turned) is turned

@@ -10,7 +10,7 @@ from torch import nn
 from esol.config import BackboneConfig
 from esol.models.backbones import Backbone, build_backbone
 from esol.models.deeplab import DeepLab
-from esol.models.folded import fold_batch_norm, fold_frozen_norms, for_inference
+from esol.models.folded import fold_batch_norm, fold_norms, for_inference
 
 
 def network(name: str, stride: int, freeze: Literal["none", "stem", "all"] = "all") -> Backbone:
@@ -93,14 +93,15 @@ def test_weights_are_in_the_type_that_autocast_computes_in_and_answers_stay_as_n
     assert float((once - exact).abs().mean()) < 1.1 * float((cast_each_time - exact).abs().mean())
 
 
+@pytest.mark.parametrize("learning", [True, False])
 @pytest.mark.parametrize(("name", "stride"), [("resnet50", 16), ("timm:tf_efficientnet_lite0", 8)])
-def test_a_network_that_learns_behind_frozen_norms_learns_the_same(name: str, stride: int) -> None:
-    net = network(name, stride, "stem").double()
+def test_a_network_in_training_learns_the_same(name: str, stride: int, learning: bool) -> None:
+    net = network(name, stride, "none").double()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
+            module.requires_grad_(learning)
     folded = deepcopy(net)
-    assert fold_frozen_norms(folded, None) == norms(net) > 30
+    assert fold_norms(folded, None) == norms(net) > 30
     assert folded.state_dict().keys() == net.state_dict().keys()
     assert dict(folded.named_parameters()).keys() == dict(net.named_parameters()).keys()
     image, gradients = torch.randint(0, 256, (2, 3, 33, 49), dtype=torch.uint8), []
@@ -113,18 +114,14 @@ def test_a_network_that_learns_behind_frozen_norms_learns_the_same(name: str, st
         torch.testing.assert_close(gradients[1][key], expected, rtol=1e-8, atol=1e-12)
 
 
-def test_norms_that_learn_stay_and_frozen_weights_are_cast_once() -> None:
+def test_weights_that_do_not_learn_are_folded_and_cast_once() -> None:
     net = network("resnet50", 16, "stem")
     image = torch.randint(0, 256, (1, 3, 33, 49), dtype=torch.uint8)
     before = net(image)
-    frozen = sum(
-        not any(p.requires_grad for p in m.parameters()) for m in net.modules() if isinstance(m, nn.BatchNorm2d)
-    )
-    assert fold_frozen_norms(net, torch.bfloat16) == frozen > 0
-    assert frozen < norms(net)
-    held = {name: own.dtype for name, own in net.named_buffers() if name.endswith("folded_weight")}
-    assert len(held) == frozen
-    assert set(held.values()) == {torch.bfloat16}
+    assert fold_norms(net, torch.bfloat16) == norms(net)
+    held = {name.rpartition(".")[0] for name, _ in net.named_buffers() if name.endswith("folded_weight")}
+    assert held == {name[:-7] for name, p in net.named_parameters() if p.dim() == 4 and not p.requires_grad}
+    assert {own.dtype for name, own in net.named_buffers() if name.endswith("folded_weight")} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
         assert float((net(image) - before).abs().max().detach()) < 0.1 * float(before.abs().max().detach())
 
@@ -135,5 +132,6 @@ def test_a_network_whose_features_would_change_is_trained_as_it_is() -> None:
     net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     before = net(image)
-    assert fold_frozen_norms(net, None) == 0
+    assert fold_norms(net, None) == 0
     assert torch.equal(net(image), before)
+    assert not list(shared.conv.buffers())

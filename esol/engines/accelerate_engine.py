@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,6 +77,11 @@ class AccelerateEngine(Ranks):
         self._task, self._optimizer, self._clip_norm = task, optimizer, clip_norm
         self._learning = [p for group in optimizer.param_groups for p in group["params"]]
         task.train()
+        if self.device.type == "cuda":  # activations are channels_last: else every convolution copies its weights
+            task.to(memory_format=torch.channels_last)
+        for parameter in self._learning if self.world_size > 1 else ():
+            if parameter.shape[2:] == (1, 1):
+                parameter.register_hook(partial(_with_strides, parameter.stride()))
         with warnings.catch_warnings():  # accelerate knows no other name for it yet
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self._module: nn.Module = self._accelerator.prepare_model(task)
@@ -160,6 +166,11 @@ class AccelerateEngine(Ranks):
         if dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(True)  # so that another engine can start in this process
+
+
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """A 1x1 convolution's gradient with its weights' strides, of which two say nothing: DDP warns where they differ."""
+    return gradient.as_strided(gradient.shape, strides) if gradient.stride()[:2] == strides[:2] else gradient
 
 
 _WORLD_VARIABLES = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}

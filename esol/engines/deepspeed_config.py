@@ -9,6 +9,7 @@ from typing import Any
 from esol.base.errors import ConfigError
 from esol.config import DeepSpeedConfig
 
+_WHOLE = 100_000  # numbers of a parameter below which ZeRO 3 leaves it whole, its own default
 _OURS = {  # DeepSpeed's keys that our config decides, and where
     "train_batch_size": "<stage>.global_batch",
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
@@ -52,6 +53,9 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     if config.offload and device == "none":
         raise ConfigError(f"{where}: zero_optimization.offload_optimizer contradicts engine.deepspeed.offload = true")
     ours: dict[str, Any] = {"stage": config.zero}
+    if config.zero == 3:  # batch norms are used by the convolutions before them (esol.models.folded): they stay whole
+        threshold = zero.get("stage3_param_persistence_threshold", _WHOLE)
+        ours["stage3_param_persistence_threshold"] = _WHOLE if threshold == "auto" else max(threshold, _WHOLE)
     if config.offload and "offload_optimizer" not in zero:
         ours["offload_optimizer"] = {"device": "cpu"}
     return {

@@ -1,4 +1,4 @@
-"""Batch norm folded into convolutions: for inference for good, in training where the norm does not learn."""
+"""Batch norm folded into convolutions: for inference for good, in training at each step."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def for_inference(net: _Net, device: torch.device, kind: torch.dtype | None) -> 
     return net
 
 
+def for_training(net: nn.Module, kind: torch.dtype | None) -> None:
+    """Makes the backbones of a network or task ready to be trained or passed through; fold_norms says how."""
+    for backbone in [module for module in net.modules() if isinstance(module, Backbone)]:
+        fold_norms(backbone, kind)
+
+
 @torch.no_grad()
 def fold_batch_norm(backbone: Backbone) -> int:
     """Folds every batch norm that follows a convolution into it; returns how many, 0 where the features then differ.
@@ -58,35 +64,32 @@ def fold_batch_norm(backbone: Backbone) -> int:
 
 
 @torch.no_grad()
-def fold_frozen_norms(backbone: Backbone, kind: torch.dtype | None) -> int:
-    """Folds every batch norm that does not learn into the convolution before it, in a network that is trained.
+def fold_norms(backbone: Backbone, kind: torch.dtype | None) -> int:
+    """Folds every batch norm into the convolution before it in a network that is trained, which saves its passes.
 
-    Parameters, state and what is learned stay as they were: a convolution that learns computes with its weights times
-    the norm's scale; one that does not has a copy of these, made now, in the type `kind` that autocast computes in
-    (None for float32). To be called when the weights are there, before an engine takes them over. Returns how many
-    norms, 0 where the features would differ, as fold_batch_norm has it.
+    Parameters, state and what is learned stay as they were: a convolution computes with its weights times the norm's
+    scale, and gradients reach both through that product. Where neither learns, the product is made now, in the type
+    `kind` that autocast computes in (None for float32). To be called when the weights are there, before an engine takes
+    them over. Returns how many norms, 0 where the features would differ, as fold_batch_norm has it.
     """
     image = _probe(backbone)
-    found = [(conv, norm) for conv, norm in _pairs(backbone, image) if not _learns(norm)]
+    found = _pairs(backbone, image)
     if not found:
         return 0
     before = _features(backbone, image)
     for conv, norm in found:
-        weight, bias = _fused(conv, norm)
-        if conv.weight.requires_grad:
-            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            conv.register_buffer("norm_scale", scale.view(-1, 1, 1, 1), persistent=False)
-        else:
-            conv.register_buffer("folded_weight", weight, persistent=False)
-        conv.register_buffer("folded_bias", bias, persistent=False)
+        vars(conv)["norm"] = norm  # no part of the convolution, whose parameters and state stay as they are
         conv.forward = MethodType(_folded_forward, conv)
         norm.forward = _rest(norm).forward  # type: ignore[union-attr]
     same = _same(before, _features(backbone, image))
     for conv, norm in found:
         if not same:
-            del conv.forward, norm.forward, conv.folded_bias
-        elif not conv.weight.requires_grad:
-            conv.folded_weight = conv.folded_weight.to(kind, memory_format=torch.channels_last)
+            del conv.forward, norm.forward, vars(conv)["norm"]
+        elif not any(parameter.requires_grad for parameter in (*conv.parameters(), *norm.parameters())):
+            weight, bias = _fused(conv, norm)
+            weight = weight.to(kind, memory_format=torch.channels_last)
+            conv.register_buffer("folded_weight", weight, persistent=False)
+            conv.register_buffer("folded_bias", bias, persistent=False)
     return len(found) if same else 0
 
 
@@ -94,8 +97,13 @@ def _folded_forward(conv: Any, x: Tensor) -> Tensor:
     """What the convolution's own class computes, with the weights of convolution and norm together."""
     own = copy(conv)
     vars(own)["_parameters"] = {}
-    own.weight = conv.weight * conv.norm_scale if conv.weight.requires_grad else conv.folded_weight
-    own.bias = conv.folded_bias
+    if "folded_weight" in conv._buffers:
+        own.weight, own.bias = conv.folded_weight, conv.folded_bias
+    else:
+        norm = vars(conv)["norm"]
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        own.weight = conv.weight * scale.view(-1, 1, 1, 1)
+        own.bias = norm.bias + ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale
     result: Tensor = type(conv).forward(own, x)
     return result
 
@@ -105,10 +113,6 @@ def _fused(conv: Any, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     assert mean is not None
     assert variance is not None
     return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _probe(backbone: Backbone) -> Tensor:

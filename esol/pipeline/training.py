@@ -22,7 +22,7 @@ from esol.data.plan import Plan, share_of
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.models.backbones import Backbone
-from esol.models.folded import fold_frozen_norms
+from esol.models.folded import for_training
 from esol.pipeline.features import kept_features
 from esol.pipeline.made import StageShards
 from esol.pipeline.registry import Stage
@@ -69,9 +69,7 @@ class TrainingStage(Stage):
         share = share_of(engine.rank, engine.world_size, config.global_batch, settings.engine.micro_batch)
         total = total_steps(config, self.name, plan)
         fill = _mean_colour(task)  # before an engine may have the weights in parts
-
-        for backbone in [module for module in task.modules() if isinstance(module, Backbone)]:
-            fold_frozen_norms(backbone, context.kind)
+        for_training(task, context.kind)
         features = kept_features(context, task)
 
         last: dict[str, Any] = {}

@@ -133,6 +133,10 @@ def test_a_users_json_adds_what_ours_does_not_decide(tmp_path: Path) -> None:
         "stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}
     }  # fmt: skip
     assert (config["gradient_clipping"], config["train_micro_batch_size_per_gpu"]) == (1.5, 1)
+    for given, kept in ((100, 100_000), (10**6, 10**6), ("auto", 100_000)):
+        zero = {"zero_optimization": {"stage3_param_persistence_threshold": given}}
+        third = deepspeed_config(DeepSpeedConfig(zero=3, json=written(tmp_path, zero)), 0.0)
+        assert third["zero_optimization"]["stage3_param_persistence_threshold"] == kept
     assert "fp16" not in config
 
 
