@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +33,7 @@ from PIL import Image
 from benchmarks.common import machine, table
 
 SIDE, PHOTOS = 320, 100  # pixels of the long side; different photos that are sent in turn
+LIMIT = "64"  # requests at once, as docs/segment.md has it
 WAIT = 120  # seconds until the server has to answer
 SETTINGS = {"full quality": {}, "fast": {"params": {"fast": True}}}
 
@@ -46,7 +47,7 @@ def served(model: Path) -> Iterator[tuple[int, int]]:
     command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", str(model / "mlflow")]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the model's own code, no other
-    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
+    own |= {"UVICORN_LIMIT_CONCURRENCY": LIMIT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
     with open(os.devnull, "wb") as nothing:
         server = subprocess.Popen(command, cwd=model, env=own, stdout=nothing, stderr=nothing, start_new_session=True)
     try:
@@ -59,6 +60,8 @@ def served(model: Path) -> Iterator[tuple[int, int]]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+        with suppress(ProcessLookupError):  # requests that nobody waits for any more
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def answers(port: int) -> bool:
