@@ -55,6 +55,14 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_photos_of_more_pixels_than_are_taken_are_refused_in_every_format(kind: str) -> None:
+    data, pixels = encoded(Image.fromarray(SCENE), kind), WIDTH * HEIGHT
+    assert decode(data, "x", pixels).shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(DataError, match=rf"^x: the photo has {WIDTH} x {HEIGHT} = {pixels} pixels, more than the"):
+        decode(data, "x", pixels - 1)
+
+
 def str_only(value: object) -> str:
     return value if isinstance(value, str) else ""
 
@@ -179,6 +187,8 @@ def test_tiff_that_pillow_does_not_read_and_where_it_lies(tmp_path: Path) -> Non
             file.write(wide)
         data = (tmp_path / "a.tif").read_bytes()
         assert np.array_equal(decode(data, "k").permute(1, 2, 0).numpy(), SCENE)
+        with pytest.raises(DataError, match=r"^k: the photo has 24 x 16 = 384 pixels, more than the 383"):
+            decode(data, "k", 383)
         assert photo_format(pack("k", "k", data, ["cat"], ["cat"])["jpg"]) == "JPEG"
         found = place_on_earth(data)
         assert found is not None

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from esol.base.errors import DataError
-from esol.data.tiff import eight_bits, wide_tiff
+from esol.data.tiff import check_size, eight_bits, wide_tiff
 
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # such a block counts for nothing, and every reader meets it
 
@@ -59,8 +59,8 @@ OTHERS = {"TIFF or RAW": "TIFF", "TIFF": "TIFF", "BMP": "BMP", "GIF": "GIF", "AV
 _SUBFILE, _DNG = 254, 50706  # TIFF tags: a smaller version of another picture; a camera's raw data
 
 
-def other_photo(data: bytes, name: str) -> Image.Image | None:
-    """The first picture of a file in one of OTHERS, None for any other file.
+def other_photo(data: bytes, name: str, most: int | None = None) -> Image.Image | None:
+    """The first picture of a file in one of OTHERS, None for any other file; most: see check_size.
 
     DataError where such a file cannot be read, or holds numbers that are no picture's.
     """
@@ -78,10 +78,11 @@ def other_photo(data: bytes, name: str) -> Image.Image | None:
         tags = getattr(image, "tag_v2", {})
         if data[8:10] == b"CR" or _DNG in tags or int(tags.get(_SUBFILE, 0)) & 1:
             raise DataError(f"{name}: camera raw data are not read: convert them to JPEG, PNG or WebP")
+        check_size(image.size, name, most)
         image.load()
     except UnidentifiedImageError as error:
         if OTHERS[kind] == "TIFF":
-            return wide_tiff(data, name)
+            return wide_tiff(data, name, most)
         raise DataError(f"{name}: this kind of {kind} is not read: convert it to 8 bits, or to PNG") from error
     except DataError:
         raise

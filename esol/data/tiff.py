@@ -19,9 +19,16 @@ _PLACE = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's: pixel size, ti
 _BIG = 43  # the version of BigTIFF, whose header is longer
 
 
-def wide_tiff(data: bytes, name: str) -> Image.Image:
+def check_size(size: tuple[int, int], name: str, most: int | None) -> None:
+    """DataError where a photo of this width and height has more than `most` pixels, before any of them is decoded."""
+    if most is not None and size[0] * size[1] > most:
+        pixels = f"{size[0]} x {size[1]} = {size[0] * size[1]:,} pixels"
+        raise DataError(f"{name}: the photo has {pixels}, more than the {most:,} that are taken: make it smaller")
+
+
+def wide_tiff(data: bytes, name: str, most: int | None = None) -> Image.Image:
     """The picture of a TIFF file of more bands or bits than Pillow reads, by rasterio: its red, green and blue, else
-    its first three bands, else its first; DataError where that cannot be."""
+    its first three bands, else its first; DataError where that cannot be; most: see check_size."""
     try:
         import rasterio
         from rasterio.enums import ColorInterp
@@ -31,9 +38,12 @@ def wide_tiff(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # many a TIFF lies nowhere on Earth
             with rasterio.MemoryFile(data) as file, file.open(driver="GTiff") as picture:
+                check_size((picture.width, picture.height), name, most)
                 named = {kind: band for band, kind in zip(picture.indexes, picture.colorinterp, strict=True)}
                 wanted = [named.get(kind, 0) for kind in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
                 bands = picture.read(wanted if all(wanted) else [1, 2, 3] if picture.count >= 3 else [1])
+    except DataError:
+        raise
     except Exception as error:  # GDAL's own, of many kinds
         raise DataError(f"{name}: unreadable TIFF ({error}); {len(data)} bytes") from error
     if bands.dtype.kind != "u":

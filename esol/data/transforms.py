@@ -17,27 +17,35 @@ from torchvision.io import ImageReadMode, decode_image
 
 from esol.base.errors import DataError
 from esol.data.photos import check_png, orientation, other_photo, photo_format, upright_rgb
+from esol.data.tiff import check_size
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # the decoder only reads it
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # moved out after torchvision 0.30
 
 
-def decode(data: bytes, name: str) -> Tensor:
-    """A photo as uint8 (3, H, W) RGB, as esol.data.photos has it upright; DataError naming `name` where unreadable."""
+def decode(data: bytes, name: str, most: int | None = None) -> Tensor:
+    """A photo as uint8 (3, H, W) RGB, as esol.data.photos has it upright.
+
+    DataError naming `name` where it is unreadable, or has more than `most` pixels, which are then not decoded.
+    """
     if not data:
         raise DataError(f"{name}: the image is empty")
     try:
         if data.startswith(b"\xff\xd8"):
+            if most is not None:
+                with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
+                    check_size(header.size, name, most)
             encoded = torch.frombuffer(data, dtype=torch.uint8)
             pixels = decode_image(encoded, mode=ImageReadMode.RGB)
             if b"Exif\0\0" not in data:  # most photos of a training set: a fifth of the time
                 return pixels
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
                 return turned(pixels, orientation(header))
-        if (other := other_photo(data, name)) is not None:
+        if (other := other_photo(data, name, most)) is not None:
             return torch.from_numpy(np.array(upright_rgb(other))).permute(2, 0, 1).contiguous()
         check_png(data)
         with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as file:  # torchvision crashes on damaged PNG files
+            check_size(file.size, name, most)
             return torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1).contiguous()
     except DataError:
         raise

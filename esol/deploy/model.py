@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,10 +91,13 @@ class Model:
         net, self.info = load_network(model)
         self._precision = precision_of(self.info.precision, self.device)
         self.net = for_inference(net, self.device, self._precision)
-        self.config, self.full_size = self.info.evaluate, full_size
-        if fast:
-            crf = replace(self.config.crf, iterations=0)
-            self.config = replace(self.config, scales=(1.0,), flip=False, crf=crf)
+        self.config, self.full_size = _fast(self.info.evaluate) if fast else self.info.evaluate, full_size
+
+    def faster(self) -> Model:
+        """The same network, as Model(..., fast=True) has it."""
+        other = copy(self)
+        other.config = _fast(self.config)
+        return other
 
     def reduced(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) at the size that the network sees: its long side is info.photo_side at most."""
@@ -129,10 +133,6 @@ class Model:
         place = np.ix_(*(np.arange(n) * own // n for n, own in zip(size, mask.shape, strict=True)))
         return mask[place], confidence[place]
 
-    def label_map(self, image: Tensor) -> NDArray[np.uint8]:
-        """uint8 (3, H, W) of any size -> its label map (H, W)."""
-        return self.label_maps([self.reduced(image)], [(image.shape[1], image.shape[2])])[0][0]
-
     def shares(self, labels: NDArray[np.uint8]) -> dict[str, float]:
         """The share of the pixels of each label that is there."""
         counts = np.bincount(labels.ravel(), minlength=len(self.info.classes) + 1)
@@ -144,6 +144,10 @@ class Model:
         image = _pixels(photo)
         mask, sure = self.label_maps([self.reduced(image)], [(image.shape[1], image.shape[2])])[0]
         return Prediction(mask, sure, self.shares(mask), self.info.classes, image.permute(1, 2, 0).numpy())
+
+
+def _fast(config: PredictionConfig) -> PredictionConfig:
+    return replace(config, scales=(1.0,), flip=False, crf=replace(config.crf, iterations=0))
 
 
 def _pixels(photo: Photo) -> Tensor:

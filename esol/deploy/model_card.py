@@ -57,10 +57,13 @@ def _usage(checks: Mapping[str, str], test: PredictionConfig) -> str:
     files = "\n".join(["| file | what it is |", "|---|---|", *rows])
     notes = [
         "    esol predict . photos/ --out predictions",
+        "    export UVICORN_LIMIT_CONCURRENCY=64  # more requests at once are answered 503\n"
         "    mlflow models serve -m mlflow --env-manager local --host 127.0.0.1 --port 5001",
         "`esol predict` and the MLflow model make larger photos as large as those it learned from, and use scales "
         f"{', '.join(f'{scale:g}' for scale in test.scales)}{', the mirror image' if test.flip else ''}"
-        f"{' and the dense CRF' if test.crf.iterations else ''}. The graphs (pt2, onnx) are the network at one scale.",
+        f"{' and the dense CRF' if test.crf.iterations else ''}. `esol predict --fast` and requests with "
+        '`"params": {"fast": true}` take one scale, no mirror image and no CRF. The graphs (pt2, onnx) are the network '
+        "at one scale.",
     ]
     return "\n\n".join([files, *notes, *(f"{name}: {text}." for name, text in checks.items())])
 

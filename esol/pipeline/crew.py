@@ -41,7 +41,7 @@ class Crew:
         if self.threads == 1:
             yield from map(work, items)
             return
-        pool = ThreadPoolExecutor(self.threads, "photos", torch.set_num_threads, (1,))
+        pool = self.pool()
         waiting: deque[Future[Found]] = deque()
         try:
             for item in items:
@@ -53,6 +53,10 @@ class Crew:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(self._computing)  # a thread's own number is the next new thread's as well
+
+    def pool(self) -> ThreadPoolExecutor:
+        """New threads of this number, each of which computes by itself."""
+        return ThreadPoolExecutor(self.threads, "photos", torch.set_num_threads, (1,))
 
     @contextmanager
     def room(self, *sizes: tuple[int, int]) -> Iterator[None]:

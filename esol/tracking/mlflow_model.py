@@ -34,7 +34,7 @@ def log_mlflow_model(uri: str, run: str, weights: Path, photo: str) -> None:
 
 def _model(weights: Path) -> dict[str, Any]:
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
 
     root = Path(__file__).resolve().parents[2]
@@ -46,6 +46,7 @@ def _model(weights: Path) -> dict[str, Any]:
         "signature": ModelSignature(
             inputs=Schema([ColSpec(AnyType(), "image")]),  # bytes, or base64 that esol.deploy.serving decodes
             outputs=Schema([ColSpec("string", "mask"), ColSpec("string", "shares")]),
+            params=ParamSchema([ParamSpec("fast", DataType.boolean, False)]),
         ),
         "pip_requirements": [f"{name}=={version(name)}" for name in needed],
     }

@@ -177,6 +177,13 @@ def test_mlflow_serves_the_model_and_answers(exported: Path, photos: Path, tmp_p
         assert esol("predict", exported, photo, "--out", tmp_path / "out").returncode == 0
         assert np.array_equal(mask, np.asarray(Image.open(tmp_path / f"out/masks/{photo.stem}.png")))
         assert sum(json.loads(answer["shares"]).values()) == pytest.approx(1, abs=1e-5)
+        (quick,) = _ask(port, photo.read_bytes(), {"fast": True})["predictions"]
+        assert esol("predict", exported, photo, "--out", tmp_path / "fast", "--fast").returncode == 0
+        assert base64.b64decode(quick["mask"]) == (tmp_path / f"fast/masks/{photo.stem}.png").read_bytes()
+        with pytest.raises(urllib.error.HTTPError) as error:
+            _ask(port, photo.read_bytes(), {"fast": "quite"})
+        assert error.value.code == 400
+        assert b"fast" in error.value.read()
         with pytest.raises(urllib.error.HTTPError) as error:
             _ask(port, b"no photo")
         assert error.value.code == 400
@@ -188,12 +195,12 @@ def test_mlflow_serves_the_model_and_answers(exported: Path, photos: Path, tmp_p
         server.wait(30)
 
 
-def _ask(port: int, photo: bytes | str) -> dict:
+def _ask(port: int, photo: bytes | str, params: dict[str, object] | None = None) -> dict:
     text = photo if isinstance(photo, str) else base64.b64encode(photo).decode()
     table = {"columns": ["image"], "data": [[text]]}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations",
-        json.dumps({"dataframe_split": table}).encode(),
+        json.dumps({"dataframe_split": table, "params": params or {}}).encode(),
         {"Content-Type": "application/json"},
     )
     return json.loads(urllib.request.urlopen(request, timeout=60).read())
