@@ -4,7 +4,8 @@
 
 Both run the commit's own config, with fewer steps and with what was a fixed number then, on the same photos, each in
 processes of its own, in turn. A stage's seconds are those of its results.json, which begin when it is built: imports
-and the start of the job are outside. `esol predict` is timed whole, by what more photos cost.
+and the start of the job are outside. Names joined by + are one row; behind it, "filling" makes the features of crops
+anew, which are there otherwise (data.features). `esol predict` is timed whole, by what more photos cost.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import interleaved, machine, ratios, table
@@ -30,6 +32,7 @@ STAGES = (
     *("classify", "decide", "expand", "shrink", "localize", "seed_masks", "psa_labels", "psa", "psa_masks"),
     *("irn_labels", "irn", "irn_masks", "segment", "evaluate"),
 )
+HEADS = "decide+expand+shrink"
 FIXED = ("psa_masks.steps=256", "irn_masks.steps=256", "irn_masks.alpha=0", "localize.write=shrink")  # what then was so
 
 
@@ -57,16 +60,16 @@ class Side:
         self.environment = os.environ | {"PYTHONPATH": str(root)}
         self.run(*STAGES)
 
-    def run(self, *stages: str) -> dict[str, float]:
-        """Seconds of these stages, made anew."""
-        for stage in stages:
-            shutil.rmtree(self.run_dir / stage, ignore_errors=True)
+    def run(self, *stages: str, filling: bool = False) -> float:
+        """Seconds of these stages, made anew; filling: the features of crops as well."""
+        for folder in (*stages, *(["features"] if filling else [])):
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         command = [*self.command, "--stages", ",".join(stages)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=self.root)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         results = json.loads((self.run_dir / "results.json").read_text())
-        return {stage: float(results[stage]["seconds"]) for stage in stages}
+        return sum(float(results[stage]["seconds"]) for stage in stages)
 
     def predict(self, photos: Path, *options: str) -> float:
         """Seconds a photo of `esol predict`: what all cost more than one alone."""
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="of it, that all stages use")
     parser.add_argument("--photos", type=Path, help="a folder with some photos, for esol predict")
     parser.add_argument("--config", default="configs/voc-animals.yaml", help="of the commit")
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--stages", default=",".join((*STAGES, HEADS, f"{HEADS} filling")))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     stages, weights = args.stages.split(","), Path(os.environ["ESOL_WEIGHTS"]).resolve()
@@ -97,14 +100,15 @@ def main() -> None:
     overrides += [f"{name}.duration={count} steps" for name, count in STEPS.items()]
     with tree(args.commit) as before, tempfile.TemporaryDirectory() as runs:
         config = before / args.config
-        now = ["tracking.page=0", f"stages=[{','.join(STAGES)}]", *FIXED]
+        now = ["tracking.page=0", "data.features=4", f"stages=[{','.join(STAGES)}]", *FIXED]
         sides = {
             "before": Side(before, config, Path(runs, "before"), overrides),
             "now": Side(ROOT, config, Path(runs, "now"), [*overrides, *now]),
         }
         found: dict[str, dict[str, list[float]]] = {}
         for stage in stages:
-            cases = {name: lambda side=side, stage=stage: side.run(stage)[stage] for name, side in sides.items()}
+            names, _, filling = stage.partition(" ")
+            cases = {name: partial(side.run, *names.split("+"), filling=bool(filling)) for name, side in sides.items()}
             found[stage] = interleaved(cases, args.rounds)
             print(stage, found[stage], file=sys.stderr, flush=True)
         for options in ((), ("--fast",)) if args.photos else ():
