@@ -123,7 +123,7 @@ def compared(photos: Photos) -> Iterator[Comparison]:
     yield Comparison(
         f"{height} x {width} grid, 256 steps, {CLASSES} classes",
         lambda: dense_walk(maps, affinity, SQUARINGS)[0],
-        {"": partial(random_walk, maps, affinity, RADIUS, BETA)},
+        {"": partial(walked, maps, affinity)},
         relative,
         {"": 2e-4},  # of which the dense float32 matrix has about a half against float64
     )
