@@ -5,8 +5,8 @@
 DATA holds voc-animals (VOC's own layout), magnetic-tiles (folders by class) and coco-tiny; synthetic scenes are drawn.
 Every set runs configs/custom-cpu.yaml as it stands, through the masks; each seed has its own order of the shards.
 Photos' labels choose everything, masks only score. What has finished is not run again; --sets names some of the sets.
---rows is for machines that do not last: rows that are in the folder are taken from there, others are put there. Those of
-benchmarks/transfer_rows are what RESULTS.md stands on.
+--rows is for machines that do not last: rows that are in the folder are taken from there, others are put there;
+benchmarks/transfer_rows has those that were measured since.
 """
 
 from __future__ import annotations
