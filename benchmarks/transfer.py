@@ -5,6 +5,8 @@
 DATA holds voc-animals (VOC's own layout), magnetic-tiles (folders by class) and coco-tiny; synthetic scenes are drawn.
 Every set runs configs/custom-cpu.yaml as it stands, through the masks; each seed has its own order of the shards.
 Photos' labels choose everything, masks only score. What has finished is not run again; --sets names some of the sets.
+--rows is for machines that do not last: rows that are in the folder are taken from there, others are put there;
+benchmarks/transfer_rows has those that were measured since.
 """
 
 from __future__ import annotations
@@ -283,12 +285,21 @@ def scales(args: argparse.Namespace) -> str:
     return f"\n{machine()}\nseeds {args.seeds}\n\n{table(('mIoU of seeds', *SOURCES), body)}"
 
 
+def commit() -> str:
+    """Of the files that are run, with + where some are not committed."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "esol", "configs"], capture_output=True, text=True).stdout
+    return head + "+" * bool(changed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--rows", type=Path, help="folder of the rows that are done, SET-seedN.json")
     parser.add_argument("--scales", action="store_true", help="compare seeds of animals-400 with those of its SCALES")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     args = parser.parse_args()
@@ -299,8 +310,15 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.sets:
             begun = time.monotonic()
-            run_dir = run(name, SETS[name], seed, args.data, args.out, args.overrides)
-            rows.setdefault(name, []).append(rows_of(run_dir))
+            done = args.rows / f"{name}-seed{seed}.json" if args.rows else None
+            if done and done.exists():
+                rows.setdefault(name, []).append(json.loads(done.read_text()))
+                continue
+            row = rows_of(run(name, SETS[name], seed, args.data, args.out, args.overrides))
+            if done:
+                done.parent.mkdir(parents=True, exist_ok=True)
+                done.write_text(json.dumps({"commit": commit(), "machine": machine(), **row}))
+            rows.setdefault(name, []).append(row)
             print(f"{name}, seed {seed}: {(time.monotonic() - begun) / 60:.1f} minutes in this call", flush=True)
     print(f"\n{machine()}\nconfigs/custom-cpu.yaml {' '.join(args.overrides)}, seeds {args.seeds}\n\n{tables(rows)}")
 

@@ -50,12 +50,48 @@ def deform_conv(x: Tensor, weight: Tensor, offset: Tensor, taps: Taps | None = N
     projected = F.conv2d(x, (taps or Taps()).of(weight))
     with torch.autocast(x.device.type, enabled=False):
         kind = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _sum_of_rows(projected.to(kind), offset.to(kind)).to(projected.dtype)
         wide = projected.to(kind, memory_format=torch.contiguous_format)  # convolutions like another one
         wide = wide.reshape(batch * TAPS, channels, height, width)
         grid = _sampling_grid(offset.to(kind), height, width)
         sampled = F.grid_sample(wide, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         result = sampled.reshape(batch, TAPS, channels, height, width).sum(1)
     return result.to(projected.dtype)
+
+
+def _sum_of_rows(projected: Tensor, offset: Tensor) -> Tensor:
+    """What grid_sample and the sum over the taps give: (B, 9 * C, h, w), offset (B, 18, h, w) -> (B, C, h, w).
+
+    On a CPU in one pass: a position and tap are a row of C numbers, and a pixel of the result is a weighted sum of 36
+    of them, four corners for each tap.
+    """
+    batch, _, height, width = projected.shape
+    kind, device = offset.dtype, offset.device
+    dy, dx = offset.permute(0, 2, 3, 1).unflatten(3, (TAPS, 2)).unbind(4)  # each (B, h, w, 9)
+    tap = torch.arange(3, dtype=kind, device=device) - 1
+    # From -1 down and from the size up all is zero: the clamp changes nothing and keeps wild offsets within int range.
+    y = dy + tap.repeat_interleave(3) + torch.arange(height, dtype=kind, device=device).view(height, 1, 1)
+    x = dx + tap.repeat(3) + torch.arange(width, dtype=kind, device=device).view(width, 1)
+    y, x = y.clamp(-2, height + 1), x.clamp(-2, width + 1)
+    top, left = y.detach().floor(), x.detach().floor()
+    lower, right = y - top, x - left
+    first = torch.arange(batch, device=device).view(batch, 1, 1, 1) * height
+    places, weights = [], []
+    for row, along_y in ((top.long(), 1 - lower), (top.long() + 1, lower)):
+        for column, along_x in ((left.long(), 1 - right), (left.long() + 1, right)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = (first + row.clamp(0, height - 1)) * width + column.clamp(0, width - 1)
+            places.append(pixel * TAPS + torch.arange(TAPS, device=device))
+            weights.append(along_y * along_x * inside)
+    rows = projected.permute(0, 2, 3, 1).reshape(batch * height * width * TAPS, -1)
+    summed = F.embedding_bag(
+        torch.stack(places, 4).view(-1, 4 * TAPS),
+        rows,
+        mode="sum",
+        per_sample_weights=torch.stack(weights, 4).view(-1, 4 * TAPS),
+    )
+    return summed.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _apart(weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from esol.data.transforms import decode, resize
 from esol.engines.ranks import DTYPES, wants_cpu
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
+from esol.models.folded import for_training
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.pipeline.registry import table
 from esol.stages.localize import SAMPLED
@@ -25,7 +26,8 @@ BATCH, PHOTOS = 8, 4
 START = 4.0  # seconds that a stage takes before its first step and behind its last, its pictures among them
 # Seconds of a stage for each of the seconds that were measured. Fitted to runs on two cores (docs/cost.md) of 400
 # photos of 320 pixels and of 498 smaller ones; the learning stages' are of an image, the others' of a photo.
-LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 4.0}  # of a frozen pass
+LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 3.0}  # of a frozen pass
+KEPT = {"decide": 0.5, "expand": 0.5, "shrink": 0.9}  # the same where data.features keeps the frozen pass
 LEARNED_FINE = {"psa": 1.05, "segment": 1.0}  # of a learning step at stride 8
 REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
 HANDLED, SCORED = 0.04, 0.03  # seconds a photo, read and written; against each mask that is drawn, for each of ours
@@ -50,6 +52,7 @@ def measure(config: Config, index: Index) -> Speed:
     photos = [decode(reader.image(one), reader.name(one)).to(device) for one in chosen]
     images = torch.stack([resize(photos[i % len(photos)], crop, crop) for i in range(BATCH)])
     frozen = build_backbone(replace(config.model, freeze="all"), pretrained=False).to(device)
+    for_training(frozen, kind)
 
     def look() -> None:
         with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
@@ -58,6 +61,7 @@ def measure(config: Config, index: Index) -> Speed:
     segment = config.named("segment")
     fine = BackboneConfig(segment.model.backbone, output_stride=8, freeze=segment.model.freeze)
     net = DeepLab(build_backbone(fine, pretrained=False), 3).to(device)
+    for_training(net, kind)
     larger = F.pad(images, (0, 1, 0, 1))
 
     def learn() -> None:
@@ -104,7 +108,8 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
         if isinstance(own, TrainConfig):
             epoch = len(index.split(config.data.train_split)) // own.global_batch or 1
             images = Duration.parse(own.duration, name).steps(own.global_batch, epoch) * own.global_batch
-            each = LEARNED.get(name, 0) * speed.passed + LEARNED_FINE.get(name, 0) * speed.learned
+            heads = LEARNED | KEPT if config.data.features else LEARNED
+            each = heads.get(name, 0) * speed.passed + LEARNED_FINE.get(name, 0) * speed.learned
             took[name] = START + images * each
         elif name == "localize":
             judged = min(SAMPLED, shown) * sources * speed.refined

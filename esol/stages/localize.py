@@ -53,7 +53,7 @@ class Localize(MapStage):
     name = "localize"
     after = "shrink"
     section = LocalizeConfig
-    version = 4
+    version = 5
     needs = ("classify",)
     makes = "maps"
     produces = ("index.json", "*.tar", "curves.json")
