@@ -50,16 +50,12 @@ def test_freezing() -> None:
         "stem": {"layer3", "layer4"},
         "all": set(),
     }
+    timm_net = backbone(backbone="timm:tf_efficientnet_lite0", freeze="stem")
+    frozen = {
+        n.rsplit("blocks.", 1)[-1][0] for n, p in timm_net.named_parameters() if "blocks" in n and not p.requires_grad
+    }
+    assert frozen == {"0", "1", "2"}  # down to stride 8
     assert not backbone(freeze="all")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
-
-
-@pytest.mark.parametrize("stride", [8, 16, 32])
-def test_of_a_timm_network_the_stem_is_what_leads_to_stride_8(stride: int) -> None:
-    """At output stride 8 the stages behind it have it as well, and learn."""
-    net = backbone(backbone="timm:tf_efficientnet_lite0", freeze="stem", output_stride=stride)
-    inside = [(n.rsplit("blocks.", 1)[-1][0], p) for n, p in net.named_parameters() if "blocks" in n]
-    assert {block for block, p in inside if not p.requires_grad} == {"0", "1", "2"}
-    assert {block for block, p in inside if p.requires_grad} == {"3", "4", "5", "6"}
 
 
 def test_batch_norm_statistics_never_move() -> None:

@@ -268,11 +268,9 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
             lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict(),
             *(f"{head}." for head in heads),
         )
-    # The first stages, down to where stride 8 is reached: what IRN freezes of a ResNet. At output stride 8 all that
-    # follow have it too, and must learn.
+    # The first stages, down to stride 8: what IRN freezes of a ResNet.
     info = net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info
-    reached = next((i for i, stage in enumerate(info) if stage["reduction"] >= 8), len(info))
-    last = [stage["module"] for stage in info[: reached + 1] if stage["reduction"] <= 8][-1:]
+    last = [stage["module"] for stage in info if stage["reduction"] <= 8][-1:]
     names = [parameter for parameter, _ in net.named_parameters()]
     end = max((i for i, n in enumerate(names) if last and n.startswith(f"{last[0]}.")), default=-1)
     if config.freeze == "stem" and end < 0:
