@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compared import assert_same_with_gradients
 from torch import nn
 
 from benchmarks.phased import unphase
@@ -15,16 +16,7 @@ from esol.models.phased import PhasedConv2d, phase_wide_dilations
 def test_it_is_the_plain_convolution_and_its_gradients(side: int, dilation: int, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 6, side, 1, dilation * (side // 2), dilation, groups=6).double()
-    given = torch.randn(2, 6, *size, dtype=torch.float64)
-    found = []
-    for module in (conv, PhasedConv2d(conv)):
-        x = given.clone().requires_grad_()
-        y = module(x)
-        parts = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), [x, *conv.parameters()])
-        found.append([y.detach(), *parts])
-    for plain, phased in zip(*found, strict=True):
-        assert phased.shape == plain.shape
-        assert torch.allclose(phased, plain, rtol=1e-12, atol=1e-9)
+    assert_same_with_gradients(conv, PhasedConv2d(conv), torch.randn(2, 6, *size, dtype=torch.float64))
 
 
 def test_only_wide_depthwise_ones_are_replaced_and_names_stay() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compared import assert_same_with_gradients
 from torch import nn
 
 from esol.models.shifted import ShiftedConv2d
@@ -13,16 +14,7 @@ def test_it_is_the_plain_convolution_and_its_gradients(size: tuple[int, int], di
     own = ShiftedConv2d(6, 4, 3, dilation).double()
     plain = nn.Conv2d(6, 4, 3, padding=dilation, dilation=dilation).double()
     plain.load_state_dict(own.state_dict())
-    given, found = torch.randn(2, 6, *size, dtype=torch.float64), []
-    for module in (plain, own):
-        x = given.clone().requires_grad_()
-        y = module(x)
-        assert y.dtype == torch.float64
-        parts = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), [x, *module.parameters()])
-        found.append([y.detach(), *parts])
-    for expected, ours in zip(*found, strict=True):
-        assert ours.shape == expected.shape
-        assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-9)
+    assert_same_with_gradients(plain, own, torch.randn(2, 6, *size, dtype=torch.float64))
 
 
 def test_in_bf16_it_is_no_further_from_float32_than_the_plain_one() -> None:

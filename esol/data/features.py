@@ -46,7 +46,7 @@ class FeatureStore:
         numbers, places = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
         for path in sorted(folder.glob("*.npy")):
             own, rows = np.load(path, allow_pickle=False), path.with_suffix(".bin")
-            if not len(own) or rows.stat().st_size != len(own) * self._row:
+            if not len(own) or rows.stat().st_size < len(own) * self._row:  # more, where a disk filled up within a row
                 continue
             channels, height, width = shape
             bits = np.int16 if kind.itemsize == 2 else np.int32
@@ -89,12 +89,15 @@ class FeatureStore:
         if self._file is None:
             return
         path, file, self._file = Path(self._file.name), self._file, None
-        with file:
-            file.flush()
-            os.fsync(file.fileno())
         index = io.BytesIO()
         np.save(index, np.concatenate([np.zeros(0, np.int64), *self._added]))
-        atomic_write(path.with_suffix(".npy"), index.getvalue())
+        try:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+            atomic_write(path.with_suffix(".npy"), index.getvalue())
+        except OSError as error:
+            _LOG.warning("%s: the features of this stage are not kept (%s)", self._folder, error)
 
     def _new_part(self) -> BinaryIO:
         number = 0

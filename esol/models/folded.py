@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from esol.base.errors import ConfigError
 from esol.models.backbones import Backbone
@@ -25,7 +24,7 @@ def for_inference(net: _Net, device: torch.device, kind: torch.dtype | None) -> 
     casts weights that do not learn again at every call. The numbers are the same but for rounding.
     """
     net = net.to(device).eval().requires_grad_(False)
-    for backbone in [module for module in net.modules() if isinstance(module, Backbone)]:
+    for backbone in _backbones(net):
         fold_batch_norm(backbone)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, PhasedConv2d)):
@@ -35,8 +34,12 @@ def for_inference(net: _Net, device: torch.device, kind: torch.dtype | None) -> 
 
 def for_training(net: nn.Module, kind: torch.dtype | None) -> None:
     """Makes the backbones of a network or task ready to be trained or passed through; fold_norms says how."""
-    for backbone in [module for module in net.modules() if isinstance(module, Backbone)]:
+    for backbone in _backbones(net):
         fold_norms(backbone, kind)
+
+
+def _backbones(net: nn.Module) -> list[Backbone]:
+    return [module for module in net.modules() if isinstance(module, Backbone)]
 
 
 @torch.no_grad()
@@ -100,19 +103,16 @@ def _folded_forward(conv: Any, x: Tensor) -> Tensor:
     if "folded_weight" in conv._buffers:
         own.weight, own.bias = conv.folded_weight, conv.folded_bias
     else:
-        norm = vars(conv)["norm"]
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        own.weight = conv.weight * scale.view(-1, 1, 1, 1)
-        own.bias = norm.bias + ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale
+        own.weight, own.bias = _fused(conv, vars(conv)["norm"])
     result: Tensor = type(conv).forward(own, x)
     return result
 
 
-def _fused(conv: Any, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+def _fused(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of convolution and norm together, differentiable in both."""
+    inverse = torch.rsqrt(norm.running_var + norm.eps)
+    bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
+    return conv.weight * (norm.weight * inverse).view(-1, 1, 1, 1), bias * inverse * norm.weight + norm.bias
 
 
 def _probe(backbone: Backbone) -> Tensor:
