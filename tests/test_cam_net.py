@@ -43,19 +43,26 @@ def test_freezing() -> None:
             for n, p in backbone(backbone="resnet50", freeze=level).named_parameters()
             if p.requires_grad
         }
-        for level in ("none", "stem", "all")
+        for level in ("none", "stem", "body", "all")
     }
     assert learning == {
         "none": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
         "stem": {"layer3", "layer4"},
+        "body": {"layer4"},
         "all": set(),
     }
-    timm_net = backbone(backbone="timm:tf_efficientnet_lite0", freeze="stem")
-    frozen = {
-        n.rsplit("blocks.", 1)[-1][0] for n, p in timm_net.named_parameters() if "blocks" in n and not p.requires_grad
-    }
-    assert frozen == {"0", "1", "2"}  # down to stride 8
     assert not backbone(freeze="all")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_freezing_a_timm_network_is_the_same_at_every_stride(stride: int) -> None:
+    learning = {}
+    for level in ("stem", "body"):
+        net = backbone(backbone="timm:tf_efficientnet_lite0", freeze=level, output_stride=stride)
+        names = [n.removeprefix("body.net.").split(".") for n, p in net.named_parameters() if p.requires_grad]
+        learning[level] = {".".join(name[: 1 + (name[0] == "blocks")]) for name in names}
+    last = {"blocks.5", "blocks.6", "conv_head", "bn2"}
+    assert learning == {"stem": {"blocks.3", "blocks.4", *last}, "body": last}
 
 
 def test_batch_norm_statistics_never_move() -> None:

@@ -13,7 +13,7 @@ from esol.models.deeplab import DeepLab
 from esol.models.folded import fold_batch_norm, fold_norms, for_inference
 
 
-def network(name: str, stride: int, freeze: Literal["none", "stem", "all"] = "all") -> Backbone:
+def network(name: str, stride: int, freeze: Literal["none", "stem", "body", "all"] = "all") -> Backbone:
     """With batch norms that do something."""
     torch.manual_seed(0)
     net = build_backbone(BackboneConfig(name, weights="none", output_stride=stride, freeze=freeze)).eval()
@@ -73,7 +73,7 @@ class Tapped(Shared):
 def test_a_network_whose_features_would_change_stays_as_it_is(kind: type[Shared]) -> None:
     shared = kind()
     shared.norm.weight.data.fill_(3)
-    net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
+    net = Backbone(shared, "all", {})  # type: ignore[arg-type]
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     before = net(image)
     assert fold_batch_norm(net) == 0
@@ -129,7 +129,7 @@ def test_weights_that_do_not_learn_are_folded_and_cast_once() -> None:
 def test_a_network_whose_features_would_change_is_trained_as_it_is() -> None:
     shared = Shared()
     shared.norm.weight.data.fill_(3)
-    net = Backbone(shared, "all", lambda name: False)  # type: ignore[arg-type]
+    net = Backbone(shared, "all", {})  # type: ignore[arg-type]
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     before = net(image)
     assert fold_norms(net, None) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from esol.base.errors import ConfigError, WeightsError
 from esol.base.named import Named
 from esol.config import BackboneConfig
 from esol.models.initial_weights import from_caffe, load_initial_weights
-from esol.models.phased import phase_wide_dilations
+from esol.models.phased import phase_dilations
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,8 +68,9 @@ class Backbone(nn.Module):
 
     channels: of the features; stride: input pixels per feature pixel; mean, std: of its normalisation, on a 0..1 scale.
     levels: (channels, stride) of each level of the pyramid, finest first; the last level is the features.
-    freeze: "all" lets nothing learn and stores no activations; "stem" keeps `stem` parameters fixed. Batch norm uses
-    its running statistics always; its scale and shift learn with the stage they are in, as IRN has it.
+    freeze: "all" lets nothing learn and stores no activations, with "none" everything learns; fixed: the other values
+    that it may have, each with whether a parameter stays as it is then. Batch norm uses its running statistics always;
+    its scale and shift learn with the stage they are in, as IRN has it.
     """
 
     mean: Tensor
@@ -79,17 +80,19 @@ class Backbone(nn.Module):
         self,
         body: Chain | TimmFeatures,
         freeze: str,
-        stem: Callable[[str], bool],
+        fixed: Mapping[str, Callable[[str], bool]],
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        phase_wide_dilations(body)
+        if freeze not in ("none", "all", *fixed):
+            raise ConfigError(f"model.freeze = {freeze}: this backbone can have {', '.join(('none', *fixed, 'all'))}")
+        phase_dilations(body)
         self.body = body
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         for name, parameter in body.named_parameters():
-            parameter.requires_grad_(freeze == "none" or (freeze == "stem" and not stem(name)))
+            parameter.requires_grad_(freeze != "all" and (freeze == "none" or not fixed[freeze](name)))
         self.frozen = freeze == "all"
         self.eval()
         with torch.no_grad():
@@ -143,6 +146,16 @@ def _stride(side: int, features: Tensor) -> int:
     return 2 ** math.ceil(math.log2(side / features.shape[2]))
 
 
+def _of(parts: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a parameter belongs to one of the parts that a network is made of."""
+    return lambda name: name.split(".")[0] in parts
+
+
+_OF_A_RESNET = {
+    "stem": _of(("conv1", "bn1", "layer1", "layer2")),
+    "body": _of(("conv1", "bn1", "layer1", "layer2", "layer3")),
+}
+
 Build = Callable[[BackboneConfig, bool], Backbone]
 BACKBONES: Named[Build] = Named("backbone")
 """By name, or by what stands before a colon: builds the network of a section, with its weights where the second
@@ -169,7 +182,8 @@ def build_backbone(config: BackboneConfig, pretrained: bool = True) -> Backbone:
 def _small(config: BackboneConfig, pretrained: bool) -> Backbone:
     if pretrained and config.weights not in ("", "none"):
         raise WeightsError(f"model.weights = {config.weights}: the small backbone has no weights; use none")
-    return Backbone(small(config.output_stride), config.freeze, lambda name: name.startswith(("0.", "1.", "3.", "4.")))
+    fixed = {"stem": _of(("0", "1", "3", "4")), "body": _of(("0", "1", "3", "4", "6", "7", "9", "10"))}
+    return Backbone(small(config.output_stride), config.freeze, fixed)
 
 
 def small(output_stride: int) -> Chain:
@@ -202,7 +216,7 @@ def _resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
     if pretrained and config.weights != "none":
         expected = f"torchvision's {source.url.rsplit('/', 1)[-1]}"
         load_initial_weights(body, config, expected, lambda: source.get_state_dict(progress=False), "fc.")
-    return Backbone(body, config.freeze, lambda name: name.split(".")[0] in ("conv1", "bn1", "layer1", "layer2"))
+    return Backbone(body, config.freeze, _OF_A_RESNET)
 
 
 @BACKBONES.add("resnet101-caffe")
@@ -231,8 +245,7 @@ def _caffe_resnet(config: BackboneConfig, pretrained: bool) -> Backbone:
         load_initial_weights(
             body, config, "a PyTorch file of DeepLab's ResNet-101", _no_caffe_hub, "fc.", "aspp.", rename=from_caffe
         )
-    stem = ("conv1", "bn1", "layer1", "layer2")
-    return Backbone(body, config.freeze, lambda name: name.split(".")[0] in stem, CAFFE_MEAN, (1 / 255,) * 3)
+    return Backbone(body, config.freeze, _OF_A_RESNET, CAFFE_MEAN, (1 / 255,) * 3)
 
 
 def _no_caffe_hub() -> dict[str, Tensor]:
@@ -268,12 +281,16 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
             lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict(),
             *(f"{head}." for head in heads),
         )
-    # The first stages, down to stride 8: what IRN freezes of a ResNet.
+    # Its levels say what each stage comes to without dilation: in order, since dilated ones all have stride 8.
     info = net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info
-    last = [stage["module"] for stage in info if stage["reduction"] <= 8][-1:]
     names = [parameter for parameter, _ in net.named_parameters()]
-    end = max((i for i, n in enumerate(names) if last and n.startswith(f"{last[0]}.")), default=-1)
-    if config.freeze == "stem" and end < 0:
-        raise ConfigError(f"model.freeze = stem: timm does not say what the stem of {name} is; use all or none")
-    stem = {f"net.{n}" for n in names[: end + 1]}
-    return Backbone(TimmFeatures(net), config.freeze, stem.__contains__, about["mean"], about["std"])
+    ends = [max((i for i, n in enumerate(names) if n.startswith(f"{level['module']}.")), default=-1) for level in info]
+    # the stem ends with the first level that reaches stride 8, which is what IRN freezes of a ResNet
+    reached = next((i for i, level in enumerate(info) if level["reduction"] >= 8), 0)
+    last = {"stem": ends[reached] if ends else -1, "body": ends[-2] if len(ends) > 1 else -1}
+    if last.get(config.freeze, 0) < 0:
+        raise ConfigError(
+            f"model.freeze = {config.freeze}: timm does not say what the {config.freeze} of {name} is; use all or none"
+        )
+    fixed = {part: {f"net.{n}" for n in names[: end + 1]}.__contains__ for part, end in last.items()}
+    return Backbone(TimmFeatures(net), config.freeze, fixed, about["mean"], about["std"])

@@ -193,7 +193,7 @@ def config_text(
         f"psa: {{duration: {images(2000, 1000)} images, global_batch: {half}, crop: {crop}}}",
         f"irn: {{duration: {images(1600, 800)} images, global_batch: {batch}, lr_batch: 16, crop: {crop}}}",
         "segment:",
-        f"  model: {{{', '.join(model)}, freeze: stem}}",
+        f"  model: {{{', '.join(model)}, freeze: {'stem' if machine.gpu else 'body'}}}",
         f"  duration: {round(deeplab * (32000 if machine.gpu else 4000) / 100) * 100} images",
         f"  global_batch: {half}",
         "  lr_batch: 8",

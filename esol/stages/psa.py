@@ -119,7 +119,7 @@ class Psa(MaskTrainingStage):
     name = "psa"
     after = "psa_labels"
     section = PsaConfig
-    version = 2
+    version = 3
     needs = ("classify", "psa_labels")
     shaped_by = ("data.mask_split", "data.damaged", "model")
     config: PsaConfig
