@@ -17,8 +17,9 @@ from esol.models.deeplab import DeepLab
 from esol.models.regrid import scale_to_grid
 from esol.ops.segmentation import blended, logits_by_scale
 from esol.pipeline.config_file import from_tree
+from esol.pipeline.registry import known_stage
 from esol.pipeline.runner import chosen
-from esol.stages.segment import Segment, SegmentConfig, SegmentTask, labels_on
+from esol.stages.segment import SegmentConfig, SegmentTask, labels_on
 from esol.training.losses import segmentation_loss
 from esol.training.optim import build_optimizer
 
@@ -159,11 +160,11 @@ def test_prediction_mirrors_with_the_photo_and_averages_what_each_scale_says() -
 
 
 def test_segment_reads_the_masks_that_the_run_has() -> None:
-    def source(stages: list[str], masks: str = "auto") -> tuple[str, ...]:
-        tree = {"run_dir": "r", "data": {"root": "d"}, "stages": stages, "segment": {"masks": masks}}
-        config = from_tree(tree)
+    def source(stages: list[str], masks: str = "auto", rounds: int = 1, name: str = "segment") -> tuple[str, ...]:
+        segment = {"masks": masks, "rounds": rounds}
+        config = from_tree({"run_dir": "r", "data": {"root": "d"}, "stages": stages, "segment": segment})
         chosen(config, None)
-        return Segment.consumes(config)
+        return known_stage(name).consumes(config)
 
     seeds = ["classify", "localize", "seed_masks", "segment"]
     assert source(seeds) == ("seed_masks",)
@@ -171,6 +172,13 @@ def test_segment_reads_the_masks_that_the_run_has() -> None:
     assert source(both) == ("seed_masks", "psa_masks")  # auto: the judge chooses from all
     assert source(both, "psa_masks") == ("psa_masks",)
     assert source(["segment"], "truth") == ()
+    assert source(both, rounds=3) == ("seed_masks", "psa_masks", "round_1_masks", "round_2_masks")
+    assert source(both, rounds=3, name="round_2") == ("seed_masks", "psa_masks", "round_1_masks")
+    assert source(both, "seed_masks", 2, "round_1_masks") == ("round_1", "seed_masks")
+    with pytest.raises(ConfigError, match=r"segment.rounds = 2: true masks get no better by rounds; use 1"):
+        source(["segment"], "truth", 2)
+    with pytest.raises(ConfigError, match=r"segment.masks = 'round_1_masks': must be one of auto, vote_masks"):
+        source(both, "round_1_masks", 2)
     with pytest.raises(ConfigError, match="segment needs psa_masks; add it to stages"):
         source(seeds, "psa_masks")
     with pytest.raises(ConfigError, match=r"segment.model.output_stride = 16: DeepLab-v2 has 8"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def from_tree(tree: dict[str, Any]) -> Config:
     config: Config = build(config_type(), tree)
     for name in config.stages:
         known_stage(name).check(config)
-    return config
+    more = [brought for name in config.stages for brought in known_stage(name).brings(config)]
+    return replace(config, stages=tuple(dict.fromkeys((*config.stages, *more))))
 
 
 def _where(error: yaml.YAMLError) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from esol.config import BackboneConfig, Config, CrfConfig, Duration, MapsConfig, TrainConfig
+from esol.config import BackboneConfig, Config, CrfConfig, Duration, MapsConfig, PredictionConfig, TrainConfig
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, resize
@@ -21,6 +21,7 @@ from esol.models.folded import for_training
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.pipeline.registry import table
 from esol.stages.localize import SAMPLED
+from esol.stages.segment import SegmentConfig
 
 BATCH, PHOTOS = 8, 4
 START = 4.0  # seconds that a stage takes before its first step and behind its last, its pictures among them
@@ -28,7 +29,7 @@ START = 4.0  # seconds that a stage takes before its first step and behind its l
 # photos of 320 pixels and of 498 smaller ones; the learning stages' are of an image, the others' of a photo.
 LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 3.0}  # of a frozen pass
 KEPT = {"decide": 0.5, "expand": 0.5, "shrink": 0.9}  # the same where data.features keeps the frozen pass
-LEARNED_FINE = {"psa": 1.05, "segment": 1.0}  # of a learning step at stride 8
+PSA, PREDICTED = 1.4, 0.43  # of a frozen pass at stride 8, in batches: a step of psa, and a pass of a prediction
 REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
 HANDLED, SCORED = 0.04, 0.03  # seconds a photo, read and written; against each mask that is drawn, for each of ours
 PACKED = 3.0  # of a frozen pass: what localize adds for each source
@@ -36,9 +37,10 @@ PACKED = 3.0  # of a frozen pass: what localize adds for each source
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds an image of a frozen pass at stride 16, of a learning step of DeepLab, and of a photo's CRF."""
+    """Seconds an image of a frozen pass at stride 16 and at stride 8, of a step of DeepLab, and of a photo's CRF."""
 
     passed: float
+    fine: float
     learned: float
     refined: float
 
@@ -58,11 +60,15 @@ def measure(config: Config, index: Index) -> Speed:
         with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
             frozen(images).float().sum().item()
 
-    segment = config.named("segment")
-    fine = BackboneConfig(segment.model.backbone, output_stride=8, freeze=segment.model.freeze)
-    net = DeepLab(build_backbone(fine, pretrained=False), 3).to(device)
+    segment = config.section(SegmentConfig)
+    learning = BackboneConfig(segment.model.backbone, output_stride=8, freeze=segment.model.freeze)
+    net = DeepLab(build_backbone(learning, pretrained=False), 3).to(device)
     for_training(net, kind)
     larger = F.pad(images, (0, 1, 0, 1))
+
+    def look_closely() -> None:
+        with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind is not None):
+            net(larger).float().sum().item()
 
     def learn() -> None:
         with torch.autocast(device.type, kind, enabled=kind is not None):
@@ -76,7 +82,8 @@ def measure(config: Config, index: Index) -> Speed:
             labels[: photo.shape[1] // 3] = 1
             mean_field([photo], [[unary_from_labels(labels, 2)]], CrfConfig())[0][0].sum().item()
 
-    return Speed(_seconds(look) / BATCH, _seconds(learn) / BATCH, _seconds(refine) / PHOTOS)
+    passed, fine, learned = (_seconds(work) / BATCH for work in (look, look_closely, learn))
+    return Speed(passed, fine, learned, _seconds(refine) / PHOTOS)
 
 
 def _seconds(work: Callable[[], None], rounds: int = 3) -> float:
@@ -98,25 +105,26 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
     sources = sum(stage in config.stages for stage in ("classify", "decide", "expand", "shrink"))
     size = (maps.long_side or config.data.long_side[1]) ** 2 * 0.75 / config.data.crop**2  # of a photo, in crops
     passes = size * sum(scale**2 for scale in maps.scales) * (2 if maps.flip else 1)
-    predicted = config.named("evaluate")
+    predicted = config.section(PredictionConfig)
     fine = size * sum(scale**2 for scale in predicted.scales) * (2 if predicted.flip else 1)
     drawn = index.members.get("mask.png")
     scored = SCORED if drawn is not None and (drawn[index.split(config.data.score_split), 0] >= 0).any() else 0.0
     took: dict[str, float] = {}
     for name in config.stages:
-        own = config.named(name) if table()[name].section else None
+        own = table()[name].own(config)
         if isinstance(own, TrainConfig):
             epoch = len(index.split(config.data.train_split)) // own.global_batch or 1
             images = Duration.parse(own.duration, name).steps(own.global_batch, epoch) * own.global_batch
             heads = LEARNED | KEPT if config.data.features else LEARNED
-            each = heads.get(name, 0) * speed.passed + LEARNED_FINE.get(name, 0) * speed.learned
-            took[name] = START + images * each
+            each = speed.learned if isinstance(own, SegmentConfig) else heads.get(name, 0) * speed.passed
+            took[name] = START + images * (PSA * speed.fine if name == "psa" else each)
         elif name == "localize":
             judged = min(SAMPLED, shown) * sources * speed.refined
             each = speed.passed * (passes + PACKED * sources) + scored * sources
             took[name] = START + judged + (photos + min(SAMPLED, shown)) * each
-        elif name == "evaluate":
-            took[name] = START + evaluated * (HANDLED + scored + fine * speed.learned / 3 + speed.refined)
+        elif isinstance(own, PredictionConfig):
+            each = HANDLED + scored + fine * PREDICTED * speed.fine + speed.refined
+            took[name] = START + (evaluated if name == "evaluate" else photos) * each
         else:
             took[name] = START + photos * (HANDLED + scored + REFINED.get(name, 0.0) * speed.refined)
     return took

@@ -25,17 +25,19 @@ class Stage:
     """One step of a run. A subclass is its row in the table of stages; an instance does the work, on every rank.
 
     name: of the stage, of its section in the config and of its folder in the run; after: the stage behind which it
-    stands; section: the dataclass of its settings; version: raised by hand when its code gives another result from the
-    same inputs, so that what an earlier version made is made again; default: whether runs whose config names no stages
-    have it; needs, uses: the stages that it always reads, and those that it reads where the run has them; shaped_by:
-    keys of the config, besides its own section, that shape its result ("data.crop", "model"), what is not named being
-    no reason to run again; makes: what its result is ("weights", "model", "maps", "labels", "masks", "predictions");
-    produces: patterns of the files below its folder that are its result.
+    stands; section: the dataclass of its settings; shares: the stage whose section it has instead of one of its own;
+    version: raised by hand when its code gives another result from the same inputs, so that what an earlier version
+    made is made again; default: whether runs whose config names no stages have it; needs, uses: the stages that it
+    always reads, and those that it reads where the run has them; shaped_by: keys of the config, besides its own
+    section, that shape its result ("data.crop", "model"), what is not named being no reason to run again; makes: what
+    its result is ("weights", "model", "maps", "labels", "masks", "predictions"); produces: patterns of the files below
+    its folder that are its result.
     """
 
     name: ClassVar[str]
     after: ClassVar[str] = ""
     section: ClassVar[type[Any] | None] = None
+    shares: ClassVar[str] = ""
     version: ClassVar[int] = 1
     default: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +51,7 @@ class Stage:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.folder = context.run_dir / self.name
-        self.config = context.config.named(self.name) if self.section else None
+        self.config = self.own(context.config)
 
     def run(self) -> Results:
         """Does the work on every rank, writes the outputs and returns the results, of which the main rank's count."""
@@ -60,6 +62,16 @@ class Stage:
         return []
 
     @classmethod
+    def own(cls, config: Config) -> Any:
+        """Its section of a config, None where it has none."""
+        return config.named(cls.shares or cls.name) if cls.section or cls.shares else None
+
+    @classmethod
+    def brings(cls, config: Config) -> tuple[str, ...]:
+        """Stages that a run has besides, by what this one's section says."""
+        return ()
+
+    @classmethod
     def consumes(cls, config: Config) -> tuple[str, ...]:
         """The stages that it reads under a config."""
         return (*cls.needs, *(name for name in cls.uses if name in config.stages))
@@ -68,7 +80,8 @@ class Stage:
     def settings(cls, config: Config) -> dict[str, Any]:
         """What of the config shapes its result: seed, engine, its own section, and what `shaped_by` names."""
         found: dict[str, Any] = {"data": {}, "seed": config.seed, "engine": semantic(config.engine)}
-        for name in (*cls.shaped_by, *((cls.name,) if cls.section else ())):
+        own = ((cls.shares or cls.name),) if cls.section or cls.shares else ()
+        for name in (*cls.shaped_by, *own):
             if name.startswith("data."):
                 found["data"][name.removeprefix("data.")] = semantic(getattr(config.data, name.removeprefix("data.")))
             else:

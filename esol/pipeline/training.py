@@ -131,7 +131,7 @@ class TrainingStage(Stage):
     @classmethod
     def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
         """A global batch that the processes cannot share, or that the split cannot fill."""
-        batch = config.named(cls.name).global_batch
+        batch = cls.own(config).global_batch
         try:
             ordinals = index.split(getattr(config.data, cls.split))
             share_of(0, world_size, batch, config.engine.micro_batch)

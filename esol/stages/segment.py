@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.regrid import scale_to_grid
 from esol.pipeline import records
-from esol.pipeline.context import Context
 from esol.pipeline.made import TrueMasks
 from esol.pipeline.masks import highest, judged_masks, mask_stages, spoken
 from esol.pipeline.model_file import ModelInfo, write_model
@@ -32,6 +32,8 @@ from esol.pipeline.training import MaskTrainingStage, Target
 from esol.pipeline.weights import WEIGHTS, initial_weights
 from esol.training.losses import segmentation_loss
 from esol.training.task import ParameterGroup, Task
+
+MAX_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class SegmentConfig(CropConfig):
     # sizes at which a crop is looked at in training
     inputs: tuple[float, ...] = key((1.0, 0.75, 0.5), low=0.1, high=4, unit="times the crop, a loss each")
     balance: bool = key(True)  # foreground's and background's means weigh the same (DSRG); ImageNet starts want it
+    # networks in a row: what each says of the photos that it learned from is among the masks that the next learns from
+    rounds: int = key(1, low=1, high=MAX_ROUNDS, runtime=True)
 
     def check(self, where: str) -> None:
         super().check(where)
@@ -64,6 +68,14 @@ class SegmentConfig(CropConfig):
                 raise ConfigError(f"{where}.{name} is empty: give at least one")
         if self.model.output_stride != 8:
             raise ConfigError(f"{where}.model.output_stride = {self.model.output_stride}: DeepLab-v2 has 8")
+
+
+ROUND = "round_"  # of segment.rounds: what the names of the stages before the last network begin with
+
+
+def masks_of_round(number: int) -> str:
+    """The stage of the masks that a round's network makes."""
+    return f"{ROUND}{number}_masks"
 
 
 class SegmentTask(Task):
@@ -123,22 +135,34 @@ def labels_on(labels: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @register
 class Segment(MaskTrainingStage):
-    """DeepLab-v2 on pseudo masks, or on the true ones; hands over a file that says how to predict with it."""
+    """DeepLab-v2 on pseudo masks, or on the true ones; hands over a file that says how to predict with it.
+
+    round_number: which of segment.rounds it is, the last one for `segment` itself.
+    """
 
     name = "segment"
-    after = "vote_masks"
+    after = masks_of_round(MAX_ROUNDS - 1)
+    round_number: ClassVar[int] = MAX_ROUNDS
     makes = "model"
-    section = SegmentConfig
-    version = 2
+    section: ClassVar[type[Any] | None] = SegmentConfig
+    version = 3
     config: SegmentConfig
 
     @classmethod
     def consumes(cls, config: Config) -> tuple[str, ...]:
-        """The masks that it is told to learn from, or all that the judge chooses from."""
-        given = config.section(SegmentConfig).masks
-        if given != "auto":
-            return () if given == "truth" else (given,)
-        return tuple(name for name in mask_stages() if name in config.stages) or tuple(mask_stages()[:1])
+        """The masks that it is told to learn from, or all that the judge chooses from, and those of earlier rounds."""
+        given, rounds = config.section(SegmentConfig).masks, [masks_of_round(n) for n in range(1, cls.round_number)]
+        if given == "truth":
+            return ()
+        first = [given] if given != "auto" else [name for name in mask_stages() if name in config.stages]
+        first = [name for name in first if not name.startswith(ROUND)] or mask_stages()[:1]
+        return (*first, *(name for name in rounds if name in config.stages))
+
+    @classmethod
+    def brings(cls, config: Config) -> tuple[str, ...]:
+        """The rounds before the last one, and their masks."""
+        earlier = range(1, config.section(SegmentConfig).rounds)
+        return tuple(name for n in earlier for name in (f"{ROUND}{n}", masks_of_round(n)))
 
     @classmethod
     def weights(cls, config: Config) -> tuple[str, BackboneConfig]:
@@ -146,7 +170,11 @@ class Segment(MaskTrainingStage):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        one_of(config.section(SegmentConfig).masks, ("auto", *reversed(mask_stages()), "truth"), "segment.masks")
+        own = config.section(SegmentConfig)
+        masks = [name for name in reversed(mask_stages()) if not name.startswith(ROUND)]
+        one_of(own.masks, ("auto", *masks, "truth"), "segment.masks")
+        if own.masks == "truth" and own.rounds > 1:
+            raise ConfigError(f"segment.rounds = {own.rounds}: true masks get no better by rounds; use 1")
 
     @classmethod
     def lacks(cls, config: Config, index: Index, world_size: int) -> Iterator[EsolError]:
@@ -159,8 +187,8 @@ class Segment(MaskTrainingStage):
         torch.manual_seed(self.context.config.seed)
         backbone = build_backbone(self.config.model)
         net = DeepLab(backbone, len(self.context.index.classes) + 1, self.config.rates)
-        self.source, self.started = mask_source(self.context, self.config.masks), initial_weights(self.config.model)
-        self.context.say(f"segment: learns from {self.source}, starts from {self.started}")
+        self.source, self.started = self._source(), initial_weights(self.config.model)
+        self.context.say(f"{self.name}: learns from {self.source}, starts from {self.started}")
         return SegmentTask(net, self.config)
 
     def target(self) -> Target:
@@ -184,19 +212,20 @@ class Segment(MaskTrainingStage):
         found.others |= {"photos": photos, "masks": self.source, "initial_weights": self.started}
         return found
 
+    def _source(self) -> str:
+        """The stage whose masks DeepLab learns from, or "truth"; of several the judge's first, and the run says so."""
+        config, among = self.context.config, self.consumes(self.context.config)
+        if len(among) < 2:
+            return among[0] if among else "truth"
+        judged = judged_masks(config, records.results(self.context.run_dir))
+        judged = {name: number for name, number in judged.items() if name in among}
+        chosen = highest(judged) or among[-1]
+        by = f", by the judge: {spoken(judged)}" if judged else ""
+        self.context.say(f"{self.name}: takes {chosen}{by}")
+        return chosen
+
     def _photo_side(self) -> int:
         """Median long side of a hundred photos that it learns from, evenly spread."""
         reader, ordinals = self.context.reader, self.context.index.split(self.context.config.data.mask_split)
         chosen = ordinals[np.linspace(0, len(ordinals) - 1, min(100, len(ordinals))).astype(int)].tolist()
         return int(np.median([max(decode(reader.image(o), reader.name(o)).shape[1:]) for o in chosen]))
-
-
-def mask_source(context: Context, given: str) -> str:
-    """The stage whose masks DeepLab learns from, or "truth"; auto: the judge's first, and the run says so."""
-    if given != "auto":
-        return given
-    judged = judged_masks(context.config, records.results(context.run_dir))
-    had = [name for name in reversed(mask_stages()) if name in context.config.stages]
-    chosen = highest(judged) or had[0]
-    context.say(f"segment: takes {chosen}, by the judge: {spoken(judged)}" if judged else f"segment: takes {chosen}")
-    return chosen

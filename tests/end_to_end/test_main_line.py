@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil  # accelerate brings it
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import ACCELERATE, MAIN_LINE, PLAIN, ROOT, STAGES, TRAINING, TWO_RANKS, launch
@@ -165,6 +166,34 @@ def test_the_same_on_true_masks(config: Path, one: Path) -> None:
     assert "error: data.eval_split = none, which stage evaluate needs, but " in same.stderr
     assert "has: train, val. Set data.eval_split" in same.stderr
     assert "segment" not in same.stdout  # said before any work
+
+
+def test_a_round_adds_what_deeplab_says_of_its_photos_to_the_masks(config: Path, one: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(one, tmp_path / "run"))
+    options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "segment.rounds=2")
+    done = launch(PLAIN, config, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before with these settings, skipped") == len(STAGES) - 2  # but segment and evaluate
+    results = json.loads((run / "results.json").read_text())
+    assert list(results)[-4:] == ["round_1", "round_1_masks", "segment", "evaluate"]
+    assert results["round_1"]["masks"] == "irn_masks"
+    candidates = ("irn_masks", "round_1_masks")
+    assert results["segment"]["masks"] == max(candidates, key=lambda name: results[name]["judge"])
+    assert results["round_1_masks"]["crf_miou"] > 0
+    made, learned = Index.load(run / "round_1_masks"), Index.load(run / "irn_masks")
+    photos = Index.load(_root(run))
+    place = {str(key): i for i, key in enumerate(photos.keys)}
+    for ordinal, key in enumerate(made.keys):
+        labels = {0, *(np.flatnonzero(ShardReader(photos).labels(place[str(key)])) + 1).tolist()}
+        found, taught = set(np.unique(_mask(made, ordinal)).tolist()), set(np.unique(_mask(learned, ordinal)).tolist())
+        assert found <= labels
+        assert found >= (taught & labels) - {0}  # what it loses stands in from what it learned
+    again = launch(PLAIN, config, *options)
+    assert again.stdout.count("done before with these settings, skipped") == len(STAGES) + 2
+
+
+def _root(run: Path) -> str:
+    return str(yaml.safe_load((run / "resolved.yaml").read_text())["data"]["root"])
 
 
 def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path, tmp_path: Path) -> None:
