@@ -21,10 +21,11 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from esol.base.errors import CheckpointError, LaunchError
+from esol.base.errors import CheckpointError, ConfigError, LaunchError
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
+from esol.engines.compiled import compile_task
 from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, weighted_mean, write_state
 from esol.training.task import Task
 
@@ -42,6 +43,12 @@ class AccelerateEngine(Ranks):
         self.world_size = self._accelerator.num_processes
         self.device = torch.device("cpu") if cpu else self._accelerator.device
         self._check_world()
+        self._graphs = config.compile == "graph"
+        if self._graphs and self.device.type != "cuda":
+            raise ConfigError(
+                "engine.compile = graph records CUDA graphs and this job computes on the CPU: take engine.compile = "
+                "blocks, or off"
+            )
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self._accelerator.distributed_type not in kinds:
             raise LaunchError(
@@ -82,6 +89,7 @@ class AccelerateEngine(Ranks):
         for parameter in self._learning if self.world_size > 1 else ():
             if parameter.shape[2:] == (1, 1):
                 parameter.register_hook(partial(_with_strides, parameter.stride()))
+        compile_task(task, self._config.compile)
         with warnings.catch_warnings():  # accelerate knows no other name for it yet
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self._module: nn.Module = self._accelerator.prepare_model(task)
@@ -93,6 +101,8 @@ class AccelerateEngine(Ranks):
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._optimizer.zero_grad(set_to_none=True)
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         weights = [batch.get("weight", 1.0) for batch in microbatches]
         with self._contact("gradients of the other ranks"):
             outputs = [
@@ -103,7 +113,7 @@ class AccelerateEngine(Ranks):
             gradients = [p.grad for p in self._learning if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)  # of averaged gradients: the same on every rank
             losses = torch.stack([output["loss"] for output in outputs])
-            flags = torch.stack([~losses.isfinite().all(), torch.tensor(stop, device=self.device)]).float()
+            flags = torch.stack([~losses.isfinite().all(), torch.full((), stop, device=self.device)]).float()
             if self.world_size > 1:
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
         bad_loss, any_stop, grad_norm = torch.cat(
@@ -128,7 +138,8 @@ class AccelerateEngine(Ranks):
             with self.autocast():
                 losses, report = self._module(moved)
             self._scaler.scale(losses["loss"].float() * share).backward()
-        return {name: value.detach().float() for name, value in {**report, **losses}.items()}
+        # A graph writes the next step's numbers where this one's are.
+        return {n: value.detach().to(torch.float32, copy=self._graphs) for n, value in {**report, **losses}.items()}
 
     def save(self, folder: Path) -> None:
         """See base.Engine. OSError where a file cannot be written."""

@@ -97,7 +97,7 @@ class DeepSpeedEngine(Ranks):
                 self._engine.backward(loss if self._zero else loss * self._scale.value)
                 outputs.append({name: value.detach().float() for name, value in {**report, **losses}.items()})
             each = torch.stack([output["loss"] for output in outputs])
-            flags = torch.stack([~each.isfinite().all(), torch.tensor(stop, device=self.device)]).float()
+            flags = torch.stack([~each.isfinite().all(), torch.full((), stop, device=self.device)]).float()
             if self.world_size > 1:
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
             bad_loss, any_stop = flags.tolist()
@@ -113,7 +113,8 @@ class DeepSpeedEngine(Ranks):
         """ZeRO 0: the gradients are whole and averaged. The global norm, and whether weights changed."""
         gradients = [p.grad for p in self._learning if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients) / self._scale.value
-        finite = bool(norm.isfinite())
+        value = float(norm)  # a wait for the GPU, as in train_step
+        finite = math.isfinite(value)
         if finite:
             if self._scale.value != 1:
                 torch._foreach_div_(gradients, self._scale.value)
@@ -121,7 +122,7 @@ class DeepSpeedEngine(Ranks):
                 nn.utils.clip_grads_with_norm_(self._learning, self._clip_norm, norm)
             self._engine.step()
         self._engine.zero_grad()
-        return float(norm), finite
+        return value, finite
 
     def _update_partitions(self) -> tuple[float, bool]:
         """ZeRO 1 to 3: DeepSpeed's step checks for overflow, clips and updates."""

@@ -29,7 +29,7 @@ class PhasedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same size, channels last."""
         d, (batch, channels, height, width) = self.dilation, x.shape
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
             return F.conv2d(x, self.weight, self.bias, 1, self.padding, d, channels)
         rows, columns = -(-height // d), -(-width // d)
         x = F.pad(x, (0, columns * d - width, 0, rows * d - height)).permute(0, 2, 3, 1)
