@@ -92,7 +92,7 @@ def train(
         losses.append(engine.train_step([batch(2 * step + engine.rank)], 0.01).losses["loss"])
         graphs.append(counters["stats"]["unique_graphs"])
     if leave is not None:
-        engine.save(leave)
+        engine.snapshot()(leave)
     state = engine.model_state_dict()
     engine.close()
     return {"losses": torch.stack(losses), "state": state, "graphs": graphs}
