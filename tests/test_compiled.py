@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from distributed import compiled_task
 from distributed.ranks import run_ranks
 from torch._dynamo.utils import counters
@@ -113,6 +114,10 @@ def test_what_cannot_be_compiled_is_said_when_the_config_is_read(settings: dict[
 def test_graphs_without_a_gpu_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"engine\.compile = graph .* on the CPU: take engine\.compile = blocks"):
         make_engine(build(EngineConfig, {"compile": "graph"}), seed=0)
+
+
+def test_off_is_a_word_in_yaml_too() -> None:
+    assert build(EngineConfig, yaml.safe_load("compile: off")).compile == "off"
 
 
 def test_a_run_may_be_resumed_with_another_setting() -> None:
