@@ -234,7 +234,7 @@ def bandwidth(mebibytes: int, repeats: int) -> dict[str, float]:
 
 
 def saves(stage: str, images: int, side: int, steps: int, repeats: int, folder: str) -> dict[str, Any]:
-    """Seconds of steps and of saves on this rank, and of hashing, which is part of a save; bytes of a checkpoint."""
+    """Seconds of steps and of saves on this rank, to the end of writing, and of hashing; bytes of a checkpoint."""
     job = _engine()
     _prepare(job, stage, settings())
     batch = random_batch(images, side)
@@ -245,7 +245,9 @@ def saves(stage: str, images: int, side: int, steps: int, repeats: int, folder: 
     for number in range(repeats):
         job.barrier("the save")
         began = time.perf_counter()
-        path = checkpoints.save(number)
+        checkpoints.save(number)
+        checkpoints.finish()
+        path = checkpoints.folder / f"step-{number}"
         seconds.append(time.perf_counter() - began)
         if job.is_main:
             began = time.perf_counter()
@@ -260,9 +262,12 @@ def saves(stage: str, images: int, side: int, steps: int, repeats: int, folder: 
 class _NoSaver:
     """Saves cost what `checkpoint` measures."""
 
-    every = 1_000_000
+    every, writing = 1_000_000, False
 
     def save(self, step: int) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
         """Nothing."""
 
 

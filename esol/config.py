@@ -248,6 +248,8 @@ class EngineConfig:
     name: Literal["accelerate", "deepspeed"] = key("accelerate", runtime=True)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     precision: Literal["fp32", "bf16", "fp16"] = key("fp32")  # of matrix products; losses are always float32
+    # the repeated blocks of a network compiled, or its steps as CUDA graphs; as with threads, only last digits differ
+    compile: Literal["off", "blocks", "graph"] = key("off", runtime=True)
     # how much of its share a rank computes at a time
     micro_batch: int = key(0, low=0, high=65536, unit="images per forward; 0 = the rank's whole share", runtime=True)
     # before a job ends because a rank does not answer
@@ -258,6 +260,18 @@ class EngineConfig:
     )
     # of each process
     threads: int = key(0, low=0, high=1024, unit="CPU threads per rank; 0 = cores / local ranks", runtime=True)
+
+    def check(self, where: str) -> None:
+        if self.compile != "off" and self.name == "deepspeed":
+            raise ConfigError(
+                f"{where}.compile = {self.compile}: DeepSpeed's hooks stand in compiled code's way, so leave it off or "
+                f"take {where}.name = accelerate"
+            )
+        if self.compile == "graph" and self.micro_batch:
+            raise ConfigError(
+                f"{where}.compile = graph: a graph has all images of a rank's step, so leave {where}.micro_batch at 0 "
+                f"or take {where}.compile = blocks"
+            )
 
 
 @dataclass(frozen=True)

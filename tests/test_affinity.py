@@ -16,6 +16,9 @@ from esol.models.backbones import Backbone, build_backbone
 from esol.models.irn_net import IrnNet
 from esol.models.phased import PhasedConv2d
 from esol.models.regrid import fuse, regrid
+from esol.ops import pairs as operators
+from esol.ops.pairs import boundary_affinity, pair_labels
+from esol.stages import irn as stage
 from esol.stages.irn import IrnConfig, IrnTask, displacement_loss
 from esol.stages.psa import PsaConfig, PsaTask
 from esol.training.optim import build_optimizer
@@ -149,6 +152,28 @@ def test_affinity_loss_against_a_loop() -> None:
     torch.testing.assert_close(losses["negative"], negative)
     weight = task.handover.join.weight
     torch.testing.assert_close(*(torch.autograd.grad(v, weight, retain_graph=True)[0] for v in (losses["loss"], want)))
+
+
+@pytest.mark.parametrize("size", [(13, 17), (3, 4), (1, 1)])
+@pytest.mark.parametrize("radius", [2, 5, 10])
+def test_pairs_at_once_are_those_offset_by_offset(monkeypatch: pytest.MonkeyPatch, size: Any, radius: int) -> None:
+    """What a GPU computes, here on the CPU: labels, boundaries, displacements, and their gradients."""
+    torch.manual_seed(0)
+    target = torch.tensor([0, 0, 1, 2, 255], dtype=torch.uint8)[torch.randint(0, 5, (2, *size))]
+    edge, displacement = (torch.rand(2, *size) * 8).round() / 8, 3 * torch.randn(2, 2, *size, dtype=torch.float64)
+    found = []
+    for together in (False, True):
+        for module in (operators, stage):
+            monkeypatch.setattr(module, "at_once", lambda values, together=together: together)
+        kinds = pair_labels(target, radius)
+        inputs = edge.clone().requires_grad_(), displacement.clone().requires_grad_()
+        affinity = boundary_affinity(inputs[0], radius)
+        losses = [displacement_loss(inputs[1], kinds[0], radius, apart) for apart in (False, True)]
+        weights = torch.arange(affinity.numel()).view(affinity.shape) % 7.0
+        gradients = torch.autograd.grad((affinity * weights).sum() + losses[0].sum() - 2 * losses[1].sum(), inputs)
+        found.append([kind.double() for kind in (*kinds, affinity, *losses, *gradients)])
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_irn_loss_against_a_loop() -> None:

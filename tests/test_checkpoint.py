@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,21 @@ class Counter:
     rank, world_size, is_main = 0, 1, True
     value = 0
 
-    def save(self, folder: Path) -> None:
-        (folder / "state.pt").write_text(f"{self.value:09}")
-        (folder / "rank-00000.pt").write_text("random numbers")
+    def snapshot(self) -> Callable[[Path], list[Path]]:
+        contents = {"state.pt": f"{self.value:09}", "rank-00000.pt": "random numbers"}
+
+        def write(folder: Path) -> list[Path]:
+            for name, text in contents.items():
+                self.write(folder / name, text)
+            return [folder / name for name in contents]
+
+        return write
+
+    def write(self, file: Path, text: str) -> None:
+        file.write_text(text)
+
+    def beat(self, doing: str) -> None:
+        self.doing = doing
 
     def load(self, folder: Path) -> None:
         self.value = int((folder / "state.pt").read_text())
@@ -48,6 +61,7 @@ def saved(tmp_path: Path) -> Iterator[Path]:
     checkpointer = make(tmp_path, engine)
     for engine.value in (10, 20, 30):
         checkpointer.save(engine.value)
+    checkpointer.finish()
     return tmp_path
 
 
@@ -92,7 +106,8 @@ def test_damaged_checkpoint_is_passed_over(
         assert checkpointer.resume() == Resumed(20, {"run": "abc"})
     assert engine.value == 20
     assert "step-30" in caplog.text
-    checkpointer.save(25)  # the damaged one must not crowd it out
+    checkpointer.save(25)
+    checkpointer.finish()  # the damaged one must not crowd it out
     assert names(saved) == ["latest", "step-25"]
 
 
@@ -119,20 +134,75 @@ def test_half_written_folders_of_a_killed_process_are_cleared(saved: Path) -> No
     checkpointer = make(saved, engine)
     assert checkpointer.resume() == Resumed(30, {"run": "abc"})
     checkpointer.save(40)
+    checkpointer.finish()
     assert names(saved) == ["latest", "step-30", "step-40"]
 
 
 def test_failing_engine_leaves_the_last_good_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Counter, folder: Path) -> None:
-        (folder / "state.pt").write_text("half")
-        raise OSError(28, "No space left on device", str(folder / "state.pt"))
+    def full(self: Counter, file: Path, text: str) -> None:
+        file.write_text("half")
+        raise OSError(28, "No space left on device", str(file))
 
-    monkeypatch.setattr(Counter, "save", full)
+    monkeypatch.setattr(Counter, "write", full)
+    checkpointer = make(saved, Counter())
+    checkpointer.save(40)  # a thread finds out, and the next save says so
     with pytest.raises(
         CheckpointError, match=r"step-40\.tmp/state\.pt.*No space left.*last good checkpoint is step-30"
     ):
-        make(saved, Counter()).save(40)
+        checkpointer.save(50)
     assert names(saved) == ["latest", "step-20", "step-30"]
+    checkpointer.finish()  # it was said
+
+
+def test_engine_that_cannot_copy_fails_the_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Counter) -> None:
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(Counter, "snapshot", none)
+    checkpointer = make(saved, Counter())
+    checkpointer.save(40)
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-40\.tmp: no room for a copy"):
+        checkpointer.finish()
+    assert names(saved) == ["latest", "step-20", "step-30"]
+
+
+class Slow(Counter):
+    """Writes when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.allowed = threading.Event()
+
+    def write(self, file: Path, text: str) -> None:
+        assert self.allowed.wait(30)
+        super().write(file, text)
+
+
+def test_training_goes_on_while_a_thread_writes_what_was_then(saved: Path) -> None:
+    engine, notes = Slow(), {"loss": 0.5}
+    engine.value = 40
+    checkpointer = Checkpointer(saved, engine, fingerprint="f", config=CONFIG, notes=notes)  # type: ignore[arg-type]
+    checkpointer.save(40)
+    engine.value, notes["loss"] = 41, 0.4
+    assert checkpointer.writing
+    assert names(saved) == ["latest", "step-20", "step-30", "step-40.tmp"]
+    assert (saved / "latest").read_text() == "step-30\n"  # where a process that is killed now goes on
+    engine.allowed.set()
+    checkpointer.finish()
+    assert not checkpointer.writing
+    assert engine.doing == "the files of the checkpoint after step 40"
+    assert names(saved) == ["latest", "step-30", "step-40"]
+    assert make(saved, engine).resume() == Resumed(40, {"loss": 0.5})
+    assert engine.value == 40
+
+
+def test_a_write_without_end_is_an_error(saved: Path) -> None:
+    engine = Slow()
+    checkpointer = Checkpointer(saved, engine, fingerprint="f", config=CONFIG, timeout=1e-4)  # type: ignore[arg-type]
+    checkpointer.save(40)
+    with pytest.raises(CheckpointError, match=r"step-40\.tmp: not done 0\.0001 minutes later \(engine\.timeout\)"):
+        checkpointer.finish()
+    engine.allowed.set()
+    assert (saved / "latest").read_text() == "step-30\n"
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:

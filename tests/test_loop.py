@@ -31,12 +31,12 @@ class Answers:
     def beat(self, doing: str) -> None:
         self.doing = doing
 
-    def train_step(self, microbatches: Any, lr: float, stop: bool) -> StepResult:
+    def train_step(self, microbatches: Any, lr: float, stop: bool, writing: bool) -> StepResult:
         assert self.doing == f"step {self.step + 1}"
         self.step += 1
         self.lrs.append(lr)
         losses = {"loss": torch.tensor(float(self.step)), "area": torch.tensor(2.0)}
-        return StepResult(losses, 0.5, self.step in self.skipped, stop or self.step == self.stop_at)
+        return StepResult(losses, 0.5, self.step in self.skipped, stop or self.step == self.stop_at, writing)
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
         return values
@@ -48,11 +48,42 @@ class Answers:
 class Saves:
     every = 4
 
-    def __init__(self) -> None:
+    def __init__(self, busy: int = 0) -> None:
+        """busy: how many steps begin while a checkpoint is still written."""
         self.steps: list[int] = []
+        self.busy, self.left, self.finished, self.pending = busy, 0, [], 0  # type: ignore[var-annotated]
+
+    @property
+    def writing(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
 
     def save(self, step: int) -> None:
+        self.finish()
         self.steps.append(step)
+        self.left, self.pending = self.busy, step
+
+    def finish(self) -> None:
+        self.finished += [self.pending] if self.pending else []
+        self.pending = 0
+
+
+@pytest.mark.parametrize(("busy", "when"), [(0, [5, 9]), (2, [7, 11]), (9, [8, 12])])
+def test_a_checkpoint_has_its_name_when_no_rank_writes_at_the_next_save_or_at_the_end(busy: int, when: list) -> None:
+    """when: the steps at whose end checkpoints 4 and 8 are finished; 12 is the last step."""
+    saves, engine = Saves(busy), Answers()
+    at: dict[int, int] = {}
+    finish = saves.finish
+
+    def noted() -> None:
+        if saves.pending:
+            at[saves.pending] = engine.step
+        finish()
+
+    saves.finish = noted  # type: ignore[method-assign]
+    run(engine, 12, saves=saves)
+    assert [at[4], at[8], at[12]] == [*when, 12]
+    assert saves.finished == [4, 8, 12]
 
 
 def batches() -> Iterator[list[dict[str, Any]]]:
@@ -67,9 +98,11 @@ def test_damaged_samples_are_counted_and_named(caplog: pytest.LogCaptureFixture)
     assert "step 1: another sample stands in for a damaged one: shard-0.tar, sample z" in caplog.text
 
 
-def run(engine: Answers, total: int, stop: StopSignal | None = None, start: int = 0) -> tuple[dict, list[int]]:
+def run(
+    engine: Answers, total: int, stop: StopSignal | None = None, start: int = 0, saves: Saves | None = None
+) -> tuple[dict, list[int]]:
     logged: dict[int, dict[str, float]] = {}
-    saves = Saves()
+    saves = saves or Saves()
     try:
         train(
             engine,  # type: ignore[arg-type]
@@ -84,6 +117,7 @@ def run(engine: Answers, total: int, stop: StopSignal | None = None, start: int 
         )
     finally:
         run.last = (logged, saves.steps)  # type: ignore[attr-defined]
+        assert saves.finished == saves.steps
     return logged, saves.steps
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from esol.models.sampler import OffsetBranch, deform_conv
+from esol.models.sampler import OffsetBranch, Taps, deform_conv
 
 OFFSETS = {
     "zero": lambda o: o * 0,
@@ -37,6 +37,19 @@ def test_equals_torchvision_in_value_and_every_gradient(size: tuple[int, int], k
     got = torch.autograd.grad(ours, (offset, x, weight), upstream)
     want = torch.autograd.grad(theirs, (offset, x, weight), upstream)
     for a, b in zip(got, want, strict=True):
+        assert _relative(a, b) <= 1e-10
+
+
+def test_compiled_it_equals_torchvision_in_value_and_every_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    offset = (3 * torch.randn(2, 18, 7, 5, dtype=torch.float64)).requires_grad_()
+    traced = torch.compile(deform_conv, backend="aot_eager", fullgraph=True, dynamic=False)
+    ours, theirs = traced(x, weight, offset, Taps()), deform_conv2d(x, offset, weight, padding=1)
+    upstream = torch.randn_like(ours)
+    got, want = (torch.autograd.grad(result, (offset, x, weight), upstream) for result in (ours, theirs))
+    for a, b in zip((ours, *got), (theirs, *want), strict=True):
         assert _relative(a, b) <= 1e-10
 
 

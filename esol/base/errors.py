@@ -31,3 +31,8 @@ class LaunchError(EsolError):
 
 class LostRankError(LaunchError):
     """Another process of the job ended or does not answer; nothing to mend here, so it has an exit code of its own."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

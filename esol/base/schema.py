@@ -97,6 +97,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     origin = get_origin(kind)
     if origin is Literal:
         options = get_args(kind)
+        if value is False and "off" in options:
+            value = "off"  # YAML 1.1 reads it so
         if value in options and type(value) in {type(option) for option in options}:
             return value
         close = difflib.get_close_matches(str(value), map(str, options), n=1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from esol.base.errors import CheckpointError, LaunchError
+from esol.base.errors import CheckpointError, ConfigError, LaunchError, first_line
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, weighted_mean, write_state
+from esol.engines.compiled import compile_task
+from esol.engines.ranks import Ranks, seed_all, wants_cpu, weighted_mean
+from esol.engines.states import STATE, on_host, read_state
 from esol.training.task import Task
 
 
@@ -42,6 +45,12 @@ class AccelerateEngine(Ranks):
         self.world_size = self._accelerator.num_processes
         self.device = torch.device("cpu") if cpu else self._accelerator.device
         self._check_world()
+        self._graphs = config.compile == "graph"
+        if self._graphs and self.device.type != "cuda":
+            raise ConfigError(
+                "engine.compile = graph records CUDA graphs and this job computes on the CPU: take engine.compile = "
+                "blocks, or off"
+            )
         kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self._accelerator.distributed_type not in kinds:
             raise LaunchError(
@@ -82,17 +91,22 @@ class AccelerateEngine(Ranks):
         for parameter in self._learning if self.world_size > 1 else ():
             if parameter.shape[2:] == (1, 1):
                 parameter.register_hook(partial(_with_strides, parameter.stride()))
+        compile_task(task, self._config.compile)
         with warnings.catch_warnings():  # accelerate knows no other name for it yet
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self._module: nn.Module = self._accelerator.prepare_model(task)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._config.precision == "fp16")
         seed_all(self._seed + 1_000_003 * (self.rank + 1))
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], lr: float, stop: bool = False, writing: bool = False
+    ) -> StepResult:
         """See base.Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._optimizer.zero_grad(set_to_none=True)
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         weights = [batch.get("weight", 1.0) for batch in microbatches]
         with self._contact("gradients of the other ranks"):
             outputs = [
@@ -103,10 +117,11 @@ class AccelerateEngine(Ranks):
             gradients = [p.grad for p in self._learning if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)  # of averaged gradients: the same on every rank
             losses = torch.stack([output["loss"] for output in outputs])
-            flags = torch.stack([~losses.isfinite().all(), torch.tensor(stop, device=self.device)]).float()
+            asked = [torch.full((), flag, device=self.device) for flag in (stop, writing)]
+            flags = torch.stack([~losses.isfinite().all(), *asked]).float()
             if self.world_size > 1:
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad_loss, any_stop, grad_norm = torch.cat(
+        bad_loss, any_stop, any_writing, grad_norm = torch.cat(
             [flags, norm.float().reshape(1)]
         ).tolist()  # the step's one wait for the GPU
         if bad_loss:
@@ -119,7 +134,8 @@ class AccelerateEngine(Ranks):
                 nn.utils.clip_grads_with_norm_(self._learning, self._clip_norm, norm)
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        return StepResult(weighted_mean(outputs, weights), grad_norm, skipped=not finite, stop=bool(any_stop))
+        means = weighted_mean(outputs, weights)
+        return StepResult(means, grad_norm, skipped=not finite, stop=bool(any_stop), writing=bool(any_writing))
 
     def _backward(self, batch: Batch, share: float, last: bool) -> dict[str, Tensor]:
         """Adds one micro-batch's gradients; ranks exchange them with the last. Returns detached losses and report."""
@@ -128,29 +144,25 @@ class AccelerateEngine(Ranks):
             with self.autocast():
                 losses, report = self._module(moved)
             self._scaler.scale(losses["loss"].float() * share).backward()
-        return {name: value.detach().float() for name, value in {**report, **losses}.items()}
+        # A graph writes the next step's numbers where this one's are.
+        return {n: value.detach().to(torch.float32, copy=self._graphs) for n, value in {**report, **losses}.items()}
 
-    def save(self, folder: Path) -> None:
-        """See base.Engine. OSError where a file cannot be written."""
-        self._save_random_state(folder)
-        if self.is_main:
-            state = {
-                "model": self._task.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "scaler": self._scaler.state_dict(),
-            }
-            write_state(folder / "state.pt", state)
+    def _whole_state(self) -> dict[str, Any] | None:
+        if not self.is_main:
+            return None
+        model, optimizer = self._task.state_dict(), self._optimizer.state_dict()
+        return on_host({"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()})
 
     def load(self, folder: Path) -> None:
         """See base.Engine."""
-        state = read_state(folder / "state.pt")
+        state = read_state(folder / STATE)
         try:
             self._task.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'state.pt'} does not fit this model and optimizer: {error}") from error
+            raise CheckpointError(f"{folder / STATE} does not fit this model and optimizer: {error}") from error
         self._load_random_state(folder)
 
     def model_state_dict(self) -> dict[str, Tensor]:

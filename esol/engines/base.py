@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,15 @@ class StepResult:
     losses: every entry of the task's losses and report, detached float32 scalars on the engine's device: the mean over
     the micro-batches, each times its weight, so that the mean over the ranks is that over the images of the global
     batch; grad_norm: global norm before clipping, the same on all ranks;
-    skipped: True where fp16 scaling overflowed and no weight changed; stop: whether any rank asked to stop.
+    skipped: True where fp16 scaling overflowed and no weight changed; stop: whether any rank asked to stop; writing:
+    whether any rank was still writing a checkpoint when the step began.
     """
 
     losses: dict[str, Tensor]
     grad_norm: float
     skipped: bool
     stop: bool
+    writing: bool = False
 
 
 class Engine(Protocol):
@@ -45,13 +47,16 @@ class Engine(Protocol):
         clip_norm: largest global gradient norm, 0 = off. From here on each rank draws its own random numbers.
         """
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], lr: float, stop: bool = False, writing: bool = False
+    ) -> StepResult:
         """One optimizer step at learning rate lr over this rank's micro-batches, as many as every other rank has.
 
         Each counts by its batch["weight"]: the gradient is that of the mean over the images of the global batch.
         Each parameter group learns at lr * group["lr_multiplier"]. A non-finite loss on any rank raises
         DivergenceError on every rank, naming the batch's sample keys, before any weight changes.
-        stop: this rank was asked to stop; it rides on the collective that agrees on the losses.
+        stop: this rank was asked to stop; writing: it is writing a checkpoint. Both ride on the collective that agrees
+        on the losses.
         """
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -78,11 +83,15 @@ class Engine(Protocol):
     def beat(self, doing: str) -> None:
         """This rank begins something new: a step, a photo. Costs an assignment."""
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its part of model, optimizer, scaler and RNG state into an existing folder."""
+    def snapshot(self) -> Callable[[Path], list[Path]]:
+        """Copies this rank's part of model, optimizer, scaler and RNG state into the host's memory; a collective.
+
+        What it returns writes the copy into an existing folder and names the files; a thread may call it while steps
+        go on. OSError where a file cannot be written.
+        """
 
     def load(self, folder: Path) -> None:
-        """Restores what save wrote (weights_only); CheckpointError where it does not fit."""
+        """Restores what a snapshot wrote (weights_only); CheckpointError where it does not fit."""
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """The whole task's state on the CPU, float32, on every rank (all ranks must call it)."""

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esol.base.errors import CheckpointError
+from esol.base.errors import CheckpointError, first_line
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.deepspeed_config import deepspeed_config
-from esol.engines.ranks import Ranks, first_line, read_state, seed_all, wants_cpu, weighted_mean, write_state
+from esol.engines.ranks import Ranks, seed_all, wants_cpu, weighted_mean
+from esol.engines.states import STATE, on_host, read_state
 from esol.training.task import Task
 
 _SLOTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # per weight; AdamW's step is one number
@@ -81,7 +82,9 @@ class DeepSpeedEngine(Ranks):
         self._scale = LossScale(self._config.precision == "fp16")
         seed_all(self._seed + 1_000_003 * (self.rank + 1))
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], lr: float, stop: bool = False, writing: bool = False
+    ) -> StepResult:
         """See base.Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
@@ -97,23 +100,26 @@ class DeepSpeedEngine(Ranks):
                 self._engine.backward(loss if self._zero else loss * self._scale.value)
                 outputs.append({name: value.detach().float() for name, value in {**report, **losses}.items()})
             each = torch.stack([output["loss"] for output in outputs])
-            flags = torch.stack([~each.isfinite().all(), torch.tensor(stop, device=self.device)]).float()
+            asked = [torch.full((), flag, device=self.device) for flag in (stop, writing)]
+            flags = torch.stack([~each.isfinite().all(), *asked]).float()
             if self.world_size > 1:
                 dist.all_reduce(flags, dist.ReduceOp.MAX)
-            bad_loss, any_stop = flags.tolist()
+            bad_loss, any_stop, any_writing = flags.tolist()
             if bad_loss:
                 self._diverged(microbatches, each)
             norm, applied = self._update_partitions() if self._zero else self._update_whole()
         if not applied and not self._scale.dynamic:
             self._diverged(microbatches, each)
         self._scale.update(applied)
-        return StepResult(weighted_mean(outputs, weights), norm, skipped=not applied, stop=bool(any_stop))
+        means = weighted_mean(outputs, weights)
+        return StepResult(means, norm, skipped=not applied, stop=bool(any_stop), writing=bool(any_writing))
 
     def _update_whole(self) -> tuple[float, bool]:
         """ZeRO 0: the gradients are whole and averaged. The global norm, and whether weights changed."""
         gradients = [p.grad for p in self._learning if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients) / self._scale.value
-        finite = bool(norm.isfinite())
+        value = float(norm)  # a wait for the GPU, as in train_step
+        finite = math.isfinite(value)
         if finite:
             if self._scale.value != 1:
                 torch._foreach_div_(gradients, self._scale.value)
@@ -121,7 +127,7 @@ class DeepSpeedEngine(Ranks):
                 nn.utils.clip_grads_with_norm_(self._learning, self._clip_norm, norm)
             self._engine.step()
         self._engine.zero_grad()
-        return float(norm), finite
+        return value, finite
 
     def _update_partitions(self) -> tuple[float, bool]:
         """ZeRO 1 to 3: DeepSpeed's step checks for overflow, clips and updates."""
@@ -130,24 +136,22 @@ class DeepSpeedEngine(Ranks):
             return math.inf, False
         return float(self._engine.get_global_grad_norm()), True
 
-    def save(self, folder: Path) -> None:
-        """See base.Engine. OSError where a file cannot be written."""
-        self._save_random_state(folder)
+    def _whole_state(self) -> dict[str, Any] | None:
         model, optimizer = self._whole_model(), self._whole_optimizer()  # all ranks take part
-        if self.is_main:
-            state = {"model": model, "optimizer": optimizer, "scaler": self._scale.state_dict()}
-            write_state(folder / "state.pt", state)
+        if not self.is_main:
+            return None
+        return {"model": model, "optimizer": optimizer, "scaler": self._scale.state_dict()}
 
     def load(self, folder: Path) -> None:
         """See base.Engine."""
-        state = read_state(folder / "state.pt")
+        state = read_state(folder / STATE)
         try:
             self._set_model(state["model"])
             self._set_optimizer(state["optimizer"])
             if self._scale.dynamic:
                 self._scale.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{folder / 'state.pt'} does not fit this model and optimizer: {error}") from error
+            raise CheckpointError(f"{folder / STATE} does not fit this model and optimizer: {error}") from error
         self._load_random_state(folder)
 
     def model_state_dict(self) -> dict[str, Tensor]:
@@ -192,7 +196,7 @@ class DeepSpeedEngine(Ranks):
     def _whole_optimizer(self) -> dict[str, Any]:
         """As torch's optimizer over whole parameters would save itself."""
         if not self._zero:
-            return self._optimizer.state_dict()
+            return on_host(self._optimizer.state_dict())
         inner, state = self._optimizer.optimizer, {}
         if any(inner.state.values()):
             self._link()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import pickle
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esol.base import exits
-from esol.base.errors import CheckpointError, DivergenceError, LaunchError, LostRankError
-from esol.base.files import atomic_write
+from esol.base.errors import DivergenceError, LaunchError, LostRankError, first_line
 from esol.base.machine import cpu_has_bf16
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import Engine, gather_text
 from esol.engines.environment import check_environment, given
+from esol.engines.states import STATE, random_state, read_state, set_random_state, write_state
 from esol.engines.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -234,31 +232,37 @@ class Ranks(Engine):
                 f"the other ranks. {first_line(error)}"
             ) from error
 
-    def _save_random_state(self, folder: Path) -> None:
-        numpy_kind, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
-        state: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
-            "torch": torch.get_rng_state(),
-        }
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        write_state(_rank_file(folder, self.rank), state)
+    def snapshot(self) -> Callable[[Path], list[Path]]:
+        """See base.Engine."""
+        states = {_rank_file(self.rank): random_state(self.device)}
+        whole = self._whole_state()
+        if whole is not None:
+            states[STATE] = whole
+        copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        if copied is not None:  # the steps that follow stand behind the copy in the GPU's queue: they need not wait
+            copied.record()
+
+        def write(folder: Path) -> list[Path]:
+            if copied is not None:
+                copied.synchronize()
+            for name, state in states.items():
+                write_state(folder / name, state)
+            return [folder / name for name in states]
+
+        return write
+
+    def _whole_state(self) -> dict[str, Any] | None:
+        """On the main rank a copy of model, optimizer and scaler that no step changes; a collective."""
+        raise NotImplementedError
 
     def _load_random_state(self, folder: Path) -> None:
-        file = _rank_file(folder, self.rank)
+        file = folder / _rank_file(self.rank)
         if not file.exists():
             _LOG.warning(
                 "%s was saved by fewer ranks: rank %d draws fresh random numbers from the seed", folder, self.rank
             )
             return
-        state = read_state(file)
-        random.setstate(state["python"])
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-        torch.set_rng_state(state["torch"])
-        if "cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        set_random_state(read_state(file), self.device)
 
 
 def _cores() -> int:
@@ -277,23 +281,5 @@ def weighted_mean(outputs: Sequence[dict[str, Tensor]], weights: Sequence[float]
     return {name: torch.stack([output[name] * weight for output, weight in pairs]).mean() for name in outputs[0]}
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.pt"
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Through memory, because torch's own writer hides why a disk refused (these models are small)."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    atomic_write(path, buffer.getbuffer())
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from error
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy, deepcopy
+from copy import deepcopy
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -98,12 +98,12 @@ def fold_norms(backbone: Backbone, kind: torch.dtype | None) -> int:
 
 def _folded_forward(conv: Any, x: Tensor) -> Tensor:
     """What the convolution's own class computes, with the weights of convolution and norm together."""
-    own = copy(conv)
-    vars(own)["_parameters"] = {}
     if "folded_weight" in conv._buffers:
-        own.weight, own.bias = conv.folded_weight, conv.folded_bias
+        weight, bias = conv.folded_weight, conv.folded_bias
     else:
-        own.weight, own.bias = _fused(conv, vars(conv)["norm"])
+        weight, bias = _fused(conv, vars(conv)["norm"])
+    own = object.__new__(type(conv))  # copy() would do, but torch.compile cannot look into it
+    vars(own).update(vars(conv), _parameters={}, weight=weight, bias=bias)
     result: Tensor = type(conv).forward(own, x)
     return result
 

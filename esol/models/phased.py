@@ -35,7 +35,7 @@ class PhasedConv2d(nn.Module):
         """(B, C, H, W) -> the same size, channels last."""
         d, (batch, channels, height, width) = self.dilation, x.shape
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        as_it_was = x.device.type != "cpu" or torch.compiler.is_compiling()
+        as_it_was = x.device.type != "cpu" or torch.compiler.is_exporting()
         if as_it_was or not (learns or self.padding >= WIDE):
             return F.conv2d(x, self.weight, self.bias, 1, self.padding, d, channels)
         if torch.is_autocast_enabled("cpu"):

@@ -22,7 +22,9 @@ class Taps:
         device = weight.device.type
         casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
         kind = torch.get_autocast_dtype(device) if casts else weight.dtype
-        if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and weight.requires_grad):
+        learns = torch.is_grad_enabled() and weight.requires_grad
+        # Compiled code takes it apart on its way: a tensor that is kept between two steps would belong to no graph.
+        if learns or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return _apart(weight).to(kind)
         stamp = (weight.data_ptr(), weight._version, weight.device, kind)
         if self._kept is None or self._kept[0] != stamp:

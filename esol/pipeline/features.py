@@ -41,6 +41,7 @@ def kept_features(context: Context, task: Task) -> FeatureStore | None:
     _, *shape = features.shape
     store = FeatureStore(folder / stamp, (shape[0], shape[1], shape[2]), features.dtype, room)
 
+    @torch.compiler.disable  # a disk is nothing to compile
     def keep(batch: Batch, x: Tensor) -> None:
         if not batch.get("skipped"):  # others stand in for damaged samples there
             store.add(batch["crop"], x)

@@ -82,6 +82,7 @@ class TrainingStage(Stage):
             every=settings.checkpoint.every,
             keep=settings.checkpoint.keep,
             notes=last,  # a run that is killed behind its last checkpoint has its results there
+            timeout=settings.engine.timeout,
         )
         start = self._start(checkpoints, last)
         batches = training_stream(

@@ -19,7 +19,7 @@ from esol.config import Auto, BackboneConfig, Config, CrfConfig, PairConfig, Wal
 from esol.data.samples import Batch
 from esol.models.irn_net import STRIDE, IrnNet
 from esol.models.regrid import squeeze_to_grid
-from esol.ops.pairs import boundary_affinity, pair_labels, pair_offsets, pair_windows
+from esol.ops.pairs import at_once, boundary_affinity, offsets_on, pair_labels, pair_offsets, pair_places, pair_windows
 from esol.ops.pseudo_labels import irn_labels, irn_scores
 from esol.pipeline.cam import initial_backbone, new_backbone
 from esol.pipeline.inference import InferenceStage, Sample, Tally
@@ -142,19 +142,8 @@ class _PairDisplacement(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, displacement: Tensor, pairs: Tensor, radius: int, apart: bool) -> Tensor:
-        total = displacement.new_zeros(len(displacement))
-        signs = torch.zeros_like(displacement)
-        for k, offset in enumerate(pair_offsets(radius)):
-            first, second = pair_windows(offset, *displacement.shape[2:])
-            error = displacement[first] - displacement[second]
-            if apart:
-                for axis in (0, 1):
-                    error[:, axis] -= offset[axis]
-            error *= pairs[:, k : k + 1][first]
-            total += error.abs().sum((1, 2, 3))
-            error.sign_()
-            signs[first] += error
-            signs[second] -= error
+        summed = _displacement_at_once if at_once(displacement) else _displacement_by_offset
+        total, signs = summed(displacement, pairs, radius, apart)
         ctx.save_for_backward(signs)
         return total
 
@@ -163,6 +152,38 @@ class _PairDisplacement(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (signs,) = ctx.saved_tensors
         return signs * upstream[:, None, None, None], None, None, None
+
+
+def _displacement_by_offset(displacement: Tensor, pairs: Tensor, radius: int, apart: bool) -> tuple[Tensor, Tensor]:
+    """The sums (B,), and their gradients (B, 2, h, w)."""
+    total = displacement.new_zeros(len(displacement))
+    signs = torch.zeros_like(displacement)
+    for k, offset in enumerate(pair_offsets(radius)):
+        first, second = pair_windows(offset, *displacement.shape[2:])
+        error = displacement[first] - displacement[second]
+        if apart:
+            for axis in (0, 1):
+                error[:, axis] -= offset[axis]
+        error *= pairs[:, k : k + 1][first]
+        total += error.abs().sum((1, 2, 3))
+        error.sign_()
+        signs[first] += error
+        signs[second] -= error
+    return total, signs
+
+
+def _displacement_at_once(displacement: Tensor, pairs: Tensor, radius: int, apart: bool) -> tuple[Tensor, Tensor]:
+    """What _displacement_by_offset gives, in one gather. Its sums are of whole numbers: their order says nothing."""
+    height, width = displacement.shape[2:]
+    _, second = pair_places(radius, height, width, displacement.device)
+    flat = displacement.flatten(2)
+    error = flat[:, :, None] - flat[:, :, second]
+    if apart:
+        error = error - offsets_on(radius, displacement.device).t()[:, :, None]
+    error = error * pairs.flatten(2)[:, None]
+    signs = error.sign()
+    pulled = torch.zeros_like(flat).index_add_(2, second.flatten(), signs.flatten(2))
+    return error.abs().sum((1, 2, 3)), (signs.sum(2) - pulled).view_as(displacement)
 
 
 @register

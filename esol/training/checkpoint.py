@@ -1,10 +1,16 @@
-"""Checkpoints that are whole or absent: all ranks write into step-N.tmp, agree, and the main rank renames it step-N."""
+"""Checkpoints that are whole or absent: all ranks write into step-N.tmp, agree, and the main rank renames it step-N.
+
+The state is copied, and a thread of each rank writes the copy while training goes on. All that ranks do together is
+done by their main threads, at steps that are the same on all.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +35,49 @@ class Resumed:
     notes: dict[str, Any]
 
 
+class _Writing:
+    """A save under way on this rank: a thread writes files into step-N.tmp and hashes them.
+
+    notes: of the moment; error: what went wrong, once it has ended. Without `write` there is nothing to write.
+    """
+
+    def __init__(self, step: int, temporary: Path, notes: dict[str, Any]) -> None:
+        self.step, self.temporary, self.notes = step, temporary, notes
+        self.error, self.files = "", dict[str, dict[str, Any]]()
+        self._thread: threading.Thread | None = None
+
+    def start(self, write: Callable[[Path], list[Path]]) -> None:
+        # A daemon: a process that an error ends shall not wait for a disk. What it leaves is a .tmp.
+        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def failed(self, problem: Exception) -> None:
+        self.error = f"cannot write {getattr(problem, 'filename', None) or self.temporary}: {problem}"
+
+    def goes_on(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, minutes: float) -> None:
+        if self._thread is not None:
+            self._thread.join(60 * minutes)
+        if self.goes_on():
+            self.error = f"cannot write {self.temporary}: not done {minutes:g} minutes later (engine.timeout)"
+
+    def _run(self, write: Callable[[Path], list[Path]]) -> None:
+        try:
+            written = write(self.temporary)
+            self.files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in written}
+        except Exception as problem:  # whatever it is, all ranks wait to hear of it
+            self.failed(problem)
+
+
 class Checkpointer:
     """Saves and finds the training state of one stage; every method is a collective.
 
     folder: shared by all ranks; holds step-N/ (state.pt, rank-*.pt, manifest.json) and `latest`, the newest one's name.
     config: what the fingerprint was computed from, as plain JSON, to name the keys that differ. notes: kept in the
     manifest as they are at each save (the last logged values). every: steps between saves, for the loop; keep: how many
-    checkpoints stay.
+    checkpoints stay; timeout: minutes that `finish` waits for files.
     """
 
     def __init__(
@@ -48,34 +90,61 @@ class Checkpointer:
         every: int = 500,
         keep: int = 2,
         notes: dict[str, Any] | None = None,
+        timeout: float = 30.0,
     ) -> None:
         self.folder, self.every = folder, every
         self._engine, self._keep = engine, keep
         self._fingerprint, self._config = fingerprint, json.loads(json.dumps(config))
         self._notes = {} if notes is None else notes
+        self._timeout = timeout
+        self._writing: _Writing | None = None
 
-    def save(self, step: int) -> Path:
-        """Writes step-N; CheckpointError on every rank if any fails, and then the earlier checkpoints are untouched."""
-        final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
+    def save(self, step: int) -> None:
+        """Copies the state after `step` steps, which a thread writes, once the save before it is finished.
+
+        CheckpointError on every rank as from finish, or where step-N.tmp cannot be made.
+        """
+        self.finish()
+        temporary = self.folder / f"step-{step}.tmp"
         self._main_only(f"cannot prepare {temporary}", lambda: _make_empty(temporary))
-        error = ""
+        writing = _Writing(step, temporary, finite(dict(self._notes)))
         try:
-            self._engine.save(temporary)
+            writing.start(self._engine.snapshot())
         except Exception as problem:  # whatever it is, the other ranks wait to hear of it
-            error = f"cannot write {getattr(problem, 'filename', None) or temporary}: {problem}"
-        self._agree(error, temporary)
-        self._main_only(f"cannot finish {temporary}", lambda: self._finish(temporary, final, step), temporary)
-        return final
+            writing.failed(problem)
+        self._writing = writing
 
-    def _finish(self, temporary: Path, final: Path, step: int) -> None:
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes files of the last save."""
+        return self._writing is not None and self._writing.goes_on()
+
+    def finish(self) -> None:
+        """Waits for the files of the last save and makes its step-N of them; nothing where that is done already.
+
+        CheckpointError on every rank if any could not write, and then the earlier checkpoints are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        self._engine.beat(f"the files of the checkpoint after step {writing.step}")
+        writing.wait(self._timeout)
+        self._agree(writing.error, writing.temporary)
+        files: dict[str, Any] = {}
+        for text in gather_text(self._engine, json.dumps(writing.files)):
+            files |= json.loads(text)
+        self._main_only(f"cannot finish {writing.temporary}", lambda: self._name(writing, files), writing.temporary)
+
+    def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
+        temporary, final = writing.temporary, self.folder / f"step-{writing.step}"
         manifest = {
             "format": _FORMAT,
-            "step": step,
+            "step": writing.step,
             "fingerprint": self._fingerprint,
             "world_size": self._engine.world_size,
             "config": self._config,
-            "notes": finite(self._notes),
-            "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())},
+            "notes": writing.notes,
+            "files": files,
         }
         atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():  # a damaged one that resume passed over
@@ -83,7 +152,7 @@ class Checkpointer:
         temporary.rename(final)
         sync_folder(self.folder)
         atomic_write(self.folder / "latest", final.name + "\n")
-        self._prune(step)
+        self._prune(writing.step)
 
     def _prune(self, step: int) -> None:
         """Keeps the newest; any beyond `step` were passed over as damaged, and would crowd good ones out."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +42,15 @@ class Saver(Protocol):
 
     every: int
 
-    def save(self, step: int) -> Any:
-        """Saves the state after `step` steps; a collective."""
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes what it has saved."""
+
+    def save(self, step: int) -> None:
+        """Begins to save the state after `step` steps, once the save before it is finished; a collective."""
+
+    def finish(self) -> None:
+        """Waits for what was begun and makes a checkpoint of it, where that is not done already; a collective."""
 
 
 class StopSignal:
@@ -100,7 +107,9 @@ def train(
     batches yields this rank's micro-batches of one optimizer step, starting at start_step. Steps are counted from 1 in
     logs and checkpoints: "after step N". Every log_every steps, and at the end, the main rank's log gets means over the
     steps since the last time and over their global batches' images. A signal on any rank: the running step is finished,
-    all ranks save and raise Stopped. DivergenceError: a non-finite loss, or MAX_SKIPPED fp16 overflows in a row.
+    all ranks save and raise Stopped. A checkpoint is written while the next steps run, and gets its name behind the
+    first step that no rank began while writing, at the next save or at the end. DivergenceError: a non-finite loss, or
+    MAX_SKIPPED fp16 overflows in a row.
     """
     meter = _Meter(engine)
     skipped_in_a_row = 0
@@ -112,7 +121,7 @@ def train(
         lr = learning_rate(step - 1, total_steps, config)
         engine.beat(f"step {step}")
         try:
-            result = engine.train_step(microbatches, lr, stop=bool(stop))
+            result = engine.train_step(microbatches, lr, stop=bool(stop), writing=checkpointer.writing)
         except DivergenceError as error:
             raise DivergenceError(f"step {step}: {error}") from error
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -133,6 +142,10 @@ def train(
         if step % checkpointer.every == 0 or step == total_steps or result.stop:
             engine.beat(f"the checkpoint after step {step}")
             checkpointer.save(step)
+        elif not result.writing:  # on all ranks alike
+            checkpointer.finish()
+        if step == total_steps or result.stop:
+            checkpointer.finish()
         if result.stop and step < total_steps:
             raise stop.stopped(engine, f"stopped after step {step} of {total_steps}, saved")
 

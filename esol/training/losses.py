@@ -133,7 +133,8 @@ class _PairCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         affinity, count, *kinds = ctx.saved_tensors
-        weight = upstream / count * upstream.new_tensor([-1, -1, 1])
+        weight = upstream / count
+        weight[:, :2].neg_()  # numbers of the host would have to be waited for
         gradient = torch.empty_like(affinity)
         for part in _at_a_time(affinity):
             masks, argument = _masks_and_argument(affinity, kinds, part)

@@ -128,7 +128,7 @@ def drill(
         if engine.is_main:
             place.mkdir(parents=True)
         engine.barrier("the folder")
-        engine.save(place)
+        engine.snapshot()(place)
         found[zero] = trace, engine.model_state_dict()
     engine.close()
     return found
@@ -156,6 +156,7 @@ def elastic(root: Path, folder: Path, name: str, zero: int, until: int, images: 
         keys = gather_text(engine, " ".join(key for item in microbatches for key in item["key"]))
         trace.append((" ".join(keys), engine.reduce(result.losses["loss"], "mean").item()))
     checkpointer.save(until)
+    checkpointer.finish()
     engine.close()
     return trace
 
@@ -381,6 +382,7 @@ def fill_disk(folder: Path, broken: int) -> tuple[str, list[str]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     try:
         checkpointer.save(3)
+        checkpointer.finish()
     except CheckpointError as error:
         engine.barrier("the main rank's cleaning up")
         return str(error), sorted(path.name for path in folder.iterdir())

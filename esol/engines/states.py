@@ -1,0 +1,68 @@
+"""What a rank's files of a checkpoint hold: random state, copies of tensors, written and read without pickled code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esol.base.errors import CheckpointError, first_line
+from esol.base.files import atomic_write
+
+STATE = "state.pt"
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of every generator of this process and its device."""
+    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes on from what random_state gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def on_host(value: Any) -> Any:
+    """A copy of a tree of tensors in the host's memory; from a GPU it is there when the GPU's queue has come so far."""
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(item) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu":
+        return value.detach().clone()
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Through memory, because torch's own writer hides why a disk refused (these models are small)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from error
