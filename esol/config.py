@@ -51,7 +51,7 @@ class BackboneConfig:
     pretrained_on: str = key("ImageNet", runtime=True)  # what the weights come from, named beside every score
     # pixels of the photo for each feature; 8 sees finer, and costs four times as much
     output_stride: Literal[8, 16, 32] = key(16)
-    freeze: Literal["none", "stem", "all"] = key("stem")  # stem: stem and first two stages (IRN); batch norm always
+    freeze: Literal["none", "stem", "all"] = key("stem")  # stem: and two stages (IRN), or half of a ViT's blocks
 
 
 @dataclass(frozen=True)
