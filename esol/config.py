@@ -51,7 +51,8 @@ class BackboneConfig:
     pretrained_on: str = key("ImageNet", runtime=True)  # what the weights come from, named beside every score
     # pixels of the photo for each feature; 8 sees finer, and costs four times as much
     output_stride: Literal[8, 16, 32] = key(16)
-    # what does not learn: stem is the stem and the first two stages (as IRN has it), body is all but the last stage
+    # what does not learn: stem is the stem and the first two stages (as IRN has it), or half of a ViT's blocks; body is
+    # all but the last stage, or the last quarter of the blocks
     freeze: Literal["none", "stem", "body", "all"] = key("stem")
 
 

@@ -226,7 +226,7 @@ def test_weight_errors_say_file_key_and_remedy(tmp_path: Path, monkeypatch: pyte
     [
         ({"backbone": "resnet51"}, "timm:<name>"),
         ({"backbone": "timm:resnet18x"}, "did you mean timm:resnet18"),
-        ({"backbone": "timm:vit_tiny_patch16_224"}, "model.output_stride = 16"),
+        ({"backbone": "timm:cait_xxs24_224"}, "model.output_stride = 16"),
     ],
 )
 def test_unknown_backbones(model: dict[str, Any], message: str) -> None:

@@ -9,6 +9,10 @@ class ConfigError(EsolError):
     """A configuration key or value is wrong."""
 
 
+class StrideError(ConfigError):
+    """A backbone cannot have the output stride that it is wanted at."""
+
+
 class DataError(EsolError):
     """Shards, index, images, labels or masks are missing or damaged."""
 

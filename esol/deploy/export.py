@@ -127,20 +127,21 @@ def _with_fixed_padding(net: DeepLab) -> DeepLab:
     return net
 
 
-def _padded(convolution: nn.Conv2d) -> nn.Conv2d:
-    sides = zip(convolution.kernel_size, convolution.dilation, strict=True)
+def _padded(convolution: nn.Conv2d) -> nn.Module:
+    """Padding that is no even number, a kernel of 2 by 2 has it, has its larger half behind."""
+    sides = [(k - 1) * d for k, d in zip(convolution.kernel_size, convolution.dilation, strict=True)]
     made = nn.Conv2d(
         convolution.in_channels,
         convolution.out_channels,
         convolution.kernel_size,  # type: ignore[arg-type]
         convolution.stride,  # type: ignore[arg-type]
-        tuple((kernel - 1) * dilation // 2 for kernel, dilation in sides),  # type: ignore[arg-type]
+        tuple(side // 2 for side in sides),  # type: ignore[arg-type]
         convolution.dilation,  # type: ignore[arg-type]
         convolution.groups,
         convolution.bias is not None,
     )
     made.load_state_dict(convolution.state_dict())
-    return made
+    return nn.Sequential(nn.ZeroPad2d((0, sides[1] % 2, 0, sides[0] % 2)), made) if any(s % 2 for s in sides) else made
 
 
 def _export_onnx(program: torch.export.ExportedProgram, graph: Graph, photos: list[Tensor], path: Path) -> str:

@@ -18,6 +18,16 @@ from esol.base.named import Named
 from esol.config import BackboneConfig
 from esol.models.initial_weights import from_caffe, load_initial_weights
 from esol.models.phased import phase_dilations
+from esol.models.vit import (
+    PatchFeatures,
+    TokenFeatures,
+    freeze_heads,
+    has_patch_stem,
+    is_plain,
+    own_layout,
+    until_block,
+)
+from esol.models.vit import network as timm_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -78,7 +88,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        body: Chain | TimmFeatures,
+        body: Chain | TimmFeatures | TokenFeatures | PatchFeatures,
         freeze: str,
         fixed: Mapping[str, Callable[[str], bool]],
         mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -95,9 +105,15 @@ class Backbone(nn.Module):
             parameter.requires_grad_(freeze != "all" and (freeze == "none" or not fixed[freeze](name)))
         self.frozen = freeze == "all"
         self.eval()
-        with torch.no_grad():
-            side = 64
-            features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        side = 64
+        try:
+            with torch.no_grad():
+                features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            kind = type(getattr(body, "net", body)).__name__
+            raise ConfigError(
+                f"model.backbone: {kind} does not take photos of any size ({error}): choose another network"
+            ) from error
         if features.ndim != 4 or features.shape[2] != features.shape[3]:
             raise ConfigError(
                 f"model.backbone: {type(body).__name__} gives features of shape {tuple(features.shape)}, not "
@@ -261,14 +277,7 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean timm:{close[0]}?" if close else ""
         raise ConfigError(f"model.backbone = {config.backbone!r}: timm {timm.__version__} has no such network{hint}")
-    options: dict[str, Any] = {} if config.output_stride == 32 else {"output_stride": config.output_stride}
-    try:
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (TypeError, NotImplementedError, AssertionError) as error:
-        raise ConfigError(
-            f"model.backbone = {config.backbone!r} cannot be built at model.output_stride = {config.output_stride}: "
-            f"{error}; try 32 or another network"
-        ) from error
+    net: Any = timm_network(name, config.output_stride)
     about = net.pretrained_cfg
     if pretrained and config.weights != "none":
         expected = f"model.safetensors of {about.get('hf_hub_id') or name} on timm's hub"
@@ -280,7 +289,20 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
             expected,
             lambda: timm.create_model(name, pretrained=True, num_classes=0).state_dict(),
             *(f"{head}." for head in heads),
+            rename=own_layout(net),
         )
+    backbone = _of_timm(net, name, config)
+    freeze_heads(net)
+    return backbone
+
+
+def _of_timm(net: Any, name: str, config: BackboneConfig) -> Backbone:
+    """What freeze keeps, and how the photo comes on the network's grid, by what timm says of the network."""
+    about = net.pretrained_cfg
+    if is_plain(net):
+        parts = {"stem": 0.5, "body": 0.75}
+        fixed = {part: {f"net.{n}" for n in until_block(net, share)}.__contains__ for part, share in parts.items()}
+        return Backbone(TokenFeatures(net, config.output_stride), config.freeze, fixed, about["mean"], about["std"])
     # Its levels say what each stage comes to without dilation: in order, since dilated ones all have stride 8.
     info = net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info
     names = [parameter for parameter, _ in net.named_parameters()]
@@ -293,4 +315,5 @@ def _timm(config: BackboneConfig, pretrained: bool) -> Backbone:
             f"model.freeze = {config.freeze}: timm does not say what the {config.freeze} of {name} is; use all or none"
         )
     fixed = {part: {f"net.{n}" for n in names[: end + 1]}.__contains__ for part, end in last.items()}
-    return Backbone(TimmFeatures(net), config.freeze, fixed, about["mean"], about["std"])
+    body = PatchFeatures(net, [stage["reduction"] for stage in info]) if has_patch_stem(net) else TimmFeatures(net)
+    return Backbone(body, config.freeze, fixed, about["mean"], about["std"])

@@ -6,7 +6,7 @@ photo is the same to the bit with and without others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,15 +134,71 @@ def psa_scores(
     Of each photo: maps (n, h', w') in 0..1, any grid over the whole image; features (C, h, w), stride 8; its size.
     Source: PSA, infer_aff.py.
     """
+    return walked_scores(maps, lambda i: feature_affinity(features[i][None], config.radius)[0], sizes, config)
+
+
+def walked_scores(
+    maps: Sequence[Tensor],
+    affinity: Callable[[int], Tensor],
+    sizes: Sequence[tuple[int, int]],
+    config: WalkConfig,
+    box: float = 0.0,
+) -> list[Tensor]:
+    """What psa_scores does, with any affinities of stride 8 and within boxes, as `boxed` has them.
+
+    affinity: photo -> its pairs (K, h, w) in 0..1; asked of the photos that show something.
+    """
     some = [i for i, own in enumerate(maps) if len(own)]
-    low = [_enlarge(maps[i].float(), (features[i].shape[1], features[i].shape[2])) for i in some]
+    affinities = [affinity(i) for i in some]
+    low = [_enlarge(maps[i].float(), (a.shape[1], a.shape[2])) for i, a in zip(some, affinities, strict=True)]
     rivals = [torch.cat((_background(own, config.alpha), own)) for own in low]
-    affinities = [feature_affinity(features[i][None], config.radius)[0] for i in some]
     steps = [walk_steps(config.steps, own[0].numel(), PSA_PIXELS) for own in low]
     found = [own.new_zeros(0, *size, dtype=torch.float32) for own, size in zip(maps, sizes, strict=True)]
-    for i, walked in zip(some, random_walk(rivals, affinities, config.radius, config.beta, steps), strict=True):
-        found[i] = _over_background(_enlarge(walked, sizes[i]))
+    walks = random_walk(rivals, affinities, config.radius, config.beta, steps)
+    for i, own, walked in zip(some, low, walks, strict=True):
+        found[i] = _over_background(_enlarge(boxed(walked, own, box), sizes[i]))
     return found
+
+
+def attended_scores(
+    maps: Sequence[Tensor],
+    transition: Callable[[int], tuple[Tensor, int]],
+    sizes: Sequence[tuple[int, int]],
+    config: WalkConfig,
+    box: float = 0.0,
+) -> list[Tensor]:
+    """What walked_scores does, where every cell reaches every other: transition (h * w, h * w) and width w of a photo.
+
+    steps auto: 2. Source: CLIP-ES (Lin et al., arXiv 2212.09506), whose background does not walk along.
+    """
+    found = []
+    for i, (own, size) in enumerate(zip(maps, sizes, strict=True)):
+        if not len(own):
+            found.append(own.new_zeros(0, *size, dtype=torch.float32))
+            continue
+        matrix, width = transition(i)
+        low = _enlarge(own.float(), (len(matrix) // width, width))
+        walked = torch.cat((_background(low, config.alpha), low)).flatten(1)
+        for _ in range(2 if config.steps == "auto" else config.steps):
+            walked = walked @ matrix
+        found.append(_over_background(_enlarge(boxed(walked.unflatten(1, low.shape[1:]), low, box), size)))
+    return found
+
+
+def boxed(walked: Tensor, maps: Tensor, threshold: float) -> Tensor:
+    """Background and classes (1 + n, h, w), each class 0 outside of the box around what its map (n, h, w) has above
+    the threshold; 0 for no boxes. CLIP-ES has a box for each connected part.
+    """
+    if not threshold:
+        return walked
+    above = maps >= torch.minimum(maps.amax((1, 2), keepdim=True), maps.new_tensor(threshold))
+    rows, columns = (_between(above.any(axis)) for axis in (2, 1))
+    return torch.cat((walked[:1], walked[1:] * (rows[:, :, None] & columns[:, None])))
+
+
+def _between(marks: Tensor) -> Tensor:
+    """bool (n, L): from the first to the last mark of each row."""
+    return (marks.cumsum(1) > 0) & (marks.flip(1).cumsum(1).flip(1) > 0)
 
 
 def irn_scores(

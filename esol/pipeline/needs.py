@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from esol.base.errors import CheckpointError, ConfigError, DataError, EsolError, WeightsError
+from esol.base.errors import CheckpointError, ConfigError, DataError, EsolError, StrideError, WeightsError
 from esol.config import BackboneConfig, Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -18,7 +18,7 @@ from esol.engines.base import Engine, gather_text
 from esol.models.backbones import build_backbone
 from esol.pipeline.registry import Stage, table
 
-_KINDS = (CheckpointError, ConfigError, DataError, WeightsError)
+_KINDS = (CheckpointError, ConfigError, DataError, StrideError, WeightsError)
 _MAP, _MASK = 0.2, 0.05  # bytes a pixel of packed class maps, for each class, and of packed label maps: both at least
 _SAMPLED = 200  # photos whose size and labels are looked at
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from esol.base.errors import StrideError
 from esol.base.schema import key
 from esol.config import Auto, BackboneConfig, Config, CrfConfig, PairConfig, WalkConfig
 from esol.data.samples import Batch
 from esol.models.affinity_net import STRIDE, AffinityNet
+from esol.models.backbones import Backbone
 from esol.models.regrid import squeeze_to_grid
 from esol.ops.pairs import feature_affinity, pair_labels
 from esol.ops.pseudo_labels import psa_labels, psa_scores
@@ -112,6 +115,14 @@ class PsaTask(Task):
         return [group for group in groups if group.parameters]
 
 
+def _finest(build: Callable[..., Backbone]) -> Backbone:
+    """The backbone at output stride 8, as PSA has it, or at the section's own where the network cannot be so fine."""
+    try:
+        return build(output_stride=STRIDE)
+    except StrideError:
+        return build()
+
+
 @register
 class Psa(MaskTrainingStage):
     """AffinityNet, at output stride 8 as PSA has it, on the labels of psa_labels."""
@@ -125,7 +136,8 @@ class Psa(MaskTrainingStage):
     config: PsaConfig
 
     def task(self) -> Task:
-        backbone = initial_backbone(self.context.config, len(self.context.index.classes), output_stride=8)
+        config, classes = self.context.config, len(self.context.index.classes)
+        backbone = _finest(partial(initial_backbone, config, classes))
         return PsaTask(AffinityNet(backbone), self.config)
 
     def target(self) -> Target:
@@ -150,7 +162,7 @@ class PsaMasks(MaskStage):
 
     def open(self) -> None:
         super().open()
-        net = AffinityNet(new_backbone(self.context.config, output_stride=8))
+        net = AffinityNet(_finest(partial(new_backbone, self.context.config)))
         self.net = self.context.ready(restore(net, self.context.config, "psa"))
 
     def scores_of(self, images: Sequence[Tensor], maps: Sequence[dict[str, NDArray[Any]]]) -> list[Tensor]:

@@ -60,6 +60,19 @@ def test_five_float32_steps_are_the_same_on_both_engines(tmp_path: Path, count: 
                 torch.testing.assert_close(ours["state"][index][slot], value, rtol=0, atol=1e-6)
 
 
+def test_a_vit_learns_the_same_on_both_engines_and_on_two_ranks() -> None:
+    """DistributedDataParallel would not take a parameter that the features do not depend on."""
+    found = {
+        (name, zero, count): run_ranks(count, toy.vit_steps, name, zero, bound=BOUND)
+        for name, zero, count in (("accelerate", 0, 1), ("accelerate", 0, 2), ("deepspeed", 1, 1), ("deepspeed", 3, 2))
+    }
+    expected = found["accelerate", 0, 1][0].result
+    for outcomes in found.values():
+        assert all(outcome.exitcode == 0 for outcome in outcomes), outcomes[0].output
+        for key, value in expected.items():
+            torch.testing.assert_close(outcomes[0].result[key], value, rtol=0, atol=1e-5)
+
+
 def test_ten_images_on_three_ranks_step_as_on_one(tmp_path: Path) -> None:
     """Shares of 4, 3 and 3 images, in micro-batches of 2 and 2, 2 and 1, 2 and 1."""
     same = (None, "sgd", "fp32", None, 10)

@@ -23,7 +23,7 @@ from torch import nn
 from esol.base import exits
 from esol.base.errors import CheckpointError, DivergenceError, LaunchError
 from esol.base.schema import build
-from esol.config import DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
+from esol.config import BackboneConfig, DataConfig, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
@@ -32,8 +32,11 @@ from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from esol.engines import make_engine
 from esol.engines.base import Engine, gather_text
+from esol.models.backbones import build_backbone
+from esol.models.cam_net import CamNet
 from esol.pipeline import doctor
 from esol.pipeline.config_file import from_tree
+from esol.stages.classify import ClassifyConfig, ClassifyTask
 from esol.training.checkpoint import Checkpointer
 from esol.training.loop import Stopped, StopSignal, train
 from esol.training.optim import build_optimizer
@@ -159,6 +162,24 @@ def elastic(root: Path, folder: Path, name: str, zero: int, until: int, images: 
     checkpointer.finish()
     engine.close()
     return trace
+
+
+def vit_steps(name: str, zero: int) -> dict[str, torch.Tensor]:
+    """The weights after two steps of classify on a small ViT, four photos a step over all ranks."""
+    options = {"name": name, "threads": 1, "timeout": 0.5, "deepspeed": {"zero": zero}}
+    engine = make_engine(build(EngineConfig, options), seed=7)
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig("timm:test_vit", weights="none", freeze="none"))
+    task = ClassifyTask(CamNet(backbone, 2, 8), ClassifyConfig())
+    engine.prepare(task, build_optimizer(task, CONFIG), CONFIG.clip_norm)
+    count = 4 // engine.world_size
+    for step in range(2):
+        own = batch(step, engine.rank * count, count)
+        own["image"] = own["image"].repeat_interleave(8, 2).repeat_interleave(8, 3)
+        engine.train_step([own], 0.05)
+    weights = engine.model_state_dict()
+    engine.close()
+    return weights
 
 
 def deepspeed_overflow_and_divergence() -> dict[str, Any]:

@@ -75,10 +75,11 @@ def test_graphs_agree_with_the_network_at_sizes_that_export_has_not_tried(export
         )
 
 
-def test_networks_that_pad_by_size_are_exported_with_fixed_padding() -> None:
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "test_convnext"])  # the second has kernels of 2 by 2
+def test_networks_that_pad_by_size_are_exported_with_fixed_padding(name: str) -> None:
     """TensorFlow's padding, which torch.export cannot write, is constant at the sizes that the graph pads photos to."""
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig("timm:tf_efficientnet_lite0", "none", output_stride=8, freeze="all"))
+    backbone = build_backbone(BackboneConfig(f"timm:{name}", "none", output_stride=8, freeze="all"))
     net = DeepLab(backbone, 3).eval()
     fixed = _with_fixed_padding(net)
     assert any(type(module).__name__ == "Conv2dSame" for module in net.modules())

@@ -10,7 +10,7 @@ BIN = Path(sys.executable).parent
 # shrink does not clip: where features meet the clip its gradient jumps, and the last digit decides which way; labels
 # have fixed thresholds: those that a map names move with its last digit
 MAIN_LINE = ["classify", "decide", "expand", "shrink", "localize", "seed_masks"]
-STAGES = [*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
+STAGES = [*MAIN_LINE, "affinity_masks", "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_mean", "irn_masks"]
 STAGES += ["vote_masks", "segment", "evaluate"]
 TINY = """
 model: {backbone: small, weights: none, output_stride: 8, freeze: none, kernel_channels: 16}
@@ -37,7 +37,7 @@ engine: {threads: 1, stall: 3}  # minutes: a run that stands says where before t
 checkpoint: {every: 3}
 tracking: {every: 2, pictures: 3, page: 9}
 """
-TINY += f"stages: [{', '.join(STAGES)}]\n"  # irn_mean among them, which runs have only where it is named
+TINY += f"stages: [{', '.join(STAGES)}]\n"  # with the two that runs have only where they are named
 TRAINING = ["classify", "decide", "expand", "shrink", "psa", "irn", "segment"]
 PLAIN = [sys.executable]
 TWO_RANKS = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
