@@ -28,7 +28,7 @@ CPU_MINUTES = 10.0  # that a run takes on a CPU where nobody says how many
 SIDE_CPU, SIDE_GPU = 512, 1024  # pixels: larger photos are made smaller
 FEWEST, FEW = 4, 20  # photos in all without which nothing starts; photos of a class below which a word is due
 # of the usual training, of maps and walks and of DeepLab, as the time allows
-SHARES = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.3), (0.8, 0.3), (0.6, 0.3), (0.4, 0.25))
+SHARES = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.3), (1.0, 0.2), (0.8, 0.2), (0.6, 0.2), (0.4, 0.2))
 MARGIN = 0.9  # of the time that is planned for
 
 
