@@ -11,7 +11,7 @@ from torch import Tensor
 from esol.base.errors import ConfigError
 from esol.models.backbones import Backbone
 from esol.models.regrid import grid_size, scale_to_grid
-from esol.models.vit import TokenFeatures
+from esol.models.timm_networks import TokenFeatures
 
 MOST = 2304  # patches: their attention is a matrix for each head, and a larger photo is made smaller for it
 

@@ -18,8 +18,9 @@ from esol.base.named import Named
 from esol.config import BackboneConfig
 from esol.models.initial_weights import from_caffe, load_initial_weights
 from esol.models.phased import phase_dilations
-from esol.models.vit import (
+from esol.models.timm_networks import (
     PatchFeatures,
+    TimmFeatures,
     TokenFeatures,
     freeze_heads,
     has_patch_stem,
@@ -27,7 +28,7 @@ from esol.models.vit import (
     own_layout,
     until_block,
 )
-from esol.models.vit import network as timm_network
+from esol.models.timm_networks import network as timm_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,28 +50,6 @@ class Chain(nn.Sequential):
             if name in self.ends:
                 levels.append(x)
         return levels
-
-
-class TimmFeatures(nn.Module):
-    """A timm network up to its head."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The features that the head would pool."""
-        return self.net.forward_features(x)  # type: ignore[operator]
-
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        """The features of every level, finest first; the last are forward's, which some networks widen once more."""
-        if not hasattr(self.net, "forward_intermediates"):
-            raise ConfigError(
-                f"model.backbone: timm's {type(self.net).__name__} has no forward_intermediates, and so no "
-                "feature levels for psa and irn: choose another network or leave these stages out"
-            )
-        last, levels = self.net.forward_intermediates(x)  # type: ignore[operator]
-        return [*levels[:-1], last]
 
 
 class Backbone(nn.Module):

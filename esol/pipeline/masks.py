@@ -57,12 +57,8 @@ class MaskStage(InferenceStage[Mask]):
 
     makes = "masks"
     needs: ClassVar[tuple[str, ...]] = ("localize",)
-    shaped_by: ClassVar[tuple[str, ...]] = (
-        "data.mask_split",
-        "data.score_split",
-        "seed_masks",
-        "saliency",
-    )  # seeds stand in for what is lost
+    # seeds stand in for what is lost
+    shaped_by: ClassVar[tuple[str, ...]] = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
     produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json", "confusion.json")
     refines: ClassVar[bool] = False
     votes: ClassVar[bool] = True

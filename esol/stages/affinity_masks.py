@@ -14,7 +14,7 @@ from esol.base.schema import key
 from esol.config import BackboneConfig, Config, WalkConfig
 from esol.models.attention import PatchAttention
 from esol.models.regrid import regrid, squeeze_to_grid
-from esol.models.vit import TokenFeatures
+from esol.models.timm_networks import TokenFeatures
 from esol.ops.frozen_affinity import cosine_affinity, doubly_stochastic
 from esol.ops.pseudo_labels import attended_scores, walked_scores
 from esol.pipeline.cam import initial_backbone

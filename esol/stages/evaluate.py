@@ -137,6 +137,8 @@ class PredictingStage(InferenceStage[Predicted]):
             results.scores[results.last] = replace(results.scores[results.last], classes=classes)
         model = context.config.section(SegmentConfig).model
         results.others = {"split": split, "initial_weights": initial_weights(model), "masks": self.masks}
+        results.others |= {"photos": len(context.index.split(split))}
+        results.others |= Evidence.of(tally).numbers(context.index.classes, self.name)
         return results
 
 
@@ -155,9 +157,3 @@ class Evaluate(PredictingStage):
     scored = "eval_split"
     labelled = False
     network = "segment"
-
-    def results(self, tally: Tally) -> Results:
-        context, results = self.context, super().results(tally)
-        results.others |= {"photos": len(context.index.split(context.config.data.eval_split))}
-        results.others |= Evidence.of(tally).numbers(context.index.classes)
-        return results

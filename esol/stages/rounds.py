@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from esol.config import Config, MaskConfig
-from esol.pipeline.inference import Sample, Tally
+from esol.pipeline.inference import Sample
 from esol.pipeline.masks import mask_remarks, stand_in
 from esol.pipeline.registry import STAGES, register
-from esol.pipeline.scores import Results
-from esol.report.judge import Evidence
 from esol.stages.evaluate import Predicted, PredictingStage
 from esol.stages.segment import MAX_ROUNDS, ROUND, Segment, masks_of_round
 
@@ -25,10 +23,6 @@ class Round(Segment):
     section = None
     shares = "segment"
     makes = "weights"
-
-    @classmethod
-    def brings(cls, config: Config) -> tuple[str, ...]:
-        return ()
 
 
 class RoundMasks(PredictingStage):
@@ -67,11 +61,6 @@ class RoundMasks(PredictingStage):
                 made = replace(made, refined=mask, lost=lost)
             found.append(made)
         return found
-
-    def results(self, tally: Tally) -> Results:
-        results = super().results(tally)
-        results.others |= Evidence.of(tally).numbers(self.context.index.classes, self.name)
-        return results
 
     def remarks(self, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return mask_remarks(self.context.config, self.name, results)

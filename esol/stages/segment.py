@@ -34,6 +34,17 @@ from esol.training.losses import segmentation_loss
 from esol.training.task import ParameterGroup, Task
 
 MAX_ROUNDS = 3
+ROUND = "round_"  # of segment.rounds: what the names of the stages before the last network begin with
+
+
+def masks_of_round(number: int) -> str:
+    """The stage of the masks that a round's network makes."""
+    return f"{ROUND}{number}_masks"
+
+
+def _first_masks() -> list[str]:
+    """The stages whose masks the first network may learn from, in order."""
+    return [name for name in mask_stages() if not name.startswith(ROUND)]
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,6 @@ class SegmentConfig(CropConfig):
                 raise ConfigError(f"{where}.{name} is empty: give at least one")
         if self.model.output_stride != 8:
             raise ConfigError(f"{where}.model.output_stride = {self.model.output_stride}: DeepLab-v2 has 8")
-
-
-ROUND = "round_"  # of segment.rounds: what the names of the stages before the last network begin with
-
-
-def masks_of_round(number: int) -> str:
-    """The stage of the masks that a round's network makes."""
-    return f"{ROUND}{number}_masks"
 
 
 class SegmentTask(Task):
@@ -154,9 +157,8 @@ class Segment(MaskTrainingStage):
         given, rounds = config.section(SegmentConfig).masks, [masks_of_round(n) for n in range(1, cls.round_number)]
         if given == "truth":
             return ()
-        first = [given] if given != "auto" else [name for name in mask_stages() if name in config.stages]
-        first = [name for name in first if not name.startswith(ROUND)] or mask_stages()[:1]
-        return (*first, *(name for name in rounds if name in config.stages))
+        first = [given] if given != "auto" else [name for name in _first_masks() if name in config.stages]
+        return (*(first or _first_masks()[:1]), *(name for name in rounds if name in config.stages))
 
     @classmethod
     def brings(cls, config: Config) -> tuple[str, ...]:
@@ -171,8 +173,7 @@ class Segment(MaskTrainingStage):
     @classmethod
     def check(cls, config: Config) -> None:
         own = config.section(SegmentConfig)
-        masks = [name for name in reversed(mask_stages()) if not name.startswith(ROUND)]
-        one_of(own.masks, ("auto", *masks, "truth"), "segment.masks")
+        one_of(own.masks, ("auto", *reversed(_first_masks()), "truth"), "segment.masks")
         if own.masks == "truth" and own.rounds > 1:
             raise ConfigError(f"segment.rounds = {own.rounds}: true masks get no better by rounds; use 1")
 

@@ -1,9 +1,10 @@
-"""Networks of timm's that cut a photo into patches: plain ViTs, and Swin and ConvNeXt with their levels.
+"""Networks of timm's up to their heads: convolutional ones, plain ViTs, and Swin and ConvNeXt with their levels.
 
-A patch has an even side and no pixel in its middle, so that "feature (i, j) looks at pixel (i * stride, j * stride)" is
-no matter of padding by whole pixels. Here the photo stands in the middle of a grid of ceil(H / stride) x ceil(W /
-stride) cells, its last rows and columns repeated on both sides. At multiples of the stride that is the photo itself, at
-multiples plus one every cell's middle is the pixel that the house expects, and the mirror image has the mirrored grid.
+Some cut a photo into patches. A patch has an even side and no pixel in its middle, so that "feature (i, j) looks at
+pixel (i * stride, j * stride)" is no matter of padding by whole pixels. Here the photo stands in the middle of a grid
+of ceil(H / stride) x ceil(W / stride) cells, its last rows and columns repeated on both sides. At multiples of the
+stride that is the photo itself, at multiples plus one every cell's middle is the pixel that the house expects, and the
+mirror image has the mirrored grid.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esol.base.errors import StrideError
+from esol.base.errors import ConfigError, StrideError
 
 LEVELS = 4  # of a plain ViT: the outputs of blocks that are evenly spaced, the last block's are the features
 
@@ -62,6 +63,28 @@ def _at(x: Tensor, axis: int, place: Tensor, reach: float) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+class TimmFeatures(nn.Module):
+    """A timm network up to its head."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features that the head would pool."""
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """The features of every level, finest first; the last are forward's, which some networks widen once more."""
+        if not hasattr(self.net, "forward_intermediates"):
+            raise ConfigError(
+                f"model.backbone: timm's {type(self.net).__name__} has no forward_intermediates, and so no "
+                "feature levels for psa and irn: choose another network or leave these stages out"
+            )
+        last, levels = self.net.forward_intermediates(x)  # type: ignore[operator]
+        return [*levels[:-1], last]
 
 
 class TokenFeatures(nn.Module):

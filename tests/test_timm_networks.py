@@ -23,7 +23,7 @@ from esol.models.cam_net import CamNet
 from esol.models.deeplab import DeepLab
 from esol.models.folded import for_inference, for_training
 from esol.models.irn_net import IrnNet
-from esol.models.vit import on_level, on_patches
+from esol.models.timm_networks import on_level, on_patches
 
 SMALL: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {  # networks of these kinds, but for their size
     "small_swin": (SwinTransformer, {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4)}),
