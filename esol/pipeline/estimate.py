@@ -15,12 +15,14 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, resize
 from esol.engines.ranks import DTYPES, wants_cpu
+from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.models.folded import for_training
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.pipeline.registry import table
 from esol.stages.localize import SAMPLED
+from esol.stages.psa import PsaConfig, PsaTask
 from esol.stages.segment import SegmentConfig
 
 BATCH, PHOTOS = 8, 4
@@ -29,7 +31,8 @@ START = 4.0  # seconds that a stage takes before its first step and behind its l
 # photos of 320 pixels and of 498 smaller ones; the learning stages' are of an image, the others' of a photo.
 LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 3.0}  # of a frozen pass
 KEPT = {"decide": 0.5, "expand": 0.5, "shrink": 0.9}  # the same where data.features keeps the frozen pass
-PSA, PREDICTED = 1.4, 0.43  # of a frozen pass at stride 8, in batches: a step of psa, and a pass of a prediction
+PREDICTED = 0.43  # of a frozen pass at stride 8, in batches: a pass of a prediction
+STEP = 1.15  # of a step of psa and of DeepLab: the same with the reading of its photos
 REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
 HANDLED, SCORED = 0.04, 0.03  # seconds a photo, read and written; against each mask that is drawn, for each of ours
 PACKED = 3.0  # of a frozen pass: what localize adds for each source
@@ -37,10 +40,11 @@ PACKED = 3.0  # of a frozen pass: what localize adds for each source
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds an image of a frozen pass at stride 16 and at stride 8, of a step of DeepLab, and of a photo's CRF."""
+    """Seconds an image of a frozen pass at strides 16 and 8, of a step of psa and of DeepLab, and of a photo's CRF."""
 
     passed: float
     fine: float
+    related: float
     learned: float
     refined: float
 
@@ -76,14 +80,26 @@ def measure(config: Config, index: Index) -> Speed:
         loss.backward()
         net.zero_grad()
 
+    body = build_backbone(replace(config.model, output_stride=8), pretrained=False)
+    psa = PsaTask(AffinityNet(body), config.section(PsaConfig)).to(device)
+    for_training(psa, kind)
+    halves = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.uint8, device=device)
+    halves[:, crop // 2 :] = 1
+
+    def relate() -> None:
+        with torch.autocast(device.type, kind, enabled=kind is not None):
+            loss = psa({"image": images, "target": halves, "labels": halves[:, 0, :1], "key": []})[0]["loss"]
+        loss.backward()
+        psa.zero_grad()
+
     def refine() -> None:
         for photo in photos:
             labels = torch.zeros(photo.shape[1:], dtype=torch.long, device=device)
             labels[: photo.shape[1] // 3] = 1
             mean_field([photo], [[unary_from_labels(labels, 2)]], CrfConfig())[0][0].sum().item()
 
-    passed, fine, learned = (_seconds(work) / BATCH for work in (look, look_closely, learn))
-    return Speed(passed, fine, learned, _seconds(refine) / PHOTOS)
+    passed, fine, related, learned = (_seconds(work) / BATCH for work in (look, look_closely, relate, learn))
+    return Speed(passed, fine, related, learned, _seconds(refine) / PHOTOS)
 
 
 def _seconds(work: Callable[[], None], rounds: int = 3) -> float:
@@ -116,8 +132,8 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
             epoch = len(index.split(config.data.train_split)) // own.global_batch or 1
             images = Duration.parse(own.duration, name).steps(own.global_batch, epoch) * own.global_batch
             heads = LEARNED | KEPT if config.data.features else LEARNED
-            each = speed.learned if isinstance(own, SegmentConfig) else heads.get(name, 0) * speed.passed
-            took[name] = START + images * (PSA * speed.fine if name == "psa" else each)
+            step = speed.learned if isinstance(own, SegmentConfig) else speed.related if name == "psa" else 0
+            took[name] = START + images * (STEP * step or heads.get(name, 0) * speed.passed)
         elif name == "localize":
             judged = min(SAMPLED, shown) * sources * speed.refined
             each = speed.passed * (passes + PACKED * sources) + scored * sources
