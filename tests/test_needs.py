@@ -72,6 +72,9 @@ def test_weights_of_a_later_stage(lacking: Lacking, tmp_path: Path) -> None:
     later = {"model": {"backbone": "resnet50", "weights": "/nope.pth"}}
     (absent,) = lacking(segment=later)
     assert absent.startswith("segment.model.weights = /nope.pth: no such file; put torchvision's resnet50-")
+    small = {"model": {"backbone": "timm:tf_efficientnet_lite0", "weights": "/nope.safetensors"}}
+    (file,) = lacking(segment=small)  # the file has the name of a key's section
+    assert file.startswith("segment.model.weights = /nope.safetensors: no such file; put model.safetensors of timm/")
     assert lacking(segment=later, stages=("classify", "psa")) == []  # stages that are done need none
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     (other,) = lacking(model={"backbone": "resnet50", "weights": str(tmp_path / "w.safetensors")})

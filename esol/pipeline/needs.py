@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from esol.pipeline.registry import Stage, table
 
 _KINDS = (CheckpointError, ConfigError, DataError, StrideError, WeightsError)
 _MAP, _MASK = 0.2, 0.05  # bytes a pixel of packed class maps, for each class, and of packed label maps: both at least
+_MODEL_KEY = re.compile(rf"\bmodel\.({'|'.join(f.name for f in fields(BackboneConfig))})\b")  # not model.safetensors
 _SAMPLED = 200  # photos whose size and labels are looked at
 
 
@@ -68,7 +71,7 @@ def _weights(config: Config, stages: list[type[Stage]], beat: Callable[[str], No
             with torch.random.fork_rng(devices=[]):  # the other ranks do not draw here
                 build_backbone(model)
         except EsolError as error:
-            yield type(error)(str(error).replace("model.", f"{section}."))
+            yield type(error)(_MODEL_KEY.sub(rf"{section}.\1", str(error)))
 
 
 def _disk(config: Config, index: Index, stages: list[type[Stage]]) -> Iterator[EsolError]:
