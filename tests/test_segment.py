@@ -21,6 +21,7 @@ from esol.pipeline.registry import known_stage
 from esol.pipeline.runner import chosen
 from esol.stages.segment import SegmentConfig, SegmentTask, labels_on
 from esol.training.losses import segmentation_loss
+from esol.training.noise import unbalanced, without_highest_losses, without_the_doubted
 from esol.training.optim import build_optimizer
 
 
@@ -183,3 +184,67 @@ def test_segment_reads_the_masks_that_the_run_has() -> None:
         source(seeds, "psa_masks")
     with pytest.raises(ConfigError, match=r"segment.model.output_stride = 16: DeepLab-v2 has 8"):
         build(SegmentConfig, {"model": {"output_stride": 16}}, "segment")
+
+
+def noisy(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (2, 4, 6, 7), labels with void, and what the two photos show: classes 1 and 3, and class 2."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 4, 6, 7, generator=generator)
+    labels = torch.randint(0, 4, (2, 6, 7), generator=generator, dtype=torch.uint8)
+    labels[0, 2], labels[1, 3:] = 255, 0
+    return logits, labels, torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_the_pixels_of_the_highest_loss_are_left_out_of_background_and_objects(share: float) -> None:
+    logits, labels, _ = noisy()
+    found = without_highest_losses(logits, labels, torch.tensor(share))
+    want = labels.clone()
+    for own, image, kept in zip(logits.double().log_softmax(1), labels.tolist(), want, strict=True):
+        for background in (True, False):
+            pixels = [
+                (y, x) for y in range(6) for x in range(7) if image[y][x] != 255 and (image[y][x] == 0) == background
+            ]
+            pixels.sort(key=lambda p: own[image[p[0]][p[1]], p[0], p[1]])  # the least likely first
+            for y, x in pixels[: int(share * len(pixels))]:
+                kept[y, x] = 255
+    assert torch.equal(found, want)
+    assert torch.equal(found, labels) == (share == 0)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_sure_network_is_believed_within_the_labels_of_the_photo(correct: bool) -> None:
+    logits, labels, shown = noisy()
+    found = without_the_doubted(logits, labels, shown, torch.tensor(0.8), correct)
+    changes = 0
+    for b, classes in enumerate(([0, 1, 3], [0, 2])):
+        for y in range(6):
+            for x in range(7):
+                chance = logits[b, classes, y, x].softmax(0)
+                best, label = classes[int(chance.argmax())], int(labels[b, y, x])
+                doubted = label not in (255, best) and float(chance.max()) > 0.8
+                changes += doubted
+                assert int(found[b, y, x]) == ((best if correct else 255) if doubted else label)
+    assert changes > 5
+
+
+def test_masks_are_believed_at_first_and_less_and_less() -> None:
+    """With segment.noise: the loss of before until `after`, then one over other labels; gradients are finite."""
+    plain, b = segment(inputs=[1.0, 0.5]), batch()
+    b["labels"] = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    task = segment(inputs=[1.0, 0.5], noise={"after": 0.5, "filter": 0.3, "doubt": "ignore", "sure": [0.5, 0.3]})
+    task.load_state_dict(plain.state_dict())
+    before = plain(b)[0]["loss"]
+    early, middle, late = (task({**b, "done": torch.tensor(done)})[0]["loss"] for done in (0.4, 0.55, 0.9))
+    assert early == before
+    assert late < middle < early
+    late.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+
+
+def test_unbalanced_logits_have_the_odds_of_the_image() -> None:
+    """Where two classes are told apart by nothing, the answer is their share among the labels."""
+    labels = torch.zeros(2, 4, 5, dtype=torch.uint8)
+    labels[0, 0], labels[0, 1], labels[1] = 1, 255, 1
+    found = unbalanced(torch.zeros(2, 2, 4, 5), labels).softmax(1)[:, 1, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([5 / 15, 0.999]))

@@ -130,7 +130,7 @@ class Batch(TypedDict):
     damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
     0 background, 1..C classes, 255 ignored, in the stages that learn from one; crop: the numbers of its B crops;
     weight: how much its losses count in the plain mean over the micro-batches of all ranks, 1 where it is not given
-    (esol.data.plan.Share).
+    (esol.data.plan.Share); done: float32 (), the share of the stage's steps that lie before this one.
     """
 
     image: NotRequired[Tensor]
@@ -141,3 +141,4 @@ class Batch(TypedDict):
     target: NotRequired[Tensor]
     crop: NotRequired[NDArray[np.int64]]
     weight: NotRequired[float]
+    done: NotRequired[Tensor]

@@ -165,18 +165,18 @@ def training_stream(
     )
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
-        step: list[Batch] = []
+        number, step = start, list[Batch]()
         for batch in _clear_errors(loader):
             batch["labels"] = torch.as_tensor(batch["labels"])
             if "image" in batch:
                 batch = _part(ring.take(batch) if ring else batch)
             elif features is not None:
                 batch["features"] = features.get(batch["crop"])
-            batch["weight"] = share.weights[len(step)]
+            batch["weight"], batch["done"] = share.weights[len(step)], torch.tensor(number / stop)
             step.append(batch)
             if len(step) == share.per_step:
                 yield step
-                step = []
+                number, step = number + 1, []
     finally:
         if workers:  # now, not when the last reference goes: a traceback may hold one until the process ends
             loader._shutdown_workers()  # type: ignore[attr-defined]

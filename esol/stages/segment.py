@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from esol.pipeline.scores import Results
 from esol.pipeline.training import MaskTrainingStage, Target
 from esol.pipeline.weights import WEIGHTS, initial_weights
 from esol.training.losses import segmentation_loss
+from esol.training.noise import unbalanced, without_highest_losses, without_the_doubted
 from esol.training.task import ParameterGroup, Task
 
 MAX_ROUNDS = 3
+FILTERED = 0.4  # of the training behind segment.noise.after: where segment.noise.filter is reached
 ROUND = "round_"  # of segment.rounds: what the names of the stages before the last network begin with
 
 
@@ -45,6 +47,27 @@ def masks_of_round(number: int) -> str:
 def _first_masks() -> list[str]:
     """The stages whose masks the first network may learn from, in order."""
     return [name for name in mask_stages() if not name.startswith(ROUND)]
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Masks are wrong in places: which of their pixels DeepLab does not believe, once it has learned something.
+
+    The share of its training before which it believes all of them is `after`.
+    """
+
+    # in which every pixel is believed
+    after: float = key(0.3, low=0, high=1, unit="share of the training, from its beginning")
+    # those of the highest loss, of background and objects alike, which are left out; the share grows for a while
+    filter: float = key(0.0, low=0, high=0.9, unit="share of a crop's pixels")
+    # pixels of which the network is sure that they are another label of the photo: off, ignore or correct them
+    doubt: Literal["off", "ignore", "correct"] = key("off")
+    sure: tuple[float, float] = key((0.9, 0.7), low=0, high=1)  # probability at which it is, at first and in the end
+
+    @property
+    def changes(self) -> bool:
+        """Whether any label may change."""
+        return self.filter > 0 or self.doubt != "off"
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,7 @@ class SegmentConfig(CropConfig):
     # sizes at which a crop is looked at in training
     inputs: tuple[float, ...] = key((1.0, 0.75, 0.5), low=0.1, high=4, unit="times the crop, a loss each")
     balance: bool = key(True)  # foreground's and background's means weigh the same (DSRG); ImageNet starts want it
+    noise: NoiseConfig = field(default_factory=NoiseConfig)  # what is done about masks that are wrong in places
     # networks in a row: what each says of the photos that it learned from is among the masks that the next learns from
     rounds: int = key(1, low=1, high=MAX_ROUNDS, runtime=True)
 
@@ -96,7 +120,10 @@ class SegmentTask(Task):
         self.config = config
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """losses: loss; report: right, the share of labelled pixels that the largest input's logits have right."""
+        """losses: loss; report, of the largest input: accuracy, the share of labelled pixels that its logits get right.
+
+        Where config.noise changes labels, doubted too: the share of pixels whose label it does not believe.
+        """
         net, labels = self.handover, batch["target"]
         inputs = sorted(self.config.inputs, reverse=True)
         logits = [net(scale_to_grid(batch["image"], scale, net.backbone.stride)) for scale in inputs]
@@ -107,12 +134,31 @@ class SegmentTask(Task):
             for x in logits[1:]:
                 highest = torch.maximum(highest, F.interpolate(x, size, mode="bilinear", align_corners=True))
             each = logits if len(logits) == 1 else [*logits, highest]
-            losses = [segmentation_loss(x, labels_on(labels, x.shape[2:]), self.config.balance) for x in each]
+            believed = [self._believed(x, batch) for x in each]
+            losses = [segmentation_loss(x, y, self.config.balance) for x, y in zip(each, believed, strict=True)]
             loss = torch.stack(losses).sum(0).mean()
         truth = labels_on(labels, size)
         known = truth != VOID
         right = (((logits[0].argmax(1) == truth) & known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)).mean()
-        return {"loss": loss}, {"accuracy": right}
+        report = {"accuracy": right}
+        if self.config.noise.changes:
+            report["doubted"] = (believed[0] != truth).float().mean((1, 2)).mean()
+        return {"loss": loss}, report
+
+    def _believed(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The labels at the logits' pixels, without those that config.noise does not believe, or with others."""
+        noise, labels = self.config.noise, labels_on(batch["target"], logits.shape[2:])
+        if not noise.changes:
+            return labels
+        done = ((batch["done"] - noise.after) / max(1 - noise.after, 1e-6)).clamp(0, 1)  # of what lies behind `after`
+        if noise.doubt != "off":
+            first, last = noise.sure
+            sure = torch.where(done > 0, first + (last - first) * done, 2.0)
+            plain = unbalanced(logits.detach(), labels) if self.config.balance else logits
+            labels = without_the_doubted(plain, labels, batch["labels"], sure, noise.doubt == "correct")
+        if noise.filter:
+            labels = without_highest_losses(logits, labels, noise.filter * (done / FILTERED).clamp_max(1))
+        return labels
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The backbone at the base rate; ASPP's weights at head_lr times it, its biases at twice that without decay."""
@@ -190,7 +236,8 @@ class Segment(MaskTrainingStage):
         net = DeepLab(backbone, len(self.context.index.classes) + 1, self.config.rates)
         self.source, self.started = self._source(), initial_weights(self.config.model)
         self.context.say(f"{self.name}: learns from {self.source}, starts from {self.started}")
-        return SegmentTask(net, self.config)
+        drawn = self.source == "truth"  # nothing is wrong with masks that people drew
+        return SegmentTask(net, replace(self.config, noise=NoiseConfig(doubt="off")) if drawn else self.config)
 
     def target(self) -> Target:
         return TrueMasks(self.context.reader) if self.source == "truth" else self.made_by(self.source, "mask.png")

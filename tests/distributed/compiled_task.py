@@ -49,7 +49,8 @@ def task(kind: str, name: str = "timm:test_resnet") -> Task:
     elif kind == "irn":
         made = IrnTask(IrnNet(backbone("all", 16)), build(IrnConfig, {"radius": 3}))
     else:
-        made = SegmentTask(DeepLab(backbone("none"), 5), build(SegmentConfig, {"inputs": [1.0, 0.5]}))
+        noise = {"after": 0.2, "filter": 0.3, "doubt": "correct", "sure": [0.3, 0.25]}
+        made = SegmentTask(DeepLab(backbone("none"), 5), build(SegmentConfig, {"inputs": [1.0, 0.5], "noise": noise}))
     for_training(made, None)
     return made
 
@@ -61,6 +62,7 @@ def batch(step: int) -> Batch:
         labels=torch.randint(0, 2, (2, 4), generator=generator).float(),
         target=torch.randint(0, 5, (2, SIDE, SIDE), dtype=torch.uint8, generator=generator),
         key=[f"{step}-0", f"{step}-1"],
+        done=torch.tensor(step / 10),
     )
 
 
