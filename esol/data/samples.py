@@ -130,7 +130,8 @@ class Batch(TypedDict):
     damaged samples for which others stand in (data.damaged = skip); target: uint8 (B, H, W), the label map,
     0 background, 1..C classes, 255 ignored, in the stages that learn from one; crop: the numbers of its B crops;
     weight: how much its losses count in the plain mean over the micro-batches of all ranks, 1 where it is not given
-    (esol.data.plan.Share); done: float32 (), the share of the stage's steps that lie before this one.
+    (esol.data.plan.Share); done: float32 (), the share of the stage's steps that lie before this one, 0 where
+    it is not given.
     """
 
     image: NotRequired[Tensor]

@@ -61,7 +61,7 @@ class NoiseConfig:
     # those of the highest loss, of background and objects alike, which are left out; the share grows for a while
     filter: float = key(0.0, low=0, high=0.9, unit="share of a crop's pixels")
     # pixels of which the network is sure that they are another label of the photo: off, ignore or correct them
-    doubt: Literal["off", "ignore", "correct"] = key("off")
+    doubt: Literal["off", "ignore", "correct"] = key("correct")
     sure: tuple[float, float] = key((0.9, 0.7), low=0, high=1)  # probability at which it is, at first and in the end
 
     @property
@@ -148,7 +148,7 @@ class SegmentTask(Task):
     def _believed(self, logits: Tensor, batch: Batch) -> Tensor:
         """The labels at the logits' pixels, without those that config.noise does not believe, or with others."""
         noise, labels = self.config.noise, labels_on(batch["target"], logits.shape[2:])
-        if not noise.changes:
+        if not noise.changes or "done" not in batch:
             return labels
         done = ((batch["done"] - noise.after) / max(1 - noise.after, 1e-6)).clamp(0, 1)  # of what lies behind `after`
         if noise.doubt != "off":
