@@ -29,6 +29,7 @@ def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch: pytest.MonkeyPatc
         code = PAGES.replace("KEEP", str(keep))
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    assert pages(True) < 100 < pages(False)
+    few = 16  # where the kernel has huge pages at hand the 64 MiB are 32 of them
+    assert pages(True) < few < pages(False)
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert pages(True) > 100
+    assert pages(True) > few
