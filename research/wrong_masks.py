@@ -30,12 +30,12 @@ from esol.ops.metrics import confusion_matrix, score
 from esol.pipeline import config_file
 
 ROWS = {
-    "all of them": (),
-    "filter .2": ("segment.noise.filter=0.2",),
-    "doubt ignore": ("segment.noise.doubt=ignore",),
-    "doubt correct": ("segment.noise.doubt=correct",),
-    "filter .2, doubt correct": ("segment.noise.filter=0.2", "segment.noise.doubt=correct"),
-}
+    "all of them": {"doubt": "off"},
+    "filter .2": {"doubt": "off", "filter": 0.2},
+    "doubt ignore": {"doubt": "ignore"},
+    "doubt correct": {"doubt": "correct"},
+    "filter .2, doubt correct": {"doubt": "correct", "filter": 0.2},
+}  # of segment.noise
 
 
 def learned(run: Path, row: str, overrides: list[str]) -> Path:
@@ -46,23 +46,22 @@ def learned(run: Path, row: str, overrides: list[str]) -> Path:
     config = config_file.load(run / "resolved.yaml")
     stages = [stage for stage in config.stages if stage != "evaluate"]
     settings = [f"run_dir={folder}", f"stages=[{', '.join(dict.fromkeys([*stages, 'segment']))}]", "tracking.page=0"]
-    options = [part for text in (*settings, *ROWS[row], *overrides) for part in ("--set", text)]
+    settings += [f"segment.noise.{name}={value}" for name, value in ROWS[row].items()]
+    options = [part for text in (*settings, *overrides) for part in ("--set", text)]
     command = [sys.executable, str(ROOT / "esol/train.py"), "--config", str(run / "resolved.yaml"), "--resume"]
     subprocess.run([*command, *options, "--stages", "segment"], check=True)
     return folder
 
 
 def new_photos(run: Path, index: Index, split: str, count: int) -> list[int]:
-    """Ordinals of photos of the split that are none of the run's, and show none but its classes."""
+    """Ordinals of photos of the split that DeepLab does not learn from, and that show none but the run's classes."""
     data = config_file.load(run / "resolved.yaml").data
     own = Index.load(data.root)
-    known, learned_from = (
-        np.isin(index.classes, own.classes),
-        {str(key) for key in own.keys[own.split(data.mask_split)]},
-    )
+    taught, known = {str(key) for key in own.keys[own.split(data.mask_split)]}, np.isin(index.classes, own.classes)
     assert index.labels is not None
+    strange = index.labels[:, ~known].any(1)
     found = [
-        o for o in index.split(split) if str(index.keys[o]) not in learned_from and not index.labels[o][~known].any()
+        ordinal for ordinal in index.split(split) if str(index.keys[ordinal]) not in taught and not strange[ordinal]
     ]
     return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).astype(int))]
 

@@ -32,7 +32,7 @@ START = 4.0  # seconds that a stage takes before its first step and behind its l
 LEARNED = {"classify": 1.7, "decide": 1.7, "expand": 1.7, "shrink": 2.1, "irn": 3.0}  # of a frozen pass
 KEPT = {"decide": 0.5, "expand": 0.5, "shrink": 0.9}  # the same where data.features keeps the frozen pass
 PREDICTED = 0.43  # of a frozen pass at stride 8, in batches: a pass of a prediction
-STEP = 1.15  # of a step of psa and of DeepLab: the same with the reading of its photos
+STEP = 1.15  # of a step of psa or of DeepLab: the same with the reading of its photos
 REFINED = {"seed_masks": 0.7, "psa_labels": 0.4, "psa_masks": 1.4, "irn_labels": 0.8, "irn_masks": 1.2}  # of a CRF
 HANDLED, SCORED = 0.04, 0.03  # seconds a photo, read and written; against each mask that is drawn, for each of ours
 PACKED = 3.0  # of a frozen pass: what localize adds for each source
@@ -132,8 +132,13 @@ def seconds(config: Config, index: Index, speed: Speed) -> dict[str, float]:
             epoch = len(index.split(config.data.train_split)) // own.global_batch or 1
             images = Duration.parse(own.duration, name).steps(own.global_batch, epoch) * own.global_batch
             heads = LEARNED | KEPT if config.data.features else LEARNED
-            step = speed.learned if isinstance(own, SegmentConfig) else speed.related if name == "psa" else 0
-            took[name] = START + images * (STEP * step or heads.get(name, 0) * speed.passed)
+            if isinstance(own, SegmentConfig):
+                each = STEP * speed.learned
+            elif isinstance(own, PsaConfig):
+                each = STEP * speed.related
+            else:
+                each = heads.get(name, 0) * speed.passed
+            took[name] = START + images * each
         elif name == "localize":
             judged = min(SAMPLED, shown) * sources * speed.refined
             each = speed.passed * (passes + PACKED * sources) + scored * sources

@@ -72,7 +72,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class SegmentConfig(CropConfig):
-    """DeepLab-v2 on masks; the values are its public codes' for VOC and a start from ImageNet."""
+    """DeepLab-v2 on masks; but for noise the values are its public codes' for VOC and a start from ImageNet."""
 
     masks: str = key("auto")  # what it learns from: auto (the judge's choice), a stage that makes masks, or truth
     model: BackboneConfig = field(default_factory=lambda: BackboneConfig("resnet101", output_stride=8, freeze="none"))
