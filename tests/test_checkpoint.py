@@ -22,7 +22,7 @@ class Counter:
     value = 0
 
     def snapshot(self) -> Callable[[Path], list[Path]]:
-        contents = {"state.pt": f"{self.value:09}", "rank-00000.pt": "random numbers"}
+        contents = {"state.pt": f"{self.value:09}", "more.pt": "more"}
 
         def write(folder: Path) -> list[Path]:
             for name, text in contents.items():
@@ -37,7 +37,7 @@ class Counter:
     def beat(self, doing: str) -> None:
         self.doing = doing
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, step: int) -> None:
         self.value = int((folder / "state.pt").read_text())
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
@@ -95,7 +95,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["state.pt", "rank-00000.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["state.pt", "more.pt", "manifest.json"])
 def test_damaged_checkpoint_is_passed_over(
     saved: Path, caplog: pytest.LogCaptureFixture, damage: Callable, name: str
 ) -> None:

@@ -27,7 +27,7 @@ from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.compiled import compile_task
-from esol.engines.ranks import Ranks, seed_all, wants_cpu, weighted_mean
+from esol.engines.ranks import Ranks, wants_cpu, weighted_mean
 from esol.engines.states import STATE, on_host, read_state
 from esol.training.task import Task
 
@@ -96,12 +96,13 @@ class AccelerateEngine(Ranks):
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self._module: nn.Module = self._accelerator.prepare_model(task)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._config.precision == "fp16")
-        seed_all(self._seed + 1_000_003 * (self.rank + 1))
+        self._step = 0
 
     def train_step(
         self, microbatches: Sequence[Batch], lr: float, stop: bool = False, writing: bool = False
     ) -> StepResult:
         """See base.Engine."""
+        self._begin_step()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self._optimizer.zero_grad(set_to_none=True)
@@ -153,7 +154,7 @@ class AccelerateEngine(Ranks):
         model, optimizer = self._task.state_dict(), self._optimizer.state_dict()
         return on_host({"model": model, "optimizer": optimizer, "scaler": self._scaler.state_dict()})
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, step: int) -> None:
         """See base.Engine."""
         state = read_state(folder / STATE)
         try:
@@ -163,7 +164,7 @@ class AccelerateEngine(Ranks):
                 self._scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder / STATE} does not fit this model and optimizer: {error}") from error
-        self._load_random_state(folder)
+        self._step = step
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """See base.Engine."""

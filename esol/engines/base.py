@@ -44,7 +44,7 @@ class Engine(Protocol):
     def prepare(self, task: Task, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> None:
         """Moves the task to the device and takes it and its optimizer over; called once per training stage.
 
-        clip_norm: largest global gradient norm, 0 = off. From here on each rank draws its own random numbers.
+        clip_norm: largest global gradient norm, 0 = off.
         """
 
     def train_step(
@@ -55,6 +55,7 @@ class Engine(Protocol):
         Each counts by its batch["weight"]: the gradient is that of the mean over the images of the global batch.
         Each parameter group learns at lr * group["lr_multiplier"]. A non-finite loss on any rank raises
         DivergenceError on every rank, naming the batch's sample keys, before any weight changes.
+        The random numbers of a step follow from seed, rank and the number of the step.
         stop: this rank was asked to stop; writing: it is writing a checkpoint. Both ride on the collective that agrees
         on the losses.
         """
@@ -83,15 +84,15 @@ class Engine(Protocol):
     def beat(self, doing: str) -> None:
         """This rank begins something new: a step, a photo. Costs an assignment."""
 
-    def snapshot(self) -> Callable[[Path], list[Path]]:
-        """Copies this rank's part of model, optimizer, scaler and RNG state into the host's memory; a collective.
+    def snapshot(self) -> Callable[[Path], list[Path]] | None:
+        """Copies model, optimizer and loss scale into the host's memory on the main rank; a collective.
 
         What it returns writes the copy into an existing folder and names the files; a thread may call it while steps
-        go on. OSError where a file cannot be written.
+        go on. OSError where a file cannot be written. None on other ranks: they have nothing to write.
         """
 
-    def load(self, folder: Path) -> None:
-        """Restores what a snapshot wrote (weights_only); CheckpointError where it does not fit."""
+    def load(self, folder: Path, step: int) -> None:
+        """Restores what a snapshot wrote after `step` steps (weights_only); CheckpointError where it does not fit."""
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """The whole task's state on the CPU, float32, on every rank (all ranks must call it)."""

@@ -25,7 +25,7 @@ from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import StepResult
 from esol.engines.deepspeed_config import deepspeed_config
-from esol.engines.ranks import Ranks, seed_all, wants_cpu, weighted_mean
+from esol.engines.ranks import Ranks, wants_cpu, weighted_mean
 from esol.engines.states import STATE, on_host, read_state
 from esol.training.task import Task
 
@@ -80,12 +80,13 @@ class DeepSpeedEngine(Ranks):
                 model=module, optimizer=optimizer, config=deepspeed_config(self._config.deepspeed, clip_norm)
             )
         self._scale = LossScale(self._config.precision == "fp16")
-        seed_all(self._seed + 1_000_003 * (self.rank + 1))
+        self._step = 0
 
     def train_step(
         self, microbatches: Sequence[Batch], lr: float, stop: bool = False, writing: bool = False
     ) -> StepResult:
         """See base.Engine."""
+        self._begin_step()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         weights = [batch.get("weight", 1.0) for batch in microbatches]
@@ -142,7 +143,7 @@ class DeepSpeedEngine(Ranks):
             return None
         return {"model": model, "optimizer": optimizer, "scaler": self._scale.state_dict()}
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, step: int) -> None:
         """See base.Engine."""
         state = read_state(folder / STATE)
         try:
@@ -152,7 +153,7 @@ class DeepSpeedEngine(Ranks):
                 self._scale.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{folder / STATE} does not fit this model and optimizer: {error}") from error
-        self._load_random_state(folder)
+        self._step = step
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """See base.Engine."""

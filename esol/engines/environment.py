@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import resource
 
 from esol.base.errors import LaunchError
 
+_LOG = logging.getLogger(__name__)
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MPI = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # mpirun sets no others, accelerate reads these
@@ -46,3 +49,18 @@ def check_environment() -> None:
             f"{said} without {', '.join(missing)}: something else left it in the environment; {remedy}. "
             f"This process was given {given()}"
         )
+
+
+def allow_connections() -> None:
+    """Raises this process's own limit of open files to what its connections in a job of hundreds need.
+
+    gloo connects every rank to every other, in two groups, and each rank asks the store of rank 0 over two connections.
+    """
+    needed = 1024 + 4 * int(os.environ.get("WORLD_SIZE", "1"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        _LOG.warning("this job may need %d open files, but this machine allows %d: raise ulimit -Hn", needed, allowed)

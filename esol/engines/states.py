@@ -1,14 +1,12 @@
-"""What a rank's files of a checkpoint hold: random state, copies of tensors, written and read without pickled code."""
+"""What a checkpoint's file holds: copies of tensors, written and read without pickled code."""
 
 from __future__ import annotations
 
 import io
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,29 +14,6 @@ from esol.base.errors import CheckpointError, first_line
 from esol.base.files import atomic_write
 
 STATE = "state.pt"
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Of every generator of this process and its device."""
-    numpy_kind, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [numpy_kind, np.asarray(numpy_keys).tolist(), *numpy_rest],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Goes on from what random_state gave."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def on_host(value: Any) -> Any:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,8 @@ from esol.base import exits
 
 _STACKS = signal.SIGUSR2  # upon which a process writes where it stands
 _BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
+
+_TOLD = 8  # different places at which ranks stand, in a verdict
 
 
 @dataclass
@@ -33,17 +35,17 @@ class _Seen:
 
 
 class Watchdog:
-    """Threads of each rank that tell the others what its rank does, and watch them.
+    """Threads of each rank that tell rank 0 what it does; rank 0 watches all, and all watch rank 0.
 
     A rank has stalled when for `limit` seconds it has begun nothing new and is not waiting for others, or its process
     does not answer. All ranks waiting for as long is a stall as well. store: the job's, None for a single process;
     folder: for rank-N.txt with the stacks. Between making and starting it all ranks must meet. Calls of beat cost an
-    assignment.
+    assignment. Rank 0 alone reads what all say, so that the store's work grows with the ranks, not with their square.
     """
 
     def __init__(self, rank: int, world_size: int, store: Any, folder: Path, limit: float) -> None:
         self._rank, self._folder, self._limit = rank, folder, limit
-        self._period = min(5.0, limit / 6)
+        self._period = min(15.0, limit / 6)
         self._store = None
         if store is not None:
             self._store = store.clone()  # a connection of its own, or it would stand behind a waiting one
@@ -51,9 +53,9 @@ class Watchdog:
             self._store.set(_VERDICT, "")
             self._store.set(_BEAT.format(rank), "{}")
         self._doing, self._count, self._waiting = "starting", 0, False
-        now = time.monotonic()
-        self._seen = {r: _Seen({}, now, now) for r in range(world_size)}
-        self._heard, self._verdict = now, ""  # when the store last answered, and why the job must end
+        self._watched = list(range(world_size)) if rank == 0 else [0, rank]
+        self._seen: dict[int, _Seen] = {}
+        self._heard, self._verdict = 0.0, ""  # when the store last answered, and why the job must end
         self._done = threading.Event()
         # two, because a store whose machine is gone without a farewell never answers, and holds who asks it
         threads = (("talks", self._talk), ("watches", self._watch))
@@ -75,6 +77,8 @@ class Watchdog:
             self._count += 1
 
     def start(self) -> None:
+        self._heard = time.monotonic()
+        self._seen = {rank: _Seen({}, self._heard, self._heard) for rank in self._watched}
         faulthandler.register(_STACKS, 2, all_threads=True)  # data workers, which are forked later, have it as well
         for thread in self._threads:
             thread.start()
@@ -111,15 +115,15 @@ class Watchdog:
         said = {self._rank: own}
         if self._store is not None:
             self._store.set(_BEAT.format(self._rank), json.dumps(own))
-            ranks = sorted(self._seen)
-            keys = [_VERDICT, *(_BEAT.format(rank) for rank in ranks)]  # one request, however many ranks
+            others = [rank for rank in self._seen if rank != self._rank]
+            keys = [_VERDICT, *(_BEAT.format(rank) for rank in others)]  # one request, however many ranks
             verdict, *beats = (value.decode() for value in self._store.multi_get(keys))
             if verdict:
                 return verdict
-            said = {rank: json.loads(beat) for rank, beat in zip(ranks, beats, strict=True)}
+            said |= {rank: json.loads(beat) for rank, beat in zip(others, beats, strict=True)}
         for rank, new in said.items():
             if "left" in new:
-                self._seen.pop(rank, None)
+                del self._seen[rank]
                 continue
             seen = self._seen[rank]
             if new.get("tick") != seen.said.get("tick"):
@@ -133,22 +137,32 @@ class Watchdog:
         return verdict
 
     def _judge(self, now: float) -> str:
-        old = [rank for rank, seen in self._seen.items() if now - seen.moved > self._limit]
-        silent = [rank for rank, seen in self._seen.items() if now - seen.alive > self._limit]
+        # rank 0 knows more: the others speak up only where it has not, because it is gone or does not answer itself
+        limit = self._limit + (0 if self._rank == 0 else 3 * self._period)
+        old = [rank for rank, seen in self._seen.items() if now - seen.moved > limit]
+        silent = [rank for rank, seen in self._seen.items() if now - seen.alive > limit]
         stuck = [rank for rank in old if not self._seen[rank].said.get("waiting")]
         if stuck or silent:
             rank = (stuck or silent)[0]
             dead = now - self._seen[rank].alive > 3 * self._period
             how = ", and its process does not answer," if dead else ""
-            others = "".join(f"; rank {r} at: {self._last(r)}" for r in self._seen if r != rank)
-            return f"rank {rank} has stood for {self._limit:g} s{how} at: {self._last(rank)}{others}"
-        if len(old) == len(self._seen):
-            waits = "; ".join(f"rank {rank} for {self._last(rank)}" for rank in old)
-            return f"all ranks have waited for {self._limit:g} s: {waits}"
+            others = self._listed("at:", (other for other in self._seen if other != rank))
+            return f"rank {rank} has stood for {self._limit:g} s{how} at: {self._at(rank)}{others and '; ' + others}"
+        if self._rank == 0 and len(old) == len(self._seen):
+            return f"all ranks have waited for {self._limit:g} s: {self._listed('for', old)}"
         return ""
 
-    def _last(self, rank: int) -> str:
+    def _at(self, rank: int) -> str:
         return str(self._seen[rank].said.get("doing", "its start"))
+
+    def _listed(self, word: str, ranks: Iterable[int]) -> str:
+        """What each rank does, those that do the same together."""
+        together: dict[str, list[int]] = {}
+        for rank in ranks:
+            together.setdefault(self._at(rank), []).append(rank)
+        told = [f"{_names(found)} {word} {at}" for at, found in together.items()]
+        more = sum(len(found) for found in list(together.values())[_TOLD:])
+        return "; ".join(told[:_TOLD] + ([f"{more} ranks elsewhere"] if more else []))
 
     def _end(self, verdict: str) -> None:
         path = self._folder / f"rank-{self._rank}.txt"
@@ -167,3 +181,15 @@ class Watchdog:
             file.write(f"{verdict}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _names(ranks: list[int]) -> str:
+    """Ascending ranks in words: "rank 3", "ranks 0 to 5, 7"."""
+    rows: list[list[int]] = []
+    for rank in ranks:
+        if rows and rows[-1][-1] == rank - 1:
+            rows[-1].append(rank)
+        else:
+            rows.append([rank])
+    told = [f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows]
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(told)

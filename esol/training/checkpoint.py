@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent: all ranks write into step-N.tmp, agree, and the main rank renames it step-N.
+"""Checkpoints that are whole or absent: written into step-N.tmp, agreed on by all ranks, and renamed to step-N.
 
-The state is copied, and a thread of each rank writes the copy while training goes on. All that ranks do together is
-done by their main threads, at steps that are the same on all.
+The state is copied, and a thread of the main rank writes the copy while training goes on. All that ranks do together
+is done by their main threads, at steps that are the same on all.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Resumed:
 
 
 class _Writing:
-    """A save under way on this rank: a thread writes files into step-N.tmp and hashes them.
+    """A save under way: on the main rank a thread writes files into step-N.tmp and hashes them.
 
-    notes: of the moment; error: what went wrong, once it has ended. Without `write` there is nothing to write.
+    notes: of the moment; error: what went wrong, once it has ended.
     """
 
     def __init__(self, step: int, temporary: Path, notes: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class _Writing:
 class Checkpointer:
     """Saves and finds the training state of one stage; every method is a collective.
 
-    folder: shared by all ranks; holds step-N/ (state.pt, rank-*.pt, manifest.json) and `latest`, the newest one's name.
+    folder: shared by all ranks; holds step-N/ (state.pt, manifest.json) and `latest`, the newest one's name.
     config: what the fingerprint was computed from, as plain JSON, to name the keys that differ. notes: kept in the
     manifest as they are at each save (the last logged values). every: steps between saves, for the loop; keep: how many
     checkpoints stay; timeout: minutes that `finish` waits for files.
@@ -109,7 +109,8 @@ class Checkpointer:
         self._main_only(f"cannot prepare {temporary}", lambda: _make_empty(temporary))
         writing = _Writing(step, temporary, finite(dict(self._notes)))
         try:
-            writing.start(self._engine.snapshot())
+            if (write := self._engine.snapshot()) is not None:
+                writing.start(write)
         except Exception as problem:  # whatever it is, the other ranks wait to hear of it
             writing.failed(problem)
         self._writing = writing
@@ -130,12 +131,9 @@ class Checkpointer:
         self._engine.beat(f"the files of the checkpoint after step {writing.step}")
         writing.wait(self._timeout)
         self._agree(writing.error, writing.temporary)
-        files: dict[str, Any] = {}
-        for text in gather_text(self._engine, json.dumps(writing.files)):
-            files |= json.loads(text)
-        self._main_only(f"cannot finish {writing.temporary}", lambda: self._name(writing, files), writing.temporary)
+        self._main_only(f"cannot finish {writing.temporary}", lambda: self._name(writing), writing.temporary)
 
-    def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
+    def _name(self, writing: _Writing) -> None:
         temporary, final = writing.temporary, self.folder / f"step-{writing.step}"
         manifest = {
             "format": _FORMAT,
@@ -144,7 +142,7 @@ class Checkpointer:
             "world_size": self._engine.world_size,
             "config": self._config,
             "notes": writing.notes,
-            "files": files,
+            "files": writing.files,
         }
         atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():  # a damaged one that resume passed over
@@ -180,7 +178,7 @@ class Checkpointer:
         path = self.folder / f"step-{step}"
         try:
             manifest = json.loads((path / _MANIFEST).read_text())
-            self._engine.load(path)
+            self._engine.load(path, step)
         except (CheckpointError, OSError, ValueError) as problem:
             error = f"{problem} (all ranks must see the same folder {self.folder})"
         self._agree(error)

@@ -88,13 +88,15 @@ def train(
         change(own)
     engine.prepare(own, build_optimizer(own, TrainConfig(lr=0.01, momentum=0.9)), 1.0)
     if start is not None:
-        engine.load(start)
+        engine.load(start, 2)
     losses, graphs = [], []
     for step in range(2 if start else 0, steps):
         losses.append(engine.train_step([batch(2 * step + engine.rank)], 0.01).losses["loss"])
         graphs.append(counters["stats"]["unique_graphs"])
     if leave is not None:
-        engine.snapshot()(leave)
+        write = engine.snapshot()
+        if write is not None:
+            write(leave)
     state = engine.model_state_dict()
     engine.close()
     return {"losses": torch.stack(losses), "state": state, "graphs": graphs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from ranks import _free_port
 
 from esol.base.errors import LaunchError
-from esol.engines.environment import VARIABLES, check_environment
+from esol.engines.environment import VARIABLES, allow_connections, check_environment
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -93,6 +94,20 @@ def test_variables_that_no_launcher_has_set(variables: str, said: str, monkeypat
     else:
         check_environment()
         assert ("WORLD_SIZE" in os.environ) == ("WORLD_SIZE=2" in variables)
+
+
+def test_a_large_job_may_open_a_connection_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1100, before[1]))
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1100, before[1])
+        monkeypatch.setenv("WORLD_SIZE", "100")
+        allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1424, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 TINY = """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import toy
 from ranks import run_ranks
+from torch.distributed import TCPStore
 
 from esol.base import exits
+from esol.engines.watchdog import Watchdog, _names
 
 
 @pytest.mark.parametrize(
@@ -61,3 +65,74 @@ def test_ranks_whose_work_differs_by_more_than_the_timeout_are_waited_for(tmp_pa
     for outcome in (first, third):
         assert outcome.exitcode == 1
         assert "lost its peers while waiting for a max over all ranks" in outcome.output
+
+
+class Told(Watchdog):
+    """Says why it would end its process, and ends nothing."""
+
+    def _end(self, verdict: str) -> None:
+        self.why = verdict
+        self._done.set()
+
+
+def verdicts(world: int, standing: int, silent: int = -1) -> list[str]:
+    """The verdicts of watchdogs of one job, of which one rank's work stands, and one's process is silent."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    dogs = [Told(rank, world, store, Path(), 1.5) for rank in range(world)]
+    try:
+        for rank, dog in enumerate(dogs):
+            if rank != silent:
+                dog.start()
+        end = time.monotonic() + 20
+        while not all(hasattr(dog, "why") for rank, dog in enumerate(dogs) if rank != silent):
+            assert time.monotonic() < end
+            for rank, dog in enumerate(dogs):
+                if rank != standing:
+                    dog.beat("step 7")
+            time.sleep(0.05)
+    finally:
+        for rank, dog in enumerate(dogs):
+            if rank != silent:
+                dog.stop()
+    return [dog.why for rank, dog in enumerate(dogs) if rank != silent]
+
+
+def test_rank_0_judges_and_says_in_a_few_words_where_all_others_are() -> None:
+    assert set(verdicts(24, standing=5)) == {
+        "rank 5 has stood for 1.5 s at: starting; ranks 0 to 4, 6 to 23 at: step 7"
+    }
+    assert _names([0, 1, 2, 3, 7, 8, 10]) == "ranks 0 to 3, 7, 8, 10"
+
+
+def test_a_silent_rank_0_whose_store_lives_on_is_named_by_the_others() -> None:
+    (verdict,) = set(verdicts(3, standing=-1, silent=0))
+    assert verdict.startswith("rank 0 has stood for 1.5 s, and its process does not answer, at: its start; rank ")
+
+
+def test_what_a_rank_but_0_asks_of_the_store_does_not_grow_with_the_job() -> None:
+    asked: dict[tuple[int, int], int] = {}
+
+    class Asked:
+        def __init__(self, world: int, rank: int) -> None:
+            self.key = world, rank
+
+        def clone(self) -> Asked:
+            return self
+
+        def set_timeout(self, timeout: timedelta) -> None: ...
+
+        def set(self, key: str, value: str) -> None: ...
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            asked[self.key] = len(keys)
+            return [b"", *[b'{"tick": 1}'] * (len(keys) - 1)]
+
+    for world in (2, 100):
+        for rank in (0, 1):
+            dog = Watchdog(rank, world, Asked(world, rank), Path(), 600.0)
+            dog._period = 0.01
+            dog.start()
+            while (world, rank) not in asked:
+                time.sleep(0.01)
+            dog.stop()
+    assert asked == {(2, 0): 2, (2, 1): 2, (100, 0): 100, (100, 1): 2}
