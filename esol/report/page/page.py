@@ -7,7 +7,7 @@ report_files/ as scripts, so that it works without a server. Whatever comes from
 from __future__ import annotations
 
 import csv
-import json
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
+from esol.base.strangers import content, json_tree, without_following
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -56,7 +58,7 @@ def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader,
     about = _about(album, shown, best, drawn["shapes"])
     _write_first(run_dir, about)
     target, temporary = run_dir / PAGE, run_dir / f"{PAGE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as page:
+    with open(temporary, "w", encoding="utf-8", opener=without_following) as page:
         for part in _parts(run_dir, config, album, found, about, drawn["thumbs"]):
             page.write(part)
     temporary.replace(target)
@@ -98,11 +100,12 @@ def _write_first(run_dir: Path, about: Mapping[str, Any]) -> None:
     """draw_first.csv: the photos whose masks the judge trusts least, which are worth drawing first."""
     if not about["best"]:
         return
-    with open(run_dir / FIRST, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("photo", "judge", "classes that its mask lacks"))
-        for photo in _first_photos(about):
-            rows.writerow((photo["key"], photo["judge"], ";".join(about["classes"][c] for c in photo["lost"] or ())))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("photo", "judge", "classes that its mask lacks"))
+    for photo in _first_photos(about):
+        rows.writerow((photo["key"], photo["judge"], ";".join(about["classes"][c] for c in photo["lost"] or ())))
+    atomic_write(run_dir / FIRST, text.getvalue())
 
 
 def _first_photos(about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -139,22 +142,17 @@ def _parts(
     yield _chain(config, found)
     yield _charts(run_dir, album, found)
     yield from _pictures(run_dir)
-    yield f"</main><footer>esol, {time.strftime('%Y-%m-%d %H:%M')}. The numbers: esol report {escape(str(run_dir))}."
+    yield f"</main><footer>esol, {time.strftime('%Y-%m-%d %H:%M')}. The numbers: esol report {title}."
     yield " DeepLab needs no label to predict.</footer>"
-    yield f"<script>const ABOUT={_json(about)};\n{script}</script>"
+    yield f"<script>const ABOUT={layers.script(about)};\n{script}</script>"
     for start in range(0, len(thumbs), 500):
-        yield f"<script>ESOL.thumbs({json.dumps(thumbs[start : start + 500])})</script>\n"
+        yield f"<script>ESOL.thumbs({layers.script(thumbs[start : start + 500])})</script>\n"
     if not about["files"]:
         for layer in about["layers"]:
             for start in range(0, len(album.ordinals), CHUNK):
                 name = f"{layer['name']}-{start // CHUNK:04d}.js"
                 yield f"<script>{(album.folder / name).read_text()}</script>\n"
     yield "<script>ESOL.start()</script></body></html>\n"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _sentence(album: Album, found: Mapping[str, Manifest], about: Mapping[str, Any]) -> str:
@@ -272,17 +270,17 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[float, float]]]:
         if '"loss"' not in line:
             continue
         try:
-            record = json.loads(line)
-            loss = record["metrics"]["loss"]
+            record = json_tree(line)
+            stage, step, loss = record["stage"], int(record["step"]), record["metrics"]["loss"]
+            if loss is not None:
+                points.setdefault(str(stage), {})[step] = float(loss)
         except (ValueError, KeyError, TypeError):
             continue
-        if loss is not None:
-            points.setdefault(record["stage"], {})[record["step"]] = loss
     return {stage: sorted(own.items()) for stage, own in points.items()}
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json_tree(content(path)) if path.exists() else None
 
 
 def _pictures(run_dir: Path) -> Iterator[str]:
