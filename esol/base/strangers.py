@@ -78,9 +78,11 @@ def without_following(path: str, flags: int) -> int:
 
 
 def refuse_links(*places: Path) -> None:
-    """CheckpointError where a place, or anything below it, is a link: what is written there would land elsewhere."""
+    """CheckpointError where a place, or anything below it, is a link or a pipe: what is written lands elsewhere."""
     for place in places:
         for path in (place, *(place.rglob("*") if place.is_dir() and not place.is_symlink() else ())):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CheckpointError(f"{path} is neither a file nor a folder: delete it")
             if path.is_symlink():
                 raise CheckpointError(
                     f"{path} is a link to {os.readlink(path)}: a run writes and deletes in its own folder alone, so "

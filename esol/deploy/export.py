@@ -75,7 +75,7 @@ def export(run_dir: Path, out: Path) -> None:
         checks = _export_graphs(net, folder)
         print("MLflow model ...", flush=True)
         save_mlflow_model(folder / "mlflow", folder / WEIGHTS)
-        _picture(run_dir, folder)
+        copy_picture(run_dir, folder)
         atomic_write(folder / "README.md", model_card(run_dir, info, checks, (folder / "evaluate.png").exists()))
         folder.chmod(0o755)  # mkdtemp keeps others out
         os.replace(folder, out)
@@ -86,7 +86,7 @@ def export(run_dir: Path, out: Path) -> None:
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
-def _picture(run_dir: Path, folder: Path) -> None:
+def copy_picture(run_dir: Path, folder: Path) -> None:
     """Copies the run's picture, as pixels: a link in its place could lead to any other file, and is left out."""
     picture = run_dir / "pictures" / "evaluate.png"
     if not picture.exists():

@@ -20,7 +20,7 @@ from PIL import Image
 
 from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
-from esol.base.strangers import content, json_tree, without_following
+from esol.base.strangers import content, json_tree, refuse_links, without_following
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -32,11 +32,13 @@ from esol.report.tables import best_masks, stage_rows, summary_rows
 
 PAGE, FIRST = "report.html", "draw_first.csv"
 EMBEDDED = 500  # photos that one file holds whole
+MOST_METRICS = 1 << 30  # bytes of metrics.jsonl: of some ten million steps
 FIRST_COUNT = 20  # photos to draw first
 
 
 def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader, beat: layers.Beat) -> Path:
     """Writes the page anew from all stages that have finished, and returns its path; beat: tells the watchdog."""
+    refuse_links(run_dir / FILES)
     album = Album(run_dir, index, reader, _photos(config, index), beat)
     found = records.manifests(run_dir)
     layers.write_photos(album)
@@ -266,7 +268,8 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[float, float]]]:
     """Stage -> (step, loss); a step that was logged twice, after a resume, counts as the later."""
     points: dict[str, dict[int, float]] = {}
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    text = content(path, MOST_METRICS).decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         if '"loss"' not in line:
             continue
         try:
@@ -289,7 +292,7 @@ def _pictures(run_dir: Path) -> Iterator[str]:
     stages = list(records.manifests(run_dir))
     paths = sorted((run_dir / "pictures").glob("*.png"), key=lambda p: stages.index(p.stem) if p.stem in stages else -1)
     for path in paths:
-        with Image.open(path) as sheet:
+        with Image.open(io.BytesIO(content(path)), formats=["PNG"]) as sheet:
             data = layers.encoded(sheet.convert("RGB"), "JPEG", quality=75)
         name = escape(path.stem)
         picture = f'<img loading=lazy alt="{name}" src="data:image/jpeg;base64,{data}">'
