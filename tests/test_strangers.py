@@ -378,3 +378,15 @@ def test_notes_for_mlflow_are_checked_before_a_server_is_asked(tmp_path: Path, s
     with pytest.raises(EsolError, match=r"mlflow\.json is damaged"):
         ui.where(tmp_path)
     assert for_good(OverflowError("a time without end"))
+
+
+def test_the_page_of_threats_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    rows = [line for line in (root / "docs/security.md").read_text().splitlines() if "::" in line]
+    assert len(rows) > 25
+    for row in rows:
+        _, threat, happens, test, _ = (cell.strip() for cell in row.split("|"))
+        assert threat, row
+        assert happens, row
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (root / file).read_text(), test

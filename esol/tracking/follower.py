@@ -166,7 +166,7 @@ class _Follower:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(self._name(run, prefix + name), value, int(record["time"] * 1000), record.get("step", 0))
+            Metric(self._name(run, prefix + name), value, _milliseconds(record), record.get("step", 0))
             for record in records
             for name, value in record["metrics"].items()
             if value is not None
@@ -199,7 +199,7 @@ class _Follower:
         elif event == "begin":
             self._begin(record)
         elif event == "end":
-            self._client.set_terminated(self._run_of(stage), record["status"], int(record["time"] * 1000))
+            self._client.set_terminated(self._run_of(stage), record["status"], _milliseconds(record))
             if stage:
                 self._state["stages"][stage]["open"] = record["status"] != "FINISHED"
         elif event == "results":
@@ -231,7 +231,7 @@ class _Follower:
         from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
         if not self._state["parent"] or self._state["identity"] != record["identity"]:
-            run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
+            run = self._client.create_run(self._experiment_id, _milliseconds(record), run_name=self._run_dir.name)
             self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
             self._save_state()
             params = [Param(mlflow_name(key), value[:PARAM]) for key, value in record["params"].items()]
@@ -259,7 +259,7 @@ class _Follower:
             return
         run = self._client.create_run(
             self._experiment_id,
-            int(record["time"] * 1000),
+            _milliseconds(record),
             {"mlflow.parentRunId": self._run_of(None), "stage": record["stage"]},
             f"{self._run_dir.name} {record['stage']}",
         )
@@ -274,6 +274,13 @@ def _parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         record = {}
     return {**(record if isinstance(record, dict) else {}), "bytes": len(line)}
+
+
+def _milliseconds(record: dict[str, Any]) -> int:
+    """When it was written, since the epoch; ValueError for a time that no clock shows, which a database cannot hold."""
+    if not 0 <= record["time"] < 1e11:
+        raise ValueError(f"time = {record['time']!r:.80}")
+    return int(record["time"] * 1000)
 
 
 def _is_state(tree: Any) -> bool:
