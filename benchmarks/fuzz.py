@@ -1,4 +1,4 @@
-"""Damaged shard sets, sources, photos and odd label maps: is all that matters reported, without a crash or a hang?
+"""Damaged shard sets, sources and photos, hostile runs: is all that matters reported, without a crash or a hang?
 
 python -m benchmarks.fuzz [--count 200] [--seed 0] [--first 0]   prints a Markdown table; exit status 1 after a miss.
 
@@ -10,7 +10,7 @@ reader and its decoder, and an epoch of training. A miss is damage that changes 
 reports, or reports without saying where. Cases run in child processes under a time limit, so that a crash of a decoder
 is a line of the table. Harmless: what is read stayed the same, e.g. a field of index.json that nobody needs. Valid:
 another sound photo or json whose crc32 the index was given anew, which nobody can tell from the first. Sources for
-`create` and folders for `predict` are in fuzz_sources.py.
+`create` and folders for `predict` are in fuzz_sources.py, run directories that a stranger sent in fuzz_runs.py.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from PIL import Image
 
 from benchmarks.common import machine, table
 from benchmarks.fuzz_kinds import CONTENT, FILES, NAME, make_set
+from benchmarks.fuzz_runs import RUNS
 from benchmarks.fuzz_sources import SOURCES
 from esol.base.errors import DataError, EsolError
 from esol.base.progress import progress
@@ -143,7 +144,7 @@ class Outcome:
     detail: str = ""
 
 
-KINDS: dict[str, Kind] = {**FILES, **CONTENT, **SOURCES, **LABEL_MAPS}
+KINDS: dict[str, Kind] = {**FILES, **CONTENT, **SOURCES, **RUNS, **LABEL_MAPS}
 
 
 def cases(count: int, seed: int, first: int = 0) -> list[Case]:
@@ -163,7 +164,7 @@ def judge(case: Case, base: Path) -> Outcome:
             return Outcome(case, "reported", by_reading=True, detail=str(error))
         except Exception as error:
             return Outcome(case, "crash", detail=f"{type(error).__name__}: {error}")
-    if case.name in SOURCES:
+    if case.name in SOURCES or case.name in RUNS:
         with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
             try:
                 verdict, detail = case.kind(Path(scratch), rng)

@@ -336,7 +336,7 @@ CONTENT: dict[str, Member] = {
     "photo: empty": Member(_PHOTO, _empty),
     "photo: other size": Member(_PHOTO, partial(_of_image, _resized)),
     "photo: turned": Member(_PHOTO, partial(_of_image, _turned)),
-    "photo: other format": Member(_PHOTO, partial(_of_image, _other_format)),
+    "photo: other format": Member(_PHOTO, partial(_of_image, _other_format), may_be_valid=True),
     "mask: bytes": Member(_MASK, any_bytes),
     "mask: PNG chunks": Member(_MASK, _chunks, may_be_valid=True),
     "mask: empty": Member(_MASK, _empty),

@@ -16,10 +16,11 @@ def _auto(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from esol.base.strangers import lines
     from esol.report.tables import aligned, results_table, short_report
 
     text = results_table(args.run_dir) if args.full else short_report(args.run_dir)
-    print(text if args.markdown else aligned(text))
+    print(lines(text if args.markdown else aligned(text)))
     return 0
 
 
@@ -45,10 +46,11 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_masks(args: argparse.Namespace) -> int:
+    from esol.base.strangers import lines
     from esol.deploy.export_masks import export_masks
 
     out = args.out or args.run_dir.with_name(f"{args.run_dir.name}-{args.to}")
-    print("\n".join(export_masks(args.run_dir, args.to, out, args.stage, args.split, args.confidence)))
+    print(lines("\n".join(export_masks(args.run_dir, args.to, out, args.stage, args.split, args.confidence))))
     return 0
 
 

@@ -244,12 +244,18 @@ def test_lost_and_damaged_records_block_nothing_behind_them(store: Path, capsys:
     lines.insert(1, '{"time": 1, "stage": "classify", "step": 2, "metr')
     lines.insert(2, '{"time": 1, "stage": "classify", "step": "two", "metrics": {"loss": "much"}}')
     lines.insert(3, "[1]")
+    lines.insert(3, '{"time": 1e300, "stage": "classify", "step": 3, "metrics": {"loss": 1}}')
+    lines.insert(3, "[" * 10**5)
     lines.insert(4, '{"time": 1, "event": "artifact", "stage": "classify", "path": "../../x", "folder": ""}')
     path.write_text("\n".join(lines) + "\n")
     (store / "run/pictures/classify.png").unlink()
-    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 2
-    assert "MLflow refused 2 more for good" in capsys.readouterr().err
-    _, (parent,), children = runs_in(store)
+    (store / "secret").touch()
+    (store / "run/resolved.yaml").unlink(missing_ok=True)
+    (store / "run/resolved.yaml").symlink_to(store / "secret")
+    assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 3
+    assert "MLflow refused 3 more for good" in capsys.readouterr().err
+    client, (parent,), children = runs_in(store)
+    assert not [file.path for file in client.list_artifacts(parent.info.run_id) if file.path == "resolved.yaml"]
     assert {run.data.tags["stage"]: run.data.metrics["loss"] for run in children} == {"classify": 1 / 3, "expand": 3.0}
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     assert replay(store / "run", f"sqlite:///{store / 'mlflow.db'}") == 0  # nothing is sent or refused twice

@@ -16,6 +16,7 @@ from pathlib import Path
 from esol.base.errors import EsolError, LostRankError
 from esol.base.interrupts import Interrupts, end_children
 from esol.base.machine import keep_memory, wait_briefly
+from esol.base.strangers import lines
 
 PARENT = os.getppid()
 """Who started this process, noted early: a launcher may be gone by the time that torch is imported."""
@@ -46,7 +47,7 @@ def entry(command: Callable[[], int], again: str = "run the command again") -> i
         try:
             code = command()
         except EsolError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {lines(str(error))}", file=sys.stderr, flush=True)
             code = LOST if isinstance(error, LostRankError) else MEND
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher's copy must not kill what is already leaving

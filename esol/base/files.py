@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from esol.base.errors import ConfigError
+from esol.base.strangers import without_following
 
 
 def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:
@@ -23,7 +24,7 @@ def atomic_write(path: Path | str, data: bytes | memoryview | str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=without_following) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -46,7 +47,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content; OSError for a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -97,7 +100,8 @@ def hold(path: Path, patience: float) -> Lock:
     cannot lock (Lustre without its flock option, NFS without lockd, some FUSE) is told apart from that and taken as it
     is at once: see Lock.unlocked. OSError where path cannot be opened for writing.
     """
-    file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  it stays open
+    # it stays open; a link is not followed, for what it leads to would be emptied
+    file = open(path, "a+", encoding="utf-8", errors="replace", opener=without_following)  # noqa: SIM115
     try:
         unlocked = _lock(file, patience)
         if not unlocked:

@@ -23,10 +23,11 @@ def import_all(package: str) -> None:
         importlib.import_module(f"{package}.{part.name}")
 
 
-def load_plugins(modules: Iterable[str] = ()) -> None:
+def load_plugins(modules: Iterable[str] = (), here: bool = True) -> None:
     """Imports what installed packages offer, and the modules that a config or command names, once each.
 
-    ConfigError where a module cannot be imported. A module of the folder that the command was started in is found, too.
+    ConfigError where a module cannot be imported. here: a module of the folder that the command was started in is
+    found, too; not for what a run directory names, which may lie in that folder with code of whoever made it.
     """
     if GROUP not in _loaded:
         _loaded.add(GROUP)
@@ -34,12 +35,16 @@ def load_plugins(modules: Iterable[str] = ()) -> None:
     for name in modules:
         if name in _loaded:
             continue
-        here = str(Path.cwd())
-        sys.path.append(here)
+        if not here and (name.partition(".")[0] in sys.stdlib_module_names or name.endswith("__main__")):
+            raise ConfigError(f"plugin {name} is a program or a part of Python, which a run cannot have had")
+        more = [str(Path.cwd())] if here else []
+        sys.path += more
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a stranger's module raises
-            raise ConfigError(f"plugin {name} cannot be imported ({type(error).__name__}: {error})") from error
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+            hint = "" if here else "; a run's plugins must be installed, or their folder must be on PYTHONPATH"
+            raise ConfigError(f"plugin {name} cannot be imported ({type(error).__name__}: {error}){hint}") from error
         finally:
-            sys.path.remove(here)
+            for place in more:
+                sys.path.remove(place)
         _loaded.add(name)

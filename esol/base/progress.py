@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from esol.base.strangers import printable
+
 PLAIN_SECONDS = 10.0  # between two plain lines at most; every tenth of the work has one as well
 Advance = Callable[[int, str], None]
 
@@ -40,11 +42,11 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)
+        yield lambda done, note: bar.update(task, completed=done, note=printable(note))
 
 
 def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
@@ -58,6 +60,8 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Advance]:
             return
         last, tenths = now, done * 10 // total
         left = f", {(now - begun) / done * (total - done):.0f} s left" if done else ""
-        print(f"{label}: {done}/{total} {unit}, {now - begun:.0f} s{left}  {note}", file=sys.stderr, flush=True)
+        print(
+            f"{label}: {done}/{total} {unit}, {now - begun:.0f} s{left}  {printable(note)}", file=sys.stderr, flush=True
+        )
 
     yield advance

@@ -33,11 +33,12 @@ def key(
     return field(default=default, metadata={"low": low, "high": high, "unit": unit, "path": path, "runtime": runtime})
 
 
-def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
+def build(cls: Any, tree: Any, where: str = "", base: Any = None, expand: bool = True) -> Any:
     """Makes the dataclass `cls` from plain YAML values; `where` is the path for messages.
 
     base: an instance whose values stand where the tree has none. A section whose default_factory is not its own class
-    has what that gives as its base, so that one dataclass can have other defaults in each place.
+    has what that gives as its base, so that one dataclass can have other defaults in each place. expand: False for what
+    has been built and written down before, whose $VARIABLES would be those of whoever reads it.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'config'}: expected keys below it, got {tree!r}")
@@ -51,7 +52,7 @@ def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
             hint = f"did you mean {where + '.' if where else ''}{close[0]}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown key {path}: {hint}")
         if not is_dataclass(hints[name]):
-            values[name] = _leaf(hints[name], value, known[name], path)
+            values[name] = _leaf(hints[name], value, known[name], path, expand)
     for name, spec in known.items():
         path = f"{where}.{name}" if where else name
         if is_dataclass(hints[name]):
@@ -59,7 +60,7 @@ def build(cls: Any, tree: Any, where: str = "", base: Any = None) -> Any:
                 own = getattr(base, name)
             else:
                 own = None if spec.default_factory is hints[name] else spec.default_factory()  # type: ignore[operator]
-            values[name] = build(hints[name], tree.get(name, {}), path, own)
+            values[name] = build(hints[name], tree.get(name, {}), path, own, expand)
         elif name not in values and base is not None:
             values[name] = getattr(base, name)
         elif name not in values and spec.default is MISSING:
@@ -79,7 +80,7 @@ def one_of(value: str, options: Iterable[str], where: str) -> None:
         raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(options)}{hint}")
 
 
-def _leaf(kind: Any, value: Any, spec: Any, path: str) -> Any:
+def _leaf(kind: Any, value: Any, spec: Any, path: str, expand: bool) -> Any:
     value = _convert(kind, value, path)
     meta = spec.metadata
     low, high, unit = meta.get("low"), meta.get("high"), meta.get("unit")
@@ -88,7 +89,7 @@ def _leaf(kind: Any, value: Any, spec: Any, path: str) -> Any:
             continue
         if (low is not None and not number >= low) or (high is not None and not number <= high):  # nan fails too
             raise ConfigError(f"{path} = {number}: must lie between {low} and {high}" + (f" ({unit})" if unit else ""))
-    if meta.get("path") and isinstance(value, str):
+    if expand and meta.get("path") and isinstance(value, str):
         value = _expand(value, path)
     return value
 

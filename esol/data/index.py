@@ -22,10 +22,12 @@ import numpy as np
 
 from esol.base.errors import DataError
 from esol.base.files import atomic_write
+from esol.base.strangers import content, plain, printable
 from esol.data.storage import filesystem, is_local, why_missing
 
 FORMAT = "esol-shards 1"
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_BYTES = 1 << 32  # of an index.json: some 20 million photos
 MOST_CLASSES = 254  # that an 8-bit mask can number: 0 is background, 255 void
 
 
@@ -69,7 +71,7 @@ class Index:
         place = f"{root.rstrip('/')}/index.json"
         again = f"rebuild it with: esol-shards index {root} --classes FILE --overwrite"
         try:
-            text = fs.cat_file(f"{path}/index.json")
+            text = content(Path(path, "index.json"), MOST_BYTES) if is_local(fs) else fs.cat_file(f"{path}/index.json")
         except FileNotFoundError:
             raise DataError(f"{place} is missing; {why_missing(fs, path, root)}") from None
         except Exception as error:  # every storage back end has its own
@@ -181,6 +183,8 @@ def scan_tar(file: Any, name: str) -> dict[str, Any]:
                 key, dot, ext = _key_and_extension(member.name)
                 if not member.isfile() or not dot or (key.startswith("__") and key.endswith("__")):
                     continue  # folders and notes: webdataset's readers pass over them as well
+                if not plain(key):
+                    raise DataError(f"{name}: the name {member.name!r:.80} is no plain path below a folder")
                 if not keys or keys[-1] != key:
                     keys.append(key)
                     rows.append({})
@@ -229,12 +233,18 @@ def _key_and_extension(name: str) -> tuple[str, str, str]:
     return folder + slash + stem, dot if stem else "", ext.lower()
 
 
-def _parse(root: str, tree: dict[str, Any]) -> Index:
-    classes = tuple(tree["classes"])
+def check_classes(classes: tuple[str, ...]) -> None:
+    """ValueError where these are not the names of 1 to MOST_CLASSES classes, which stand on pages and terminals."""
     if not classes or not all(isinstance(c, str) and c for c in classes) or len(set(classes)) != len(classes):
-        raise ValueError(f"classes must be different names, got {tree['classes']!r:.200}")
+        raise ValueError(f"classes must be different names, got {classes!r:.200}")
+    if foreign := [name for name in classes if printable(name) != name]:
+        raise ValueError(f"class {foreign[0]!r:.80} has characters that are no text")
     if len(classes) > MOST_CLASSES:
         raise ValueError(f"{len(classes)} classes; masks can number {MOST_CLASSES}")
+
+
+def _parse(root: str, tree: dict[str, Any]) -> Index:
+    check_classes(classes := tuple(tree["classes"]))
     shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
     if not shards:
         raise ValueError("it lists no shard")
@@ -247,6 +257,9 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
         for what, column in columns.items():
             if not isinstance(column, list) or len(column) != shard.samples:
                 raise ValueError(f"{shard.name} must have as many {what} as samples, {shard.samples}")
+        for key in record["keys"]:
+            if not plain(str(key)):
+                raise ValueError(f"{shard.name}: key {key!r:.80} is no plain path below a folder")
     names = np.array([str(key) for record in tree["shards"] for key in record["keys"]], dtype=np.str_)
     found, times = np.unique(names, return_counts=True)
     if (times > 1).any():
@@ -254,6 +267,8 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
     total = len(names)
     splits = {name: np.array(ordinals, dtype=np.int64) for name, ordinals in tree["splits"].items()}
     for name, ordinals in splits.items():
+        if not plain(name) or "/" in name:
+            raise ValueError(f"split {name!r:.80} is no plain name")
         if ordinals.ndim != 1 or (ordinals < 0).any() or (ordinals >= total).any() or (np.diff(ordinals) <= 0).any():
             raise ValueError(f"split {name} must hold ascending ordinals below {total}")
     sizes = np.array([s.samples for s in shards], dtype=np.int64)

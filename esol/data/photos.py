@@ -93,6 +93,22 @@ def other_photo(data: bytes, name: str, most: int | None = None) -> Image.Image 
     return image
 
 
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height as a JPEG's header has them, for a tenth of what Pillow takes where nothing is odd."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xFF:  # a filling byte
+            at += 1
+        elif 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        elif data[at + 1] in (0x01, *range(0xD0, 0xD9)):  # these have no length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
+        return header.size
+
+
 def check_png(data: bytes) -> None:
     """ValueError for a PNG whose header, palette or pixels are not those that were written, by their checksums.
 

@@ -81,6 +81,8 @@ class ShardReader:
         begin = min(offset for offset, _, _ in members)
         end = max(offset + size for offset, size, _ in members)
         try:
+            if end > os.fstat(descriptor).st_size:  # before so much memory is asked for
+                return [], f"ends before it (.{extensions[0]}); run esol-shards verify {self.index.root}"
             data = os.pread(descriptor, end - begin, begin)
         except OSError as error:
             return [], f"cannot be read: {error.strerror}"
@@ -142,7 +144,7 @@ class ShardReader:
             return self._files[shard]
         path = self._local(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place is not waited for
         except OSError as error:
             raise DataError(f"shard {path} cannot be opened: {error.strerror}") from error
         self._files[shard] = descriptor

@@ -15,13 +15,18 @@ from esol.base.errors import DataError
 from esol.base.palette import voc_palette
 
 NEEDS_RASTERIO = "this kind of TIFF is read with another package: pip install 'esol[geo]', or convert it to 8-bit RGB"
+MOST_PIXELS = 1 << 28  # of a photo: 0.8 GB as bytes; Pillow's own limit for what it decodes is two thirds of it
 _PLACE = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's: pixel size, tie points, transformation, keys
 _BIG = 43  # the version of BigTIFF, whose header is longer
 
 
 def check_size(size: tuple[int, int], name: str, most: int | None) -> None:
-    """DataError where a photo of this width and height has more than `most` pixels, before any of them is decoded."""
-    if most is not None and size[0] * size[1] > most:
+    """DataError where a photo of this width and height has more than `most` pixels, before any of them is decoded.
+
+    None: more than MOST_PIXELS, for a file of a few bytes may say that it holds whatever it likes.
+    """
+    most = MOST_PIXELS if most is None else most
+    if size[0] * size[1] > most:
         pixels = f"{size[0]} x {size[1]} = {size[0] * size[1]:,} pixels"
         raise DataError(f"{name}: the photo has {pixels}, more than the {most:,} that are taken: make it smaller")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write
+from esol.base.strangers import content, printable
 from esol.deploy.model import load_network
 from esol.deploy.model_card import model_card
 from esol.models.deeplab import DeepLab
@@ -72,8 +75,7 @@ def export(run_dir: Path, out: Path) -> None:
         checks = _export_graphs(net, folder)
         print("MLflow model ...", flush=True)
         save_mlflow_model(folder / "mlflow", folder / WEIGHTS)
-        if (picture := run_dir / "pictures" / "evaluate.png").exists():
-            shutil.copyfile(picture, folder / picture.name)
+        copy_picture(run_dir, folder)
         atomic_write(folder / "README.md", model_card(run_dir, info, checks, (folder / "evaluate.png").exists()))
         folder.chmod(0o755)  # mkdtemp keeps others out
         os.replace(folder, out)
@@ -82,6 +84,20 @@ def export(run_dir: Path, out: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def copy_picture(run_dir: Path, folder: Path) -> None:
+    """Copies the run's picture, as pixels: a link in its place could lead to any other file, and is left out."""
+    picture = run_dir / "pictures" / "evaluate.png"
+    if not picture.exists():
+        return
+    try:
+        if not picture.resolve().is_relative_to(run_dir.resolve()):
+            raise ValueError("it is a link that leads out of the run")
+        with Image.open(io.BytesIO(content(picture)), formats=["PNG"]) as sheet:
+            sheet.convert("RGB").save(folder / picture.name)
+    except Exception as error:  # Pillow raises whatever a damaged file leads its parsers to
+        print(f"{picture} is left out: {printable(str(error))}")
 
 
 def _export_graphs(net: DeepLab, folder: Path) -> dict[str, str]:
@@ -97,6 +113,13 @@ def _export_graphs(net: DeepLab, folder: Path) -> dict[str, str]:
     with torch.no_grad():
         try:
             program = torch.export.export(fixed, (photos[0],), dynamic_shapes={"image": free})
+            for node in (
+                n
+                for part in program.graph_module.modules()
+                if isinstance(part, torch.fx.GraphModule)
+                for n in part.graph.nodes
+            ):
+                node.meta.pop("stack_trace", None)  # the places of files on this machine, in pt2 and onnx alike
         except Exception as error:  # what a network does that cannot be traced raises anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"model.pt2 and model.onnx are left out, torch.export cannot trace this network: {reason:.200}")

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from esol.base.errors import EsolError
+from esol.base.strangers import content, printable
 from esol.data.photos import HEAD, NEEDS_HEIC, OTHERS, photo_format
 
 OUTPUTS = ("masks", "overlays", "cams", "confidence", "geotiff")  # the folders that predict writes into
@@ -101,11 +102,9 @@ def _refuse_outputs(photos: Path, out: Path) -> None:
 def _is_ours(folder: Path) -> bool:
     """Whether an earlier predict wrote into it, finished or not."""
     try:
-        if (folder / UNFINISHED).is_file() and (folder / UNFINISHED).read_bytes() == MARK.encode():
+        if (folder / UNFINISHED).exists() and content(folder / UNFINISHED) == MARK.encode():
             return True
-        if not (folder / REPORT).is_file():  # a pipe of that name would be waited for
-            return False
-        report = json.loads((folder / REPORT).read_bytes())
+        report = json.loads(content(folder / REPORT, 1 << 32))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(report, dict) and {"model", "classes", "images", "skipped"} <= report.keys()
@@ -245,11 +244,6 @@ def texts(paths: Iterable[str]) -> dict[str, str]:
 
 def _digest(path: str) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:10]
-
-
-def printable(text: str) -> str:
-    """For terminals: control characters and what is not Unicode are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _examples(what: str, paths: Sequence[str]) -> Iterator[str]:

@@ -11,8 +11,10 @@ from xml.etree.ElementTree import Element, indent, tostring
 import numpy as np
 from numpy.typing import NDArray
 
+from esol.base.errors import DataError
 from esol.base.files import atomic_write
 from esol.base.palette import VOID
+from esol.base.strangers import plain
 from esol.ops.shapes import Shape, raster, shapes, simpler
 
 SPECK = 16  # pixels: smaller parts are no objects of their own, and no outline says them well
@@ -66,7 +68,9 @@ class Writer:
         """Writes what stands once for all photos."""
 
     def save(self, place: str, data: bytes | str) -> None:
-        """A file below the folder."""
+        """A file below the folder; DataError for a place that leads out of it."""
+        if not plain(place):
+            raise DataError(f"{place!r} is no place below {self.out}")
         path = self.out / place
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)

@@ -46,7 +46,7 @@ def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     path = place / "segment" / WEIGHTS if run else place / WEIGHTS if place.is_dir() else place
     info = read_info(path)
     evaluated = records.read_manifest(place / "evaluate") if run else None
-    if segment and evaluated and evaluated.consumed["segment"] == segment.output:
+    if segment and evaluated and evaluated.consumed.get("segment") == segment.output:
         ran = evaluated.ran_with
         info = replace(info, evaluate=ran.section(PredictionConfig), precision=ran.engine.precision)
     model = BackboneConfig(info.backbone, output_stride=8, freeze="all")

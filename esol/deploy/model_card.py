@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esol.base.errors import CheckpointError
+from esol.base.strangers import markdown
 from esol.config import Config, PredictionConfig
 from esol.pipeline import records
 from esol.pipeline.cam import cam_stages
@@ -30,17 +31,21 @@ def model_card(run_dir: Path, info: ModelInfo, checks: Mapping[str, str], pictur
     checks: exported graph -> how it compares with PyTorch; pictured: whether evaluate.png lies beside the card.
     """
     found, manifest = records.finished(run_dir), records.need(run_dir, "segment")
-    name, config = run_dir.resolve().name, manifest.ran_with
+    name, config = markdown(run_dir.resolve().name), manifest.ran_with
     stale = records.outdated(run_dir)
     if stale:
         raise CheckpointError(f"{run_dir} is not of one piece: {'; '.join(stale)}. Run it to its end, then export it")
     learned, evaluated = manifest.results, found.get("evaluate")
-    source = "true masks" if info.masks == "truth" else f"pseudo masks ({info.masks}) that image-level labels led to"
+    source = (
+        "true masks"
+        if info.masks == "truth"
+        else f"pseudo masks ({markdown(info.masks)}) that image-level labels led to"
+    )
     parts = [
         f"# {name}: DeepLab-v2 on {info.backbone}\n\n"
         f"Labels every pixel of a photo as background or one of {len(info.classes)} classes: "
-        f"{', '.join(info.classes)}. It learned from {source}. Written by `esol export` from the run {name}, finished "
-        f"{manifest.finished}.",
+        f"{', '.join(map(markdown, info.classes))}. It learned from {source}. Written by `esol export` from the run "
+        f"{name}, finished {markdown(manifest.finished)}.",
         "![photos of the evaluation split, predictions, truth](evaluate.png)" if pictured else "",
         f"## Use\n\n{_usage(checks, info.evaluate)}",
         f"## Data\n\n{_data(config, manifest, learned, evaluated)}",
@@ -70,26 +75,29 @@ def _usage(checks: Mapping[str, str], test: PredictionConfig) -> str:
 
 def _data(config: Config, manifest: Manifest, learned: dict[str, Any], evaluated: Manifest | None) -> str:
     lines = [
-        f"- shard set {config.data.root}, content hash {manifest.consumed['data'][:16]}",
-        f"- segment learned from {learned.get('photos', 'the')} photos of the split {config.data.mask_split}",
+        # its name alone: the card goes to others, whom the folders of this machine do not concern
+        f"- shard set {markdown(Path(config.data.root).name)}, content hash "
+        f"{markdown(manifest.consumed.get('data', '')[:16])}",
+        f"- segment learned from {learned.get('photos', 'the')} photos of the split {markdown(config.data.mask_split)}",
     ]
     if own := [stage.name for stage in cam_stages() if stage.name in config.stages]:
-        lines.append(f"- {', '.join(own)} learned from the image-level labels of {config.data.train_split}")
+        lines.append(f"- {', '.join(own)} learned from the image-level labels of {markdown(config.data.train_split)}")
     if evaluated:
         about = evaluated.results
-        lines.append(f"- evaluated on {about['photos']} photos of the split {about['split']}")
+        where = markdown(about.get("split", "?"))
+        lines.append(f"- evaluated on {about.get('photos', '?')} photos of the split {where}")
     return "\n".join(lines)
 
 
 def _recipe(config: Config, info: ModelInfo, manifest: Manifest) -> str:
     own = config.section(SegmentConfig)
-    versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
+    versions = ", ".join(markdown(f"{name} {number}") for name, number in manifest.versions.items())
     lines = [
         f"- stages: {' -> '.join(config.stages)}",
         f"- segment: {own.duration}, {own.global_batch} photos a step, {own.optimizer}, learning rate {own.step_lr:g}, "
         f"ASPP times {own.head_lr:g}, crop {own.crop}, scale {own.scale[0]:g} to {own.scale[1]:g}, dilations "
         f"{', '.join(map(str, info.rates))}, {'class-balanced ' if own.balance else ''}cross entropy",
-        f"- initial weights: {info.initial_weights}",
+        f"- initial weights: {markdown(info.initial_weights)}",
         f"- seed {config.seed}, {config.engine.precision}, {manifest.world_size} process(es), {versions}",
     ]
     return "\n".join(lines)
@@ -120,8 +128,8 @@ def _limits(info: ModelInfo, evaluated: Manifest | None) -> str:
     found = {name: classes[name]["iou"] for name in info.classes if "iou" in classes.get(name, {})}
     if found:
         worst = min(found, key=lambda name: found[name])
-        lines.append(f"- Weakest class: {worst}, IoU {found[worst]:.1f}.")
+        lines.append(f"- Weakest class: {markdown(worst)}, IoU {found[worst]:.1f}.")
     if evaluated and (absent := [name for name in info.classes if name not in found]):
-        lines.append(f"- Not scored, for want of truth: {', '.join(absent)}.")
+        lines.append(f"- Not scored, for want of truth: {', '.join(map(markdown, absent))}.")
     lines.append("- The numbers hold for the split named above; nothing was measured on other photos.")
     return "\n".join(lines)

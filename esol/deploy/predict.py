@@ -20,11 +20,12 @@ from torch import Tensor
 from esol.base.errors import DataError, EsolError
 from esol.base.files import atomic_write
 from esol.base.progress import progress
+from esol.base.strangers import printable
 from esol.config import MapsConfig
 from esol.data.samples import encode_mask, encode_png
 from esol.data.tiff import encode_geotiff, place_on_earth
 from esol.data.transforms import decode, within
-from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, printable, texts
+from esol.deploy.gather import MARK, REPORT, UNFINISHED, distinct, gather, output_names, texts
 from esol.deploy.model import Model
 from esol.models.folded import for_inference
 from esol.ops.class_maps import class_maps
@@ -85,7 +86,7 @@ def predict(
                 skipped |= {path: answer for path, answer in answers.items() if isinstance(answer, str)}
                 work.tell("")
         said = texts((*images, *skipped))
-        report = {"model": texts([str(model)])[str(model)], "classes": loaded.info.classes, "fast": fast}
+        report = {"model": texts([own := model.resolve().name])[own], "classes": loaded.info.classes, "fast": fast}
         report["images"] = {said[path]: images[path] for path in sorted(images)}
         report["skipped"] = {said[path]: skipped[path] for path in sorted(skipped)}
         report["not_pictures"] = found.others.total()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from esol.base.strangers import lines
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -51,4 +52,4 @@ class Context:
     def say(self, text: str) -> None:
         """Prints a line, once per job."""
         if self.engine.is_main:
-            print(text, flush=True)
+            print(lines(text), flush=True)

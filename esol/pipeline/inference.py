@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ from esol.data.samples import write_mirror_shard
 from esol.data.transforms import decode
 from esol.ops.tiles import portions
 from esol.pipeline.crew import TOGETHER, Crew
-from esol.pipeline.made import truth_of
+from esol.pipeline.made import ARRAY_ERRORS, read_arrays, truth_of
 from esol.pipeline.registry import Stage
 from esol.pipeline.scores import Results
 from esol.report.pictures import Pixels, paint, sheet
@@ -258,21 +256,18 @@ def _finish(stage: InferenceStage[Any], crew: Crew, ordinals: Sequence[int]) -> 
 def _finished(folder: Path, spec: str, writes: bool) -> bool:
     """Whether a shard's two files are there and undamaged."""
     try:
-        with np.load(folder / f"{spec}.counts.npz", allow_pickle=False) as counts:
-            members = {key: counts[key] for key in counts.files}  # reading checks every member's checksum
+        members = read_arrays(folder / f"{spec}.counts.npz")  # reading checks every member's checksum
         return not writes or sha256(folder / spec) == str(members[_SHARD])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+    except ARRAY_ERRORS:
         return False
 
 
 def _sum(paths: Iterator[Path]) -> Tally:
     total: Tally = {}
     for path in paths:
-        with np.load(path, allow_pickle=False) as counts:
-            for key in counts.files:
-                if key == _SHARD:
-                    continue
-                total[key] = total[key] + counts[key] if key in total else counts[key]
+        for key, counts in read_arrays(path).items():
+            if key != _SHARD:
+                total[key] = total[key] + counts if key in total else counts
     return total
 
 

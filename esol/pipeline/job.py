@@ -12,6 +12,7 @@ from PIL import Image
 
 from esol.base.errors import LaunchError
 from esol.base.files import atomic_write, hold, writable
+from esol.base.strangers import refuse_links
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -26,12 +27,18 @@ from esol.pipeline.registry import table
 from esol.pipeline.runner import check_splits, chosen, run_stages
 from esol.pipeline.store import Store
 from esol.pipeline.weights import WEIGHTS
-from esol.report.page.page import PAGE, write_page
+from esol.report.page.layers import FILES
+from esol.report.page.page import FIRST, PAGE, write_page
 from esol.report.tables import aligned, headline, short_report, stage_rows, summary
-from esol.tracking.tracker import Tracker
+from esol.tracking.mlflow_store import STATE
+from esol.tracking.tracker import JSONL, MLFLOW_LOG, Tracker
 from esol.training.loop import Stopped, StopSignal
 
 EXAMPLE = 128  # pixels, long side of the photo that MLflow shows as an example of what the model takes
+_WRITTEN = (".lock", "resolved.yaml", JSONL, MLFLOW_LOG, STATE, f".{STATE}.lock", records.RESULTS, PAGE, f"{PAGE}.tmp",
+            FIRST, FILES, "pictures", "stalled", "features")  # fmt: skip
+"""In the run directory, besides the folders of stages."""
+
 _PATIENCE = 60  # seconds for an earlier job in the same run directory to be gone
 
 
@@ -64,6 +71,7 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
     names = [stage.name for stage in chosen(config, only)]
     needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
     writable(run_dir)
+    refuse_links(*(run_dir / name for name in _WRITTEN))
     busy = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)

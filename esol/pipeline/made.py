@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,28 @@ class _OfRun(Protocol):
 
     @property
     def run_dir(self) -> Path: ...
+
+
+MOST_ARRAYS = 1 << 32  # bytes of an .npz, unpacked: maps of 40 classes of a photo of 100 million pixels
+ARRAY_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a damaged .npz may raise."""
+
+
+def read_arrays(file: IO[bytes] | Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz, without objects; ARRAY_ERRORS, ValueError where they would fill more than MOST_ARRAYS."""
+    with np.load(file, allow_pickle=False) as arrays:
+        if (size := sum(member.file_size for member in arrays.zip.infolist())) > MOST_ARRAYS:
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        return {name: arrays[name] for name in arrays.files}
 
 
 class StageShards:
@@ -56,8 +80,12 @@ class StageShards:
 
     def arrays(self, ordinal: int, member: str) -> dict[str, NDArray[Any]]:
         """An .npz member."""
-        with np.load(io.BytesIO(self.read(ordinal, member)), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        try:
+            return read_arrays(io.BytesIO(self.read(ordinal, member)))
+        except ARRAY_ERRORS as error:
+            raise DataError(
+                f"{self._stage}, sample {self._keys[ordinal]}: .{member} holds no arrays ({error})"
+            ) from error
 
     def label_map(self, ordinal: int, member: str) -> NDArray[np.uint8]:
         """A .png member: (H, W), 0 background, 1..C, 255 void."""

@@ -15,7 +15,9 @@ from torch import Tensor
 from esol.base.errors import CheckpointError, ConfigError
 from esol.base.files import atomic_write
 from esol.base.schema import build
+from esol.base.strangers import json_tree
 from esol.config import PredictionConfig
+from esol.data.index import check_classes
 
 FORMAT = "esol-deeplab 2"
 
@@ -55,6 +57,8 @@ def describe(info: ModelInfo) -> dict[str, Any]:
 def read_info(path: Path) -> ModelInfo:
     """The header alone; CheckpointError where the file is no model of ours."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no file")
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except FileNotFoundError as error:
@@ -65,11 +69,23 @@ def read_info(path: Path) -> ModelInfo:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     try:
-        about: dict[str, Any] = json.loads(header["esol"])
+        about: dict[str, Any] = json_tree(header["esol"])
         if (found := about.pop("format")) != FORMAT:
             raise CheckpointError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
-        evaluate = build(PredictionConfig, about["evaluate"], "evaluate")
+        evaluate = build(PredictionConfig, about["evaluate"], "evaluate", expand=False)
         values = {**about, "evaluate": evaluate, "classes": tuple(about["classes"]), "rates": tuple(about["rates"])}
-        return ModelInfo(**values)
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} is no DeepLab that esol wrote (its header: {error!r})") from error
+        _check(info := ModelInfo(**values))
+        return info
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{path} is no DeepLab that esol wrote (its header: {error!r:.300})") from error
+
+
+def _check(info: ModelInfo) -> None:
+    """ValueError where a header says what no DeepLab of ours has."""
+    check_classes(info.classes)
+    for name in ("backbone", "masks", "initial_weights", "precision"):
+        if not isinstance(value := getattr(info, name), str):
+            raise ValueError(f"{name} = {value!r:.80}")
+    for name, numbers, most in (("rates", info.rates, 1000), ("photo_side", (info.photo_side,), 1 << 20)):
+        if not 1 <= len(numbers) <= 16 or not all(type(n) is int and 1 <= n <= most for n in numbers):
+            raise ValueError(f"{name} = {numbers!r:.80}")

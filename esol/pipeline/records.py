@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from esol.base.errors import CheckpointError, ConfigError, EsolError
 from esol.base.files import sha256
 from esol.base.progress import progress
+from esol.base.strangers import content, json_tree, plain
 from esol.config import Config
-from esol.pipeline.config_file import from_tree
+from esol.pipeline.config_file import from_record
 from esol.pipeline.scores import Scores, scores_from
 
 FORMAT = "esol-stage 3"
@@ -60,7 +61,7 @@ class Manifest:
     def ran_with(self) -> Config:
         """The config of the run that made it; CheckpointError where this program cannot read that any more."""
         try:
-            return from_tree(self.config)
+            return from_record(self.config)
         except ConfigError as error:
             raise CheckpointError(f"the config in the manifest of {self.stage} cannot be read: {error}") from error
 
@@ -97,14 +98,49 @@ def read_manifest(folder: Path) -> Manifest | None:
     """A stage's manifest, None where there is none or another version wrote it; CheckpointError where it is damaged."""
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json_tree(content(path))
         if not isinstance(tree, dict):
             raise ValueError("it holds no object")
-        return Manifest(**tree) if tree.pop("format", None) == FORMAT else None
+        if tree.pop("format", None) != FORMAT:
+            return None
+        _check(manifest := Manifest(**tree), folder)
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete {folder} to run the stage again") from error
+
+
+_KINDS = {"str": str, "int": int, "dict": dict}
+_NUMBERS = ("seconds", "judge", "lost", "photos", "loss")  # of results, those that readers count with
+_WORDS = ("masks", "write", "initial_weights", "split")  # and those that they write down
+
+
+def _check(manifest: Manifest, folder: Path) -> None:
+    """ValueError where a manifest is none that a stage in this folder has written."""
+    for field in fields(manifest):
+        kind, value = _KINDS[str(field.type).partition("[")[0]], getattr(manifest, field.name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{field.name} = {value!r:.80}")
+    if manifest.stage != folder.name or not manifest.stage.isidentifier():
+        raise ValueError(f"stage = {manifest.stage!r:.80}: another folder's")
+    for file, written in manifest.outputs.items():
+        about = written if isinstance(written, dict) else {}
+        if not plain(file) or not (isinstance(about.get("bytes"), int) and isinstance(about.get("sha256"), str)):
+            raise ValueError(f"outputs: {file!r:.80}")
+    for name, value in manifest.results.items():
+        number = value is None or isinstance(value, (int, float))
+        if name in _NUMBERS or name.endswith("_judge"):
+            fits = number and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, str) or (number and name not in _WORDS)
+        if not fits:
+            raise ValueError(f"results: {name!r:.80} = {value!r:.80}")
+    for name in ("consumed", "versions"):
+        if not all(isinstance(value, str) for value in getattr(manifest, name).values()):
+            raise ValueError(f"{name} holds what is no text")
+    if not isinstance(manifest.scored.get("scores"), dict) or not isinstance(manifest.scored.get("last"), str):
+        raise ValueError("scored has no scores")
 
 
 def made_by_another_version(folder: Path) -> bool:

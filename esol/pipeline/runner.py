@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from esol.base.errors import CheckpointError, ConfigError, DataError
+from esol.base.strangers import refuse_links
 from esol.config import Config
 from esol.data.index import Index
 from esol.engines.base import gather_text
@@ -109,6 +110,8 @@ def _look(context: Context, stage: type[Stage], store: Store) -> dict[str, Any]:
             store.plan([stage.name])
             state = store.state(stage.name)
             task |= {"why": state.why, "had": state.manifest is not None}
+            if state.why:
+                refuse_links(context.run_dir / stage.name)
             task |= {"settings": store.settings(stage.name), "fingerprint": store.stamp(stage.name)}
             if not state.why:
                 store.write_results()  # its folder may come from another run

@@ -40,7 +40,10 @@ class Scores:
         numbers = {name: _number(tree[name]) for name in ("miou", "precision", "recall")}
         more = {name: _number(value) for name, value in tree["more"].items()}
         classes = {c: {m: _number(v) for m, v in own.items()} for c, own in tree["classes"].items()}
-        return cls(tree["split"], **numbers, threshold=tree["threshold"], more=more, classes=classes)
+        split, threshold = tree["split"], tree["threshold"]
+        if not isinstance(split, str) or not (threshold in (None, "auto") or isinstance(threshold, float)):
+            raise TypeError(f"split = {split!r}, threshold = {threshold!r}")
+        return cls(split, **numbers, threshold=threshold, more=more, classes=classes)
 
 
 def by_class(score: Score, classes: tuple[str, ...], *measures: str) -> dict[str, dict[str, float]]:
@@ -84,8 +87,8 @@ def scores_from(tree: Mapping[str, Any], where: str) -> dict[str, Scores]:
     """The scores of a manifest; CheckpointError where they cannot be read."""
     try:
         return {name: Scores.from_tree(own) for name, own in tree["scores"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: its scores cannot be read ({error!r})") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where}: its scores cannot be read ({error!r:.200})") from error
 
 
 def _number(value: float | None) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esol.base.strangers import markdown
 from esol.pipeline import records
 from esol.pipeline.masks import highest
 from esol.pipeline.records import Manifest
@@ -37,15 +39,17 @@ def _row(name: str, own: Manifest, best: bool) -> StageRow:
     results, judge, remark = own.results, own.results.get("judge"), ""
     if own.makes == "maps":
         judge = results.get(f"{results.get('write')}_judge")
-        remark = f"hands on the maps of {results.get('write')}"
+        remark = f"hands on the maps of {markdown(str(results.get('write')))}"
     elif own.makes in ("masks", "predictions"):
         parts = ["the judge's choice"] if best else []
         parts += [f"{results['lost']:.0f} % of the labels lost"] if results.get("lost") else []
-        parts += [f"learned from {results['masks']}"] if "masks" in results else []
+        parts += [f"learned from {markdown(results['masks'])}"] if "masks" in results else []
         remark = "; ".join(parts)
     elif isinstance(results.get("loss"), float):
         remark = f"loss {results['loss']:.3g}"
-    return StageRow(name, results.get("seconds", 0.0), judge, own.last_scores.miou if own.last_scores else None, remark)
+    return StageRow(
+        name, results.get("seconds") or 0.0, judge, own.last_scores.miou if own.last_scores else None, remark
+    )
 
 
 def headline(found: Mapping[str, Manifest]) -> dict[str, float]:
@@ -66,8 +70,8 @@ def headline(found: Mapping[str, Manifest]) -> dict[str, float]:
 
 def best_masks(found: Mapping[str, Manifest]) -> str:
     """The mask stage with the highest judge, "" where there is none."""
-    judged = {n: own.results["judge"] for n, own in found.items() if own.makes == "masks" and "judge" in own.results}
-    return highest(judged)
+    judged = {n: own.results.get("judge") for n, own in found.items() if own.makes == "masks"}
+    return highest({name: judge for name, judge in judged.items() if judge is not None})
 
 
 def short_report(run_dir: Path) -> str:
@@ -92,7 +96,8 @@ def aligned(text: str) -> str:
     lines, block = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
-            block.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+            block.append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells])
             continue
         lines += _columns_of(block)
         block = []
@@ -128,7 +133,7 @@ def results_table(run_dir: Path) -> str:
     lines = [*summary(found).splitlines(), *(f"\nout of date: {line}" for line in records.outdated(run_dir))]
     lines += ["", "| stage | metric | value |", "|---|---|---|"]
     lines += [
-        f"| {stage} | {name} | {_text(value)} |"
+        f"| {stage} | {markdown(name)} | {_text(value)} |"
         for stage, own in found.items()
         if own.makes not in ("maps", "masks", "predictions")
         for name, value in own.results.items()
@@ -167,7 +172,7 @@ def summary(found: Mapping[str, Manifest]) -> str:
     lines = ["| what | split | mIoU | precision | recall | initial weights |", "|---|---|---|---|---|---|"]
     for what, scores, weights in rows:
         measures = " | ".join(_text(getattr(scores, name), ".2f") for name in _MEASURES)
-        lines.append(f"| {what} | {scores.split} | {measures} | {weights} |")
+        lines.append(f"| {what} | {markdown(scores.split)} | {measures} | {markdown(weights)} |")
     return "\n".join(lines) if rows else "nothing was scored: no split of the run has masks"
 
 
@@ -175,11 +180,13 @@ def _spoken_of(stage: str, own: Manifest, which: str, scores: Scores) -> str | N
     """What a score is of, for people; None for one that stands beside another, at another threshold."""
     crf = {"plain": "", "crf": " + CRF"}
     if own.makes == "maps":
-        return None if "_at_" in which else f"seeds of {which}, best threshold {_text(scores.threshold, '.2f')}"
+        return (
+            None if "_at_" in which else f"seeds of {markdown(which)}, best threshold {_text(scores.threshold, '.2f')}"
+        )
     if which not in crf:
         return None
     if own.makes == "predictions":
-        return f"DeepLab, learned from {own.results['masks']}{crf[which]}"
+        return f"DeepLab, learned from {markdown(own.results.get('masks', '?'))}{crf[which]}"
     return stage + ("" if scores.threshold is None else f" at threshold {scores.threshold}") + crf[which]
 
 
@@ -205,10 +212,10 @@ def _by_source(own: Manifest) -> dict[str, dict[str, Any]]:
 
 def _columns(what: str, columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table with a column for each name."""
-    lines = [f"| {what} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines = [f"| {what} | " + " | ".join(map(markdown, columns)) + " |", "|---|" + "---|" * len(columns)]
     for key in dict.fromkeys(key for own in columns.values() for key in own):
         row = (_text(own[key]) if key in own else "" for own in columns.values())
-        lines.append(f"| {key} | " + " | ".join(row) + " |")
+        lines.append(f"| {markdown(key)} | " + " | ".join(row) + " |")
     return lines
 
 
@@ -218,13 +225,13 @@ def per_class(scores: Scores) -> str:
     for label, values in scores.classes.items():
         if values:  # a class that the truth lacks has none
             cells = (_text(values.get(name), ".2f") for name in ("iou", "precision", "recall"))
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown(label)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _text(value: float | str | None, form: str = ".4g") -> str:
     if value is None or isinstance(value, str):
-        return value or "-"
+        return markdown(value or "-")
     return "-" if math.isnan(value) else format(value, form)
 
 
@@ -237,7 +244,7 @@ def verdicts(scores: Mapping[str, Scores]) -> list[str]:
         ("expand", start, "body_recall" if body else "recall"),
         ("shrink", "expand", "precision"),
     ):
-        if not {source, before} <= scores.keys():
+        if not {source, before, f"{source}_at_cam", f"{before}_at_cam"} <= scores.keys():
             continue
         parts = []
         for name, suffix, where in (
@@ -254,4 +261,4 @@ def verdicts(scores: Mapping[str, Scores]) -> list[str]:
 
 
 def _value(scores: Scores, name: str) -> float:
-    return float(getattr(scores, name) if name in _MEASURES else scores.more[name])
+    return float(getattr(scores, name) if name in _MEASURES else scores.more.get(name, math.nan))

@@ -23,6 +23,7 @@ import yaml
 
 from esol.base.errors import EsolError
 from esol.base.files import atomic_write, hold
+from esol.base.strangers import content, json_tree, printable
 from esol.tracking.mlflow_store import (
     BESIDE,
     DATASET,
@@ -50,15 +51,15 @@ def replay(run_dir: Path, uri: str = "") -> int:
     if not (run_dir / JSONL).is_file():
         raise EsolError(f"{run_dir} holds no {JSONL}: give the run_dir of a run")
     experiment = "esol"
-    with contextlib.suppress(OSError, KeyError, TypeError, yaml.YAMLError):
-        settings = yaml.safe_load((run_dir / "resolved.yaml").read_text())["tracking"]
-        experiment, uri = settings["experiment"], uri or settings["uri"]
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        settings = yaml.safe_load(content(run_dir / "resolved.yaml"))["tracking"]
+        experiment, uri = str(settings["experiment"]), uri or str(settings["uri"])
     follower = _Follower(run_dir, "" if uri == "none" else uri, experiment)
     try:
         sent = follower.send()
     except Exception as error:
         raise EsolError(f"MLflow at {follower.uri} failed, try again: {_first_line(error)}") from error
-    print(f"sent {sent} records of {run_dir} to {follower.uri}")
+    print(f"sent {sent} records of {run_dir} to {printable(follower.uri)}")
     if follower.refused:
         print(f"MLflow refused {follower.refused} more for good; {run_dir / JSONL} has them", file=sys.stderr)
     return follower.refused
@@ -135,8 +136,8 @@ class _Follower:
 
         client = MlflowClient(self.uri)
         try:
-            state = json.loads((self._run_dir / STATE).read_text())
-            if not isinstance(state, dict) or not {"uri", "offset", "identity", "parent", "stages"} <= state.keys():
+            state = json_tree(content(self._run_dir / STATE))
+            if not _is_state(state):
                 state = {}
         except (OSError, ValueError):
             state = {}
@@ -165,7 +166,7 @@ class _Follower:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(self._name(run, prefix + name), value, int(record["time"] * 1000), record.get("step", 0))
+            Metric(self._name(run, prefix + name), value, _milliseconds(record), record.get("step", 0))
             for record in records
             for name, value in record["metrics"].items()
             if value is not None
@@ -198,7 +199,7 @@ class _Follower:
         elif event == "begin":
             self._begin(record)
         elif event == "end":
-            self._client.set_terminated(self._run_of(stage), record["status"], int(record["time"] * 1000))
+            self._client.set_terminated(self._run_of(stage), record["status"], _milliseconds(record))
             if stage:
                 self._state["stages"][stage]["open"] = record["status"] != "FINISHED"
         elif event == "results":
@@ -230,7 +231,7 @@ class _Follower:
         from mlflow.entities import Dataset, DatasetInput, Param, RunTag
 
         if not self._state["parent"] or self._state["identity"] != record["identity"]:
-            run = self._client.create_run(self._experiment_id, int(record["time"] * 1000), run_name=self._run_dir.name)
+            run = self._client.create_run(self._experiment_id, _milliseconds(record), run_name=self._run_dir.name)
             self._state |= {"parent": run.info.run_id, "identity": record["identity"], "stages": {}}
             self._save_state()
             params = [Param(mlflow_name(key), value[:PARAM]) for key, value in record["params"].items()]
@@ -246,7 +247,8 @@ class _Follower:
         self._client.log_batch(
             parent, tags=[RunTag(mlflow_name(key), value[:TAG]) for key, value in record["tags"].items()]
         )
-        if (self._run_dir / "resolved.yaml").is_file():
+        resolved = self._run_dir / "resolved.yaml"
+        if resolved.is_file() and not resolved.is_symlink():
             self._client.log_artifact(parent, str(self._run_dir / "resolved.yaml"))
 
     def _begin(self, record: dict[str, Any]) -> None:
@@ -257,7 +259,7 @@ class _Follower:
             return
         run = self._client.create_run(
             self._experiment_id,
-            int(record["time"] * 1000),
+            _milliseconds(record),
             {"mlflow.parentRunId": self._run_of(None), "stage": record["stage"]},
             f"{self._run_dir.name} {record['stage']}",
         )
@@ -268,10 +270,26 @@ class _Follower:
 def _parse(line: bytes) -> dict[str, Any]:
     """A record with its length in bytes; half a line that a killed process left is an empty one."""
     try:
-        record = json.loads(line)
+        record = json_tree(line)
     except ValueError:
         record = {}
     return {**(record if isinstance(record, dict) else {}), "bytes": len(line)}
+
+
+def _milliseconds(record: dict[str, Any]) -> int:
+    """When it was written, since the epoch; ValueError for a time that no clock shows, which a database cannot hold."""
+    if not 0 <= record["time"] < 1e11:
+        raise ValueError(f"time = {record['time']!r:.80}")
+    return int(record["time"] * 1000)
+
+
+def _is_state(tree: Any) -> bool:
+    """Whether this is what a follower notes of how far it came."""
+    kinds = {"uri": str, "offset": int, "identity": str, "parent": str, "stages": dict}
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(name), kind) for name, kind in kinds.items()):
+        return False
+    stages = [stage if isinstance(stage, dict) else {} for stage in tree["stages"].values()]
+    return tree["offset"] >= 0 and all(isinstance(s.get("run"), str) and "open" in s for s in stages)
 
 
 def _follow(run_dir: Path, uri: str, experiment: str) -> int:
@@ -301,7 +319,7 @@ def _follow(run_dir: Path, uri: str, experiment: str) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ def for_good(error: Exception) -> bool:
     if isinstance(error, json.JSONDecodeError):  # a garbled answer of the server's
         return False
     code = getattr(error, "error_code", "")
-    return isinstance(error, (KeyError, TypeError, ValueError, AttributeError, PermissionError)) or code in _REFUSALS
+    return (
+        isinstance(error, (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, PermissionError))
+        or code in _REFUSALS
+    )
 
 
 def follow_the_move(database: Path, artifacts: str) -> None:
@@ -76,7 +79,7 @@ def follow_the_move(database: Path, artifacts: str) -> None:
                     if gone or (database.parent / "mlartifacts" / inside).exists():
                         moved = f"UPDATE {table} SET {column} = ? WHERE {key} = ?"
                         store.execute(moved, (f"{artifacts}/{inside}", run))
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         if "no such table" not in str(error):  # MLflow makes its tables on first use
             _LOG.warning("%s still names the old place of the pictures: %s", database, error)
             print(

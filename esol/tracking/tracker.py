@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from esol.base.schema import fingerprint, finite
+from esol.base.strangers import without_following
 from esol.config import Config
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Tracker:
         if not self._active:
             return self
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._run_dir / JSONL, "ab+")
+        self._file = open(self._run_dir / JSONL, "ab+", opener=without_following)
         if self._file.tell():
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":  # a killed process left half a line
@@ -166,7 +167,7 @@ def _start_follower(run_dir: Path, uri: str, experiment: str) -> subprocess.Pope
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     try:
-        with open(run_dir / MLFLOW_LOG, "ab") as log:
+        with open(run_dir / MLFLOW_LOG, "ab", opener=without_following) as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "esol.tracking.follower", str(run_dir.resolve()), uri, experiment],
                 stdin=subprocess.PIPE,

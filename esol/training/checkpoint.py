@@ -20,6 +20,7 @@ import torch
 from esol.base.errors import CheckpointError
 from esol.base.files import atomic_write, sha256, sync_folder
 from esol.base.schema import differing, finite
+from esol.base.strangers import content, json_tree, plain
 from esol.engines.base import Engine, gather_text
 
 _LOG = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class Checkpointer:
             return None
         path = self.folder / f"step-{step}"
         try:
-            manifest = json.loads((path / _MANIFEST).read_text())
+            manifest = json_tree(content(path / _MANIFEST))
             self._engine.load(path, step)
         except (CheckpointError, OSError, ValueError) as problem:
             error = f"{problem} (all ranks must see the same folder {self.folder})"
@@ -230,13 +231,17 @@ class Checkpointer:
 def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there and undamaged; CheckpointError names what is not."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest: dict[str, Any] = json_tree(content(path / _MANIFEST))
         if manifest["format"] != _FORMAT:
-            raise CheckpointError(f"{path} has format {manifest['format']!r}, this program reads {_FORMAT!r}")
+            raise CheckpointError(f"{path} has format {manifest['format']!r:.80}, this program reads {_FORMAT!r}")
+        if path.name != f"step-{manifest['step']}" or not isinstance(manifest["notes"], dict):
+            raise ValueError("it is that of another step")
         for name, expected in manifest["files"].items():
+            if not plain(name) or not (path / name).is_file():
+                raise ValueError(f"{name!r:.80} is no file of it")
             if (path / name).stat().st_size != expected["bytes"] or sha256(path / name) != expected["sha256"]:
                 raise CheckpointError(f"{path / name} is damaged: its content is not what was written")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return manifest
 
@@ -250,4 +255,4 @@ def _make_empty(temporary: Path) -> None:
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """The finished checkpoints, oldest first."""
     found = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
-    return sorted((int(number), path) for number, path in found if number.isdecimal())
+    return sorted((int(number), path) for number, path in found if number.isdecimal() and len(number) < 19)

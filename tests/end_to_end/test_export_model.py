@@ -10,13 +10,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import BIN
+from tiny import BIN, ROOT
 
 from esol.config import BackboneConfig
 from esol.data.index import Index
@@ -150,6 +151,18 @@ def test_the_model_card_is_the_runs(one: Path, exported: Path) -> None:
         assert part in card, part
     config = json.loads((exported / "config.json").read_text())
     assert config["classes"] == ["cactus", "fish", "mushroom", "rocket", "snail"]
+
+
+def test_no_file_names_a_folder_of_the_machine_that_exported_it(exported: Path) -> None:
+    folders = (str(ROOT), str(exported.parent), str(Path(torch.__file__).parents[1]))
+    files = [path for path in exported.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as parts:
+                data = b"".join(map(parts.read, parts.namelist()))
+        assert not [folder for folder in folders if folder.encode() in data], path
 
 
 def test_mlflow_serves_the_model_and_answers(exported: Path, photos: Path, tmp_path: Path) -> None:

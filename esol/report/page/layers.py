@@ -24,17 +24,22 @@ from PIL import Image
 from esol.base.errors import DataError
 from esol.base.files import atomic_write
 from esol.base.palette import VOID
+from esol.base.strangers import content, json_tree
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
 from esol.data.transforms import decode
 from esol.ops.metrics import confusion_matrix, score
 from esol.pipeline.made import StageShards
+from esol.pipeline.records import file_hash
 from esol.report.judge import Evidence
 
 FILES = "report_files"
 CHUNK = 50  # photos a file
 SIDE, THUMB, MAP = 320, 96, 80  # pixels, long sides: of a photo, of its thumbnail, of a class map
+MOST_NUMBERS = 1 << 30  # bytes of a layer's numbers: of 100,000 photos, with their thumbnails, a quarter of it
+_BEFORE, _BEHIND = "ESOL.add(...", ");\n"
+_seen: set[str] = set()  # hashes of layers' files that this process has written or looked through
 Beat = Callable[[str], None]
 
 
@@ -207,17 +212,43 @@ def _write(
     """
     stamp = f"{stamp} {hashlib.sha256(album.ordinals.tobytes()).hexdigest()[:16]}"
     about = album.folder / f"{layer}.json"
-    if about.exists() and json.loads(about.read_text()).get("stamp") == stamp:
+    if read_numbers(album.folder, layer).get("stamp") == stamp and all(
+        _ours(album.folder / f"{layer}-{start // CHUNK:04d}.js") for start in range(0, len(album.ordinals), CHUNK)
+    ):
         return
     album.folder.mkdir(exist_ok=True)
     about.unlink(missing_ok=True)
     for start, ordinals in album.chunks(layer):
-        call = json.dumps([layer, start, [entry(ordinal) for ordinal in ordinals]], separators=(",", ":"))
-        atomic_write(album.folder / f"{layer}-{start // CHUNK:04d}.js", f"ESOL.add(...{call});\n")
+        call = script([layer, start, [entry(ordinal) for ordinal in ordinals]])
+        path = album.folder / f"{layer}-{start // CHUNK:04d}.js"
+        atomic_write(path, f"{_BEFORE}{call}{_BEHIND}")
+        _seen.add(file_hash(path))
     atomic_write(about, json.dumps({"stamp": stamp, **numbers()}))
 
 
 def read_numbers(folder: Path, layer: str) -> dict[str, Any]:
     """The numbers of a layer's photos; empty where it is not there."""
-    path = folder / f"{layer}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        tree = json_tree(content(folder / f"{layer}.json", MOST_NUMBERS))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def script(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a layer's file is a call with data, such as is written here: a page runs what is in it."""
+    try:
+        if (known := file_hash(path)) not in _seen:
+            text = content(path).decode()
+            data = text.removeprefix(_BEFORE).removesuffix(_BEHIND)
+            if text != f"{_BEFORE}{data}{_BEHIND}" or script(json_tree(data)) != data:
+                return False
+            _seen.add(known)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -7,7 +7,7 @@ report_files/ as scripts, so that it works without a server. Whatever comes from
 from __future__ import annotations
 
 import csv
-import json
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from esol.base.files import atomic_write
 from esol.base.palette import voc_palette
+from esol.base.strangers import content, json_tree, refuse_links, without_following
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -30,11 +32,13 @@ from esol.report.tables import best_masks, stage_rows, summary_rows
 
 PAGE, FIRST = "report.html", "draw_first.csv"
 EMBEDDED = 500  # photos that one file holds whole
+MOST_METRICS = 1 << 30  # bytes of metrics.jsonl: of some ten million steps
 FIRST_COUNT = 20  # photos to draw first
 
 
 def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader, beat: layers.Beat) -> Path:
     """Writes the page anew from all stages that have finished, and returns its path; beat: tells the watchdog."""
+    refuse_links(run_dir / FILES)
     album = Album(run_dir, index, reader, _photos(config, index), beat)
     found = records.manifests(run_dir)
     layers.write_photos(album)
@@ -56,7 +60,7 @@ def write_page(run_dir: Path, config: Config, index: Index, reader: ShardReader,
     about = _about(album, shown, best, drawn["shapes"])
     _write_first(run_dir, about)
     target, temporary = run_dir / PAGE, run_dir / f"{PAGE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as page:
+    with open(temporary, "w", encoding="utf-8", opener=without_following) as page:
         for part in _parts(run_dir, config, album, found, about, drawn["thumbs"]):
             page.write(part)
     temporary.replace(target)
@@ -98,11 +102,12 @@ def _write_first(run_dir: Path, about: Mapping[str, Any]) -> None:
     """draw_first.csv: the photos whose masks the judge trusts least, which are worth drawing first."""
     if not about["best"]:
         return
-    with open(run_dir / FIRST, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("photo", "judge", "classes that its mask lacks"))
-        for photo in _first_photos(about):
-            rows.writerow((photo["key"], photo["judge"], ";".join(about["classes"][c] for c in photo["lost"] or ())))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("photo", "judge", "classes that its mask lacks"))
+    for photo in _first_photos(about):
+        rows.writerow((photo["key"], photo["judge"], ";".join(about["classes"][c] for c in photo["lost"] or ())))
+    atomic_write(run_dir / FIRST, text.getvalue())
 
 
 def _first_photos(about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -139,22 +144,17 @@ def _parts(
     yield _chain(config, found)
     yield _charts(run_dir, album, found)
     yield from _pictures(run_dir)
-    yield f"</main><footer>esol, {time.strftime('%Y-%m-%d %H:%M')}. The numbers: esol report {escape(str(run_dir))}."
+    yield f"</main><footer>esol, {time.strftime('%Y-%m-%d %H:%M')}. The numbers: esol report {title}."
     yield " DeepLab needs no label to predict.</footer>"
-    yield f"<script>const ABOUT={_json(about)};\n{script}</script>"
+    yield f"<script>const ABOUT={layers.script(about)};\n{script}</script>"
     for start in range(0, len(thumbs), 500):
-        yield f"<script>ESOL.thumbs({json.dumps(thumbs[start : start + 500])})</script>\n"
+        yield f"<script>ESOL.thumbs({layers.script(thumbs[start : start + 500])})</script>\n"
     if not about["files"]:
         for layer in about["layers"]:
             for start in range(0, len(album.ordinals), CHUNK):
                 name = f"{layer['name']}-{start // CHUNK:04d}.js"
                 yield f"<script>{(album.folder / name).read_text()}</script>\n"
     yield "<script>ESOL.start()</script></body></html>\n"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _sentence(album: Album, found: Mapping[str, Manifest], about: Mapping[str, Any]) -> str:
@@ -268,21 +268,22 @@ def _losses(run_dir: Path) -> dict[str, list[tuple[float, float]]]:
     """Stage -> (step, loss); a step that was logged twice, after a resume, counts as the later."""
     points: dict[str, dict[int, float]] = {}
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    text = content(path, MOST_METRICS).decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         if '"loss"' not in line:
             continue
         try:
-            record = json.loads(line)
-            loss = record["metrics"]["loss"]
+            record = json_tree(line)
+            stage, step, loss = record["stage"], int(record["step"]), record["metrics"]["loss"]
+            if loss is not None:
+                points.setdefault(str(stage), {})[step] = float(loss)
         except (ValueError, KeyError, TypeError):
             continue
-        if loss is not None:
-            points.setdefault(record["stage"], {})[record["step"]] = loss
     return {stage: sorted(own.items()) for stage, own in points.items()}
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json_tree(content(path)) if path.exists() else None
 
 
 def _pictures(run_dir: Path) -> Iterator[str]:
@@ -291,7 +292,7 @@ def _pictures(run_dir: Path) -> Iterator[str]:
     stages = list(records.manifests(run_dir))
     paths = sorted((run_dir / "pictures").glob("*.png"), key=lambda p: stages.index(p.stem) if p.stem in stages else -1)
     for path in paths:
-        with Image.open(path) as sheet:
+        with Image.open(io.BytesIO(content(path)), formats=["PNG"]) as sheet:
             data = layers.encoded(sheet.convert("RGB"), "JPEG", quality=75)
         name = escape(path.stem)
         picture = f'<img loading=lazy alt="{name}" src="data:image/jpeg;base64,{data}">'
