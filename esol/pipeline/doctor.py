@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from esol.base.errors import DataError
+from esol.base.machine import cores
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -73,7 +74,7 @@ def _about(engine: Engine) -> dict[str, Any]:
         "bf16": torch.cuda.is_bf16_supported() if gpu else True,
         "gpus": torch.cuda.device_count(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else -1,
