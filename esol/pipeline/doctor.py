@@ -237,7 +237,7 @@ def _shards(found: Findings, engine: Engine, config: Config, each: list[dict[str
     """Every rank reads and decodes photos spread over the set, others than its neighbours'."""
     error, read, decoded = "", 0.0, 0.0
     try:
-        index = Index.load(config.data.root)
+        index = Index.load(config.data.root, config.data.cache)
         index.check_files()
         reader = ShardReader(index, config.data.cache)
         step = max(1, len(index) // (PHOTOS * engine.world_size))
@@ -269,7 +269,8 @@ def _needs(found: Findings, engine: Engine, config: Config, each: list[dict[str,
     lacking: list[str] = []
     if engine.is_main:
         with suppress(DataError):
-            lacking = [str(one) for one in missing(config, Index.load(config.data.root), config.stages, len(each))]
+            index = Index.load(config.data.root, config.data.cache)
+            lacking = [str(one) for one in missing(config, index, config.stages, len(each))]
     found.advice += json.loads(gather_text(engine, json.dumps(lacking))[0])
 
 
