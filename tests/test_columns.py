@@ -186,6 +186,7 @@ def test_files_that_are_no_arrays_are_named_and_nothing_in_them_runs(large: Path
         (lambda t: t.pop("samples"), "'samples' is missing"),
         (lambda t: t["samples"].update(name="../index.npy"), "those of index.npy"),
         (lambda t: t["samples"].pop("sha256"), "'sha256' is missing"),
+        (lambda t: t["samples"].update(sha256="../" * 5 + "x"), "index.npy has sha256 '../../"),
         (lambda t: t.update(splits={"train": [1]}), "a list of names"),
         (lambda t: t["splits"].pop(), "1 splits"),
         (lambda t: t["splits"].__setitem__(0, "val"), "names twice"),

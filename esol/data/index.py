@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from esol.data.columns import Columns
 from esol.data.storage import filesystem, is_local, why_missing
 
 FORMAT, FORMAT_LARGE = "esol-shards 1", "esol-shards 2"
-LARGE = 100_000  # samples; from here on each process would spend a second and 200 MB on an index in JSON alone
+LARGE = 100_000  # samples; from here on an index in JSON alone costs each process seconds and 150 MB
 CACHE = "~/.cache/esol"  # where no data.cache is given
 FETCH_MINUTES = 30  # that a process waits for another one of its node to fetch index.npy
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -295,7 +296,8 @@ def _parse_large(root: str, tree: dict[str, Any], cache: str) -> Index:
         raise ValueError(f"splits has names twice: {', '.join(splits):.200}")
     if not isinstance(spec, dict) or spec["name"] != columns.NAME:
         raise ValueError(f"samples must be those of {columns.NAME}, got {spec!r:.200}")
-    path = _array_file(root, str(spec["sha256"]), cache)
+    _check_sha256(columns.NAME, spec["sha256"])
+    path = _array_file(root, spec["sha256"], cache)
     try:
         if (path.stat().st_size, sha256(path)) != (spec["bytes"], spec["sha256"]):
             raise ValueError("it is not the file that index.json was written with")
@@ -341,9 +343,14 @@ def _classes_and_shards(tree: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Sh
             raise ValueError(f"shard {shard.name!r} is not a plain file name")
         if shard.samples < 0:
             raise ValueError(f"{shard.name} holds {shard.samples} samples")
-        if not isinstance(shard.sha256, str):
-            raise ValueError(f"{shard.name} has sha256 {shard.sha256!r:.80}")
+        _check_sha256(shard.name, shard.sha256)
     return classes, shards
+
+
+def _check_sha256(name: str, digest: object) -> None:
+    """A hash names a file of the cache: nothing else may get there."""
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{name} has sha256 {digest!r:.80}")
 
 
 def _assemble(
