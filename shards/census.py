@@ -43,6 +43,13 @@ class Census:
             shows = ", ".join(sorted(drawn - labels))
             self._odd.append(f"{key} shows {shows}, its labels are {', '.join(sorted(labels)) or 'none'}")
 
+    def include(self, other: Census) -> None:
+        """Counts what another one has counted, of other photos of the same set."""
+        for name in ("labelled", "_drawn", "_both"):
+            getattr(self, name).update(getattr(other, name))
+        self.masks, self.only_void = self.masks + other.masks, self.only_void + other.only_void
+        self._odd, self._drawing = self._odd + other._odd, self._drawing + other._drawing
+
     def lines(self) -> list[str]:
         """A table of the classes, then what is odd about the masks, for people."""
         width = max(map(len, self.classes))

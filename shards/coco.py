@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -19,7 +20,7 @@ from shards.coco_file import CocoFile, CocoImage, classes_of, read_coco
 from shards.coco_shapes import has_shape, inside, within_one
 from shards.inputs import list_files, read_bytes
 from shards.names import FileNames, check_count, safe_key
-from shards.samples import Source, listing, open_image, pack, upright_size
+from shards.samples import Reads, Source, listing, open_image, pack, upright_size
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,17 @@ def coco_source(
                 f" and image {entry.image.id} of {entry.place}"
             )
     by_key = dict(zip(_keys(entries), entries, strict=True))
-
-    def read(key: str) -> dict[str, bytes]:
-        entry = by_key[key]
-        photo = read_bytes(entry.path)
-        mask = encode_mask(_paint(entry, photo, number)) if entry.masked else None
-        labels = {classes[number[a["category_id"]] - 1] for a in entry.image.annotations}
-        return pack(key, entry.path, photo, labels, classes, mask, f"{entry.place}: image {entry.image.id}")
-
     lists: dict[str, list[str]] = {split: [] for split in splits}
     for key, entry in by_key.items():
         lists[entry.split].append(key)
-    return Source(classes, lists, read, notes)
+    return Source(classes, lists, Reads(partial(_read, classes, number), by_key), notes)
+
+
+def _read(classes: tuple[str, ...], number: dict[int | str, int], key: str, entry: _Entry) -> dict[str, bytes]:
+    photo = read_bytes(entry.path)
+    mask = encode_mask(_paint(entry, photo, number)) if entry.masked else None
+    labels = {classes[number[a["category_id"]] - 1] for a in entry.image.annotations}
+    return pack(key, entry.path, photo, labels, classes, mask, f"{entry.place}: image {entry.image.id}")
 
 
 def _photos(folder: str) -> FileNames | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -17,9 +19,19 @@ from shards.inputs import list_files, read_bytes
 from shards.labels import Row
 from shards.layout import PICTURES, Layout, is_picture, lay_out
 from shards.names import FileNames, safe_key
-from shards.samples import Source, check_labels, listing, negatives, pack
+from shards.samples import Reads, Source, check_labels, listing, negatives, pack
 
 _SPLITS = ("train", "val", "test")  # names of splits, whatever the classes are called
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """Files of one sample, the mask's "" where there is none; white: what 255 in that stands for, 0 for void."""
+
+    name: str
+    labels: list[str]
+    mask: str
+    white: int
 
 
 def folder_source(
@@ -55,22 +67,25 @@ def folder_source(
     if renamed:
         notes.append(f"{table}: {len(renamed)} photos were found under another name: {', '.join(renamed[:2])}")
 
-    def read(key: str) -> dict[str, bytes]:
-        photo = keys[key]
-        mask_name = masks.get(photo, "")
-        mask = read_bytes(f"{root}/masks/{mask_name}") if mask_name else None
-        if mask is not None and photo in binary:
-            levels = np.array(Image.open(io.BytesIO(mask)))
-            mask = encode_mask(np.where(levels == VOID, np.uint8(binary[photo]), levels))
-        data, labels = read_bytes(f"{root}/{base}{photo}"), by_photo[photo].labels
-        return pack(key, f"{base}{photo}", data, labels, classes, mask, f"masks/{mask_name}", long_side=long_side)
-
     splits: dict[str, list[str]] = {}
     for key, photo in keys.items():
         if drop_unlabelled and not by_photo[photo].labels:
             continue
         splits.setdefault(by_photo[photo].split, []).append(key)
-    return Source(classes, splits, read, tuple(notes))
+    photos = {
+        key: _Photo(f"{base}{name}", by_photo[name].labels, masks.get(name, ""), binary.get(name, 0))
+        for key, name in keys.items()
+    }
+    return Source(classes, splits, Reads(partial(_read, root, classes, long_side), photos), tuple(notes))
+
+
+def _read(root: str, classes: tuple[str, ...], long_side: int, key: str, photo: _Photo) -> dict[str, bytes]:
+    mask = read_bytes(f"{root}/masks/{photo.mask}") if photo.mask else None
+    if mask is not None and photo.white:
+        levels = np.array(Image.open(io.BytesIO(mask)))
+        mask = encode_mask(np.where(levels == VOID, np.uint8(photo.white), levels))
+    data = read_bytes(f"{root}/{photo.name}")
+    return pack(key, photo.name, data, photo.labels, classes, mask, f"masks/{photo.mask}", long_side=long_side)
 
 
 def _matched(root: str, laid: Layout) -> tuple[dict[str, Row], dict[str, str], list[str], list[str]]:

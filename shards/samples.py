@@ -6,8 +6,9 @@ import difflib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,13 +19,34 @@ from esol.data.samples import decode_mask, encode_jpeg, encode_mask
 
 PHOTO_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind it
 
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Reads(Generic[Item]):
+    """A source's `read` for several processes: what is to be known of each sample goes to the one that makes its shard.
+
+    work: a module's function, or functools.partial of one with what all samples share; called with a key and its item.
+    """
+
+    work: Callable[[str, Item], dict[str, bytes]]
+    items: Mapping[str, Item]
+
+    def __call__(self, key: str) -> dict[str, bytes]:
+        return self.work(key, self.items[key])
+
+    def part(self, keys: Sequence[str]) -> Reads[Item]:
+        """The same for some keys alone, to be pickled."""
+        return Reads(self.work, {key: self.items[key] for key in keys})
+
 
 @dataclass(frozen=True)
 class Source:
     """What `create` turns into shards.
 
     classes: names without background; splits: name -> keys; read: key -> sample as pack returns it, called in any order
-    and from several threads, DataError where the sample cannot be used; notes: lines on what was merged or left out.
+    and from several threads, DataError where the sample cannot be used; several processes read what is a Reads. notes:
+    lines on what was merged or left out.
     """
 
     classes: tuple[str, ...]

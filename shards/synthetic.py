@@ -9,13 +9,14 @@ integers at twice the size, so that every machine draws the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from esol.base.errors import DataError
 from esol.data.samples import encode_jpeg, encode_mask, encode_png
-from shards.samples import Source, pack
+from shards.samples import Reads, Source, pack
 
 CLASSES = ("cactus", "fish", "mushroom", "rocket", "snail")
 _SHAPES, _PATTERNS = ("disc", "square", "triangle", "cross", "crescent"), ("striped", "checked", "ringed")
@@ -60,17 +61,18 @@ def synthetic_source(train: int, val: int, size: int = 96, seed: int = 0, classe
     if not 1 <= classes <= len(CLASSES) + len(MORE_CLASSES):
         raise DataError(f"--classes {classes}: there are 1 to {len(CLASSES) + len(MORE_CLASSES)}")
     splits = {"train": [f"train_{i:06d}" for i in range(train)], "val": [f"val_{i:06d}" for i in range(val)]}
-
-    def read(key: str) -> dict[str, bytes]:
-        split, _, number = key.partition("_")
-        image, mask, part = draw_scene(np.random.default_rng([seed, split == "val", int(number)]), size, classes)
-        labels = [names[c - 1] for c in np.unique(mask) if c]
-        photo = encode_jpeg(Image.fromarray(image))
-        sample = pack(key, f"{key}.jpg", photo, labels, names, encode_mask(mask), f"{key}.mask.png")
-        sample["part.png"] = encode_png(Image.fromarray(part))
-        return sample
-
+    seeds = {key: [seed, name == "val", number] for name, keys in splits.items() for number, key in enumerate(keys)}
+    read = Reads(partial(_scene, size, names), seeds)
     return Source(names, {name: keys for name, keys in splits.items() if keys}, read)
+
+
+def _scene(size: int, names: tuple[str, ...], key: str, seed: list[int]) -> dict[str, bytes]:
+    image, mask, part = draw_scene(np.random.default_rng(seed), size, len(names))
+    labels = [names[c - 1] for c in np.unique(mask) if c]
+    photo = encode_jpeg(Image.fromarray(image))
+    sample = pack(key, f"{key}.jpg", photo, labels, names, encode_mask(mask), f"{key}.mask.png")
+    sample["part.png"] = encode_png(Image.fromarray(part))
+    return sample
 
 
 def draw_scene(

@@ -12,6 +12,7 @@ import fsspec
 
 from esol.base.errors import DataError, EsolError
 from esol.base.files import Lock, hold, signature
+from esol.data import columns
 from esol.data.storage import UNFINISHED, filesystem, is_local, writer_of
 
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # stores without folders; making one could make a bucket
@@ -134,7 +135,7 @@ def _refuse(out: str, names: Collection[str], overwrite: bool) -> None:
 
 def _old(names: Collection[str]) -> list[str]:
     """What to remove, the index first: without it the shards count for nothing."""
-    return [*({"index.json"} & set(names)), *_shards(names)]
+    return [name for name in ("index.json", columns.NAME) if name in names] + _shards(names)
 
 
 def _shards(names: Collection[str]) -> list[str]:

@@ -7,6 +7,8 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,19 @@ from esol.data.index import PHOTO_EXTENSIONS
 from esol.data.samples import decode_mask, encode_mask
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import FileNames, safe_key
-from shards.samples import Source, check_labels, negatives, pack
+from shards.samples import Reads, Source, check_labels, negatives, pack
 from shards.voc_xml import CLASSES, labels_of
 
 SPLITS = ("train", "train_aug", "val")
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """Files of one sample below the root, the mask's "" where there is none."""
+
+    name: str
+    labels: list[str]
+    mask: str
 
 
 def voc_source(
@@ -81,24 +92,21 @@ def voc_source(
             raise DataError(
                 f"{root}: images {id_of[safe_key(id)]} and {id} have the same key {safe_key(id)}; rename one"
             )
-    table = np.zeros(256, dtype=np.uint8)
-    table[VOID] = VOID
-    for number, name in enumerate(classes, start=1):
-        table[CLASSES.index(name) + 1] = number
-
-    def read(key: str) -> dict[str, bytes]:
-        id = id_of[key]
-        photo = f"JPEGImages/{photos[id]}"
-        data, mask = read_bytes(f"{root}/{photo}"), None
-        found = mask_names.same(f"{id}.png")
-        mask_name = f"{masks}/{found}"
-        if found is not None:
-            mask = read_bytes(f"{root}/{mask_name}")
-            if classes != CLASSES:
-                mask = _renumber(mask, mask_name, table)
-        return pack(key, photo, data, known[id], classes, mask, mask_name, long_side)
-
+    items = {}
+    for key, id in id_of.items():
+        mask = mask_names.same(f"{id}.png")
+        items[key] = _Photo(f"JPEGImages/{photos[id]}", known[id], f"{masks}/{mask}" if mask is not None else "")
+    read = Reads(partial(_read, root, classes, long_side), items)
     return Source(classes, {name: [safe_key(id) for id in ids] for name, ids in lists.items()}, read, notes)
+
+
+def _read(root: str, classes: tuple[str, ...], long_side: int, key: str, photo: _Photo) -> dict[str, bytes]:
+    data, mask = read_bytes(f"{root}/{photo.name}"), None
+    if photo.mask:
+        mask = read_bytes(f"{root}/{photo.mask}")
+        if classes != CLASSES:
+            mask = _renumber(mask, photo.mask, classes)
+    return pack(key, photo.name, data, photo.labels, classes, mask, photo.mask, long_side)
 
 
 def _by_stem(files: set[str]) -> dict[str, str]:
@@ -157,9 +165,12 @@ def _labels_in(vectors: dict[Any, np.ndarray], key: str, file: str) -> set[str]:
     return {name for name, value in zip(CLASSES, vector, strict=True) if value > 0}
 
 
-def _renumber(mask: bytes, name: str, table: np.ndarray) -> bytes:
-    levels = decode_mask(mask, name, len(CLASSES))
-    return encode_mask(table[levels])
+def _renumber(mask: bytes, name: str, classes: tuple[str, ...]) -> bytes:
+    table = np.zeros(256, dtype=np.uint8)
+    table[VOID] = VOID
+    for number, own in enumerate(classes, start=1):
+        table[CLASSES.index(own) + 1] = number
+    return encode_mask(table[decode_mask(mask, name, len(CLASSES))])
 
 
 # What a pickled dict of numpy arrays needs, by numpy 1 and 2 and pickle protocols 2 to 5; none of these runs anything.

@@ -15,7 +15,7 @@ from esol.data.index import Index
 from shards import cli
 from shards.coco import coco_source
 from shards.samples import Source
-from tests.test_shards_sources import labels_of, mask_of, save_photo
+from tests.test_shards_sources import elsewhere, labels_of, mask_of, save_photo
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # inside pycocotools
 
@@ -52,7 +52,7 @@ def coco_of(root: Path, **more: bool) -> Source:
 def test_coco_masks_leave_crowds_out_and_later_annotations_win(coco: Path) -> None:
     source = coco_of(coco)
     assert source.classes == ("cat", "dog")
-    sample = source.read("a")
+    sample = elsewhere(source, "a")
     assert labels_of(sample) == ["cat", "dog"]
     assert mask_of(sample)[4].tolist() == [1] * 5 + [2] * 7 + [0] * 8
 

@@ -115,6 +115,10 @@ def test_what_is_no_index_is_named(own_shard_set: Path, text: str) -> None:
         (lambda t: t.update(classes=["a", "a"]), "different names"),
         (lambda t: t.update(shards=[]), "no shard"),
         (lambda t: t["shards"][1].update(name="../x.tar"), "not a plain file name"),
+        (
+            lambda t: t["shards"][1].update(sha256="../" * 4 + "home"),
+            "sha256 '../../../../home'",
+        ),
         (lambda t: t["shards"][1].update(samples=10**12), "as many keys as samples"),
         (lambda t: t["shards"][1]["keys"].pop(), "as many keys as samples"),
         (lambda t: t["shards"][1]["members"]["jpg"].pop(), "as many jpg as samples"),

@@ -1,5 +1,6 @@
 """The global order: the same for every number of ranks, workers and micro-batches, exact, and resumable anywhere."""
 
+import hashlib
 from itertools import pairwise
 
 import numpy as np
@@ -62,6 +63,13 @@ def test_epochs_and_seeds_give_other_orders_and_shards_stay_together() -> None:
     assert np.array_equal(np.sort(plan.epoch_order(5)), plan.ordinals)
     first = plan.epoch_order(0)[:400] // 40
     assert len(np.unique(first)) == 16  # one block of shards, all of it mixed
+
+
+def test_the_order_is_what_it_was_since_runs_go_on_with_it() -> None:
+    orders = [plan_of(samples=5000).epoch_order(epoch).astype("<i8").tobytes() for epoch in (0, 1)]
+    assert hashlib.sha256(b"".join(orders)).hexdigest() == (
+        "2f40c08721ade49d74d58b8c619da4efaa1558a5b7fe11d1c8c735adad553373"  # by 3d33a13
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3, 5, 200])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -41,8 +42,8 @@ def test_webdatasets_own_reader_finds_what_was_written(shard_set: Path) -> None:
 
 
 def test_same_source_and_seed_give_the_same_bytes(tmp_path: Path, shard_set: Path) -> None:
-    for name, seed, threads in (("one", 0, 1), ("two", 0, 3), ("other", 1, 1)):
-        create(synthetic_source(48, 8, 64, seed=0), str(tmp_path / name), 7, seed, threads=threads)
+    for name, seed, workers in (("one", 0, 1), ("two", 0, 3), ("other", 1, 1)):
+        create(synthetic_source(48, 8, 64, seed=0), str(tmp_path / name), 7, seed, workers=workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(shard_set)
     other = Index.load(str(tmp_path / "other"))
     assert other.keys.tolist() != Index.load(str(tmp_path / "one")).keys.tolist()
@@ -71,10 +72,12 @@ def test_one_process_creates_at_a_time_and_once_it_is_killed_a_rerun_just_works(
     out, source = tmp_path / "set", synthetic_source(48, 8, 64, seed=0)
     command = [sys.executable, "-m", "shards", "create", "synthetic", "--size", "64", "--samples-per-shard", "7"]
     command += ["--out", str(out), "--train", "1000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
-        assert "images" in process.stderr.readline()  # a tenth is done
-        process.send_signal(signal.SIGSTOP)
+        while len(list(out.glob("*.tar"))) <= 5:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGSTOP)  # those that it makes shards by too
         before = contents(out)
         busy = rf"being (written|created) by process {process.pid} on {os.uname().nodename} since 20..-..-.. ..:"
         for overwrite in (False, True):
@@ -87,10 +90,11 @@ def test_one_process_creates_at_a_time_and_once_it_is_killed_a_rerun_just_works(
         assert re.search(busy, capsys.readouterr().err)
         assert contents(out) == before
         process.kill()
+        os.killpg(process.pid, signal.SIGCONT)
+        process.stderr.read()  # until the last of them is gone
     assert not (out / "index.json").exists()
     with pytest.raises(DataError, match="creation was interrupted"):
         Index.load(str(out))
-    assert len(list(out.glob("*.tar"))) > 5
     for tar in out.glob("*.tar"):
         with tarfile.open(tar) as whole:
             assert len(whole.getnames()) == 28
@@ -111,7 +115,7 @@ def test_a_store_without_locks_says_who_writes_and_only_overwrite_takes_over(sha
         return whole.read(key)
 
     with pytest.raises(DataError, match=r"busy was taken over by another process that is done by now"):
-        create(Source(whole.classes, whole.splits, read), "memory://busy", 7, threads=1)
+        create(Source(whole.classes, whole.splits, read), "memory://busy", 7, workers=1)
     names = {Path(n).name for n in memory.ls("/busy", detail=False)}
     assert {n: memory.cat_file(f"/busy/{n}") for n in names} == contents(shard_set)
 
@@ -119,7 +123,7 @@ def test_a_store_without_locks_says_who_writes_and_only_overwrite_takes_over(sha
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        create(Source(whole.classes, whole.splits, fail), "memory://busy", 7, overwrite=True, threads=1)
+        create(Source(whole.classes, whole.splits, fail), "memory://busy", 7, overwrite=True, workers=1)
     with pytest.raises(DataError, match="creation was interrupted"):
         Index.load("memory://busy")
     create(whole, "memory://busy", 7)  # nobody is at work there any more

@@ -1,4 +1,4 @@
-"""What there is to know and to settle of a machine before torch is loaded: memory, waiting threads, bf16."""
+"""What there is to know and to settle of a machine before torch is loaded: cores, memory, waiting threads, bf16."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _BF16 = ("avx512_bf16", "amx_bf16")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" in a container of two cores, "max 100000" without a quota
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 
 
@@ -36,6 +37,13 @@ def wait_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def cores() -> int:
+    """Processor cores that this process may use: those it is bound to, or fewer where its container has a quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _QUOTA.read_text().partition(" ") if _QUOTA.exists() else ("max", "", "")
+    return bound if quota == "max" else max(1, min(bound, round(int(quota) / int(period))))
 
 
 def cpu_has_bf16() -> bool:

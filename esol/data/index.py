@@ -1,5 +1,7 @@
 """What a shard set holds: index.json, its checks, and the walk through a tar file that it is made from.
 
+Of a set of LARGE or more samples index.json has what is small, and index.npy (columns.py) the arrays over the samples.
+
 A shard set is a folder (or fsspec URL) with shard-000000.tar, shard-000001.tar, ... and index.json. A sample with key K
 is the adjacent members K.jpg (.jpeg, .png, .webp), K.json = {"labels": [...], "height": H, "width": W} and, where there
 is one, K.mask.png (0 background, 1..C class, 255 void). Its ordinal is its position counting through the shards.
@@ -11,9 +13,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,16 @@ from typing import Any
 import numpy as np
 
 from esol.base.errors import DataError
-from esol.base.files import atomic_write
+from esol.base.files import atomic_write, hold, sha256
 from esol.base.strangers import content, plain, printable
+from esol.data import columns
+from esol.data.columns import Columns
 from esol.data.storage import filesystem, is_local, why_missing
 
-FORMAT = "esol-shards 1"
+FORMAT, FORMAT_LARGE = "esol-shards 1", "esol-shards 2"
+LARGE = 100_000  # samples; from here on an index in JSON alone costs each process seconds and 150 MB
+CACHE = "~/.cache/esol"  # where no data.cache is given
+FETCH_MINUTES = 30  # that a process waits for another one of its node to fetch index.npy
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MOST_BYTES = 1 << 32  # of an index.json: some 20 million photos
 MOST_CLASSES = 254  # that an 8-bit mask can number: 0 is background, 255 void
@@ -43,13 +51,14 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A shard set's content, in arrays over the N sample ordinals (some 200 bytes a sample; workers fork it).
+    """A shard set's content, in arrays over the N sample ordinals (some 200 bytes a sample).
 
     keys: unicode (N,); shard_of: int32 (N,) position in shards; first: int64 (S,), first ordinal of each shard;
     splits: name -> ascending int64 ordinals; members: extension -> int64 (N, 3) offset of the data in the tar file,
     size, crc32, or -1 where a sample has no such member; hash: of classes, splits, shard contents, not of the place;
     labels: bool (N, C), what each sample's photo shows, or None where the index does not say (sets that an earlier
-    version wrote, and what inference stages write).
+    version wrote, and what inference stages write); mapped: the file that keys, members and labels are read from where
+    they are used, whose pages all processes of a machine share, or "" where they are in memory, which workers fork.
     """
 
     root: str
@@ -62,10 +71,14 @@ class Index:
     members: dict[str, np.ndarray]
     hash: str
     labels: np.ndarray | None = None
+    mapped: str = ""
 
     @staticmethod
-    def load(root: str | os.PathLike[str]) -> Index:
-        """Reads ROOT/index.json from a local folder or fsspec URL; DataError says what is wrong and what to do."""
+    def load(root: str | os.PathLike[str], cache: str = "") -> Index:
+        """Reads ROOT/index.json from a local folder or fsspec URL; DataError says what is wrong and what to do.
+
+        cache: where index.npy of a large set behind a URL is fetched to, once per node.
+        """
         root = os.fspath(root)
         fs, path = filesystem(root)
         place = f"{root.rstrip('/')}/index.json"
@@ -81,16 +94,29 @@ class Index:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is not valid JSON ({error}); {again}") from error
         found = tree.get("format") if isinstance(tree, dict) else None
-        if found != FORMAT:
-            raise DataError(f"{place} has format {found!r:.80}, this version reads {FORMAT!r}; {again}")
+        if found not in (FORMAT, FORMAT_LARGE):
+            raise DataError(
+                f"{place} has format {found!r:.80}, this version reads {FORMAT!r} and {FORMAT_LARGE!r}; {again}"
+            )
         try:
-            return _parse(root, tree)
+            return _parse(root, tree) if found == FORMAT else _parse_large(root, tree, cache)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place} is damaged: {what}; {again}") from error
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be pickled: what is mapped stays in its file, which the other process maps as well."""
+        left = ("keys", "members", "labels") if self.mapped else ()
+        return {name: value for name, value in vars(self).items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.mapped:
+            found = columns.mapped(Path(self.mapped), list(self.splits))
+            vars(self).update(keys=found.keys, members=found.members, labels=found.labels)
 
     def split(self, name: str) -> np.ndarray:
         """Ascending ordinals of a split; DataError names the splits that exist."""
@@ -133,8 +159,10 @@ def write_index(
     splits: Mapping[str, Sequence[int] | np.ndarray],
     shards: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes ROOT/index.json, whole or not at all, from the records that scan_shard returns; call it last."""
-    fs, path = filesystem(os.fspath(root))
+    """Writes ROOT/index.json, whole or not at all, from the records that scan_shard returns; call it last.
+
+    Of a large set index.npy comes before it.
+    """
     tree = {
         "format": FORMAT,
         "classes": list(classes),
@@ -143,11 +171,20 @@ def write_index(
     }
     index = _parse(os.fspath(root), tree)  # what cannot be read back is a bug of the caller
     tree["hash"] = index.hash  # for verify: nothing else vouches for classes and splits
-    data = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(index) >= LARGE:
+        data = columns.pack(Columns(index.keys, index.members, index.splits, index.labels))
+        _put(root, columns.NAME, data)
+        tree |= {"format": FORMAT_LARGE, "splits": list(splits), "shards": [vars(shard) for shard in index.shards]}
+        tree["samples"] = {"name": columns.NAME, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _put(root, "index.json", json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def _put(root: str | os.PathLike[str], name: str, data: bytes | memoryview) -> None:
+    fs, path = filesystem(os.fspath(root))
     if is_local(fs):
-        atomic_write(f"{path}/index.json", data)
+        atomic_write(f"{path}/{name}", data)
     else:
-        fs.pipe_file(f"{path}/index.json", data)  # object stores put whole objects or none
+        fs.pipe_file(f"{path}/{name}", bytes(data))  # object stores put whole objects or none
 
 
 def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -244,17 +281,10 @@ def check_classes(classes: tuple[str, ...]) -> None:
 
 
 def _parse(root: str, tree: dict[str, Any]) -> Index:
-    check_classes(classes := tuple(tree["classes"]))
-    shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
-    if not shards:
-        raise ValueError("it lists no shard")
+    classes, shards = _classes_and_shards(tree)
     for shard, record in zip(shards, tree["shards"], strict=True):
-        if shard.name in ("", ".", "..") or shard.name != Path(shard.name).name or not shard.name.isprintable():
-            raise ValueError(f"shard {shard.name!r} is not a plain file name")
-        if not isinstance(shard.sha256, str):
-            raise ValueError(f"{shard.name} has sha256 {shard.sha256!r:.80}")
-        columns = {"keys": record["keys"], "labels": record.get("labels", record["keys"]), **record["members"]}
-        for what, column in columns.items():
+        listed = {"keys": record["keys"], "labels": record.get("labels", record["keys"]), **record["members"]}
+        for what, column in listed.items():
             if not isinstance(column, list) or len(column) != shard.samples:
                 raise ValueError(f"{shard.name} must have as many {what} as samples, {shard.samples}")
         for key in record["keys"]:
@@ -266,26 +296,102 @@ def _parse(root: str, tree: dict[str, Any]) -> Index:
         raise ValueError(f"key {found[times > 1][0]} appears twice")
     total = len(names)
     splits = {name: np.array(ordinals, dtype=np.int64) for name, ordinals in tree["splits"].items()}
+    _check_splits(splits)
     for name, ordinals in splits.items():
-        if not plain(name) or "/" in name:
-            raise ValueError(f"split {name!r:.80} is no plain name")
         if ordinals.ndim != 1 or (ordinals < 0).any() or (ordinals >= total).any() or (np.diff(ordinals) <= 0).any():
             raise ValueError(f"split {name} must hold ascending ordinals below {total}")
+    rows = [own for s in tree["shards"] for own in s.get("labels", [None] * int(s["samples"]))]
+    members = _member_tables(shards, tree["shards"], total)
+    return _assemble(root, classes, shards, Columns(names, members, splits, _multi_hot(rows, classes)))
+
+
+def _parse_large(root: str, tree: dict[str, Any], cache: str) -> Index:
+    classes, shards = _classes_and_shards(tree)
+    splits, spec = tree["splits"], tree["samples"]
+    if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+        raise ValueError(f"splits must be a list of names, got {splits!r:.200}")
+    _check_splits(splits)
+    if len(set(splits)) != len(splits):
+        raise ValueError(f"splits has names twice: {', '.join(splits):.200}")
+    if not isinstance(spec, dict) or spec["name"] != columns.NAME:
+        raise ValueError(f"samples must be those of {columns.NAME}, got {spec!r:.200}")
+    _check_sha256(columns.NAME, spec["sha256"])
+    path = _array_file(root, spec["sha256"], cache)
+    try:
+        if (path.stat().st_size, sha256(path)) != (spec["bytes"], spec["sha256"]):
+            raise ValueError("it is not the file that index.json was written with")
+        found = columns.load(path, splits, len(classes), [(s.samples, s.bytes) for s in shards])
+    except (OSError, ValueError) as error:
+        again = f"rebuild both with: esol-shards index {root} --classes FILE --overwrite"
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise DataError(f"{root.rstrip('/')}/{columns.NAME} {what}; {again}") from error
+    return _assemble(root, classes, shards, found, str(path))
+
+
+def _array_file(root: str, digest: str, cache: str) -> Path:
+    """index.npy as a local file; of a set behind a URL in the cache, under a name that its content gives."""
+    fs, path = filesystem(root)
+    if "://" not in root:
+        return Path(path) / columns.NAME
+    place, folder = f"{root.rstrip('/')}/{columns.NAME}", Path(cache or CACHE)
+    try:
+        folder = folder.expanduser() / hashlib.sha256(root.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{digest[:16]}-{columns.NAME}"
+        with hold(folder / f"{columns.NAME}.lock", FETCH_MINUTES * 60):
+            if not target.exists() or sha256(target) != digest:
+                atomic_write(target, fs.cat_file(f"{path}/{columns.NAME}"))
+    except FileNotFoundError:
+        raise DataError(f"{place} is missing; rebuild it with: esol-shards index {root} --classes FILE") from None
+    except Exception as error:  # every storage back end has its own
+        raise DataError(f"{place} cannot be fetched to {folder} (data.cache): {error}") from error
+    return target
+
+
+def _classes_and_shards(tree: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Shard, ...]]:
+    check_classes(classes := tuple(tree["classes"]))
+    shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in tree["shards"])
+    if not shards:
+        raise ValueError("it lists no shard")
+    for shard in shards:
+        if shard.name in ("", ".", "..") or shard.name != Path(shard.name).name or not shard.name.isprintable():
+            raise ValueError(f"shard {shard.name!r} is not a plain file name")
+        if shard.samples < 0:
+            raise ValueError(f"{shard.name} holds {shard.samples} samples")
+        _check_sha256(shard.name, shard.sha256)
+    return classes, shards
+
+
+def _check_splits(names: Iterable[str]) -> None:
+    for name in names:
+        if not plain(name) or "/" in name:
+            raise ValueError(f"split {name!r:.80} is no plain name")
+
+
+def _check_sha256(name: str, digest: object) -> None:
+    """A hash names a file of the cache: nothing else may get there."""
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{name} has sha256 {digest!r:.80}")
+
+
+def _assemble(
+    root: str, classes: tuple[str, ...], shards: tuple[Shard, ...], found: Columns, mapped: str = ""
+) -> Index:
     sizes = np.array([s.samples for s in shards], dtype=np.int64)
-    content = json.dumps([classes, {k: v.tolist() for k, v in sorted(splits.items())}, [s.sha256 for s in shards]])
+    splits = {name: ordinals.tolist() for name, ordinals in sorted(found.splits.items())}
+    content = json.dumps([classes, splits, [s.sha256 for s in shards]])
     return Index(
         root=root,
         classes=classes,
         shards=shards,
-        keys=names,
+        keys=found.keys,
         shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
         first=np.cumsum(sizes) - sizes,
-        splits=splits,
-        members=_member_tables(shards, tree["shards"], total),
+        splits=found.splits,
+        members=found.members,
         hash=hashlib.sha256(content.encode()).hexdigest(),
-        labels=_multi_hot(
-            [own for s in tree["shards"] for own in s.get("labels", [None] * int(s["samples"]))], classes
-        ),
+        labels=found.labels,
+        mapped=mapped,
     )
 
 
@@ -295,8 +401,8 @@ def _multi_hot(rows: list[list[str] | None], classes: tuple[str, ...]) -> np.nda
     if any(row is None or any(name not in place for name in row) for row in rows):
         return None
     found = np.zeros((len(rows), len(classes)), bool)
-    for own, row in zip(found, rows, strict=True):
-        own[[place[name] for name in row or ()]] = True
+    samples = np.repeat(np.arange(len(rows)), [len(row or ()) for row in rows])
+    found[samples, [place[name] for row in rows for name in row or ()]] = True
     return found
 
 

@@ -52,12 +52,14 @@ class Plan:
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """The permutation of the split in this epoch."""
         rng = np.random.default_rng([self.seed, epoch])
-        shards = rng.permutation(np.unique(self.shard_of))
-        blocks = []
-        for start in range(0, len(shards), BLOCK):
-            members = self.ordinals[np.isin(self.shard_of, shards[start : start + BLOCK])]
-            blocks.append(rng.permutation(members))
-        return np.concatenate(blocks)
+        shards, place = np.unique(self.shard_of, return_inverse=True)
+        block_of = np.empty(len(shards), np.int64)
+        block_of[rng.permutation(len(shards))] = np.arange(len(shards)) // BLOCK
+        blocks = block_of[place]
+        order = self.ordinals[np.argsort(blocks, kind="stable")]
+        for block in np.split(order, np.cumsum(np.bincount(blocks))[:-1]):
+            rng.shuffle(block)
+        return order
 
     def micro_batches(
         self, share: Share, start: int, stop: int, worker: int = 0, workers: int = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -18,7 +17,6 @@ from esol.base.files import sync_folder
 from esol.base.palette import VOID, voc_palette
 from esol.data.index import scan_shard
 from esol.data.photos import check_png, photo_format
-from esol.data.storage import filesystem, is_local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,31 +78,24 @@ def _png(data: bytes, name: str, wanted: str) -> tuple[str, NDArray[Any]]:
 
 
 def write_mirror_shard(
-    out_dir: str | os.PathLike[str], shard_name: str, samples: Iterable[dict[str, Any]]
+    folder: str | os.PathLike[str], shard_name: str, samples: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes one tar file, whole or not at all, and returns its record for write_index.
+    """Writes one tar file to a local folder, whole or not at all, and returns its record for write_index.
 
     samples: {"__key__": key, extension: bytes, ...}, e.g. "cam.npy". An inference stage gives its input's shard name
     and keys, in order, so that its output mirrors the input. Same samples, same bytes. A file of that name is replaced.
     """
-    fs, path = filesystem(os.fspath(out_dir))
-    if is_local(fs):
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{shard_name}.tmp"
-        try:
-            _write_tar(temporary, samples)
-            record = scan_shard(folder, temporary.name) | {"name": shard_name}
-            os.replace(temporary, folder / shard_name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(folder)
-        return record
-    with tempfile.TemporaryDirectory() as scratch:
-        _write_tar(Path(scratch, shard_name), samples)
-        record = scan_shard(scratch, shard_name)
-        fs.put_file(str(Path(scratch, shard_name)), f"{path}/{shard_name}")  # whole objects or none
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{shard_name}.tmp"
+    try:
+        _write_tar(temporary, samples)
+        record = scan_shard(folder, temporary.name) | {"name": shard_name}
+        os.replace(temporary, folder / shard_name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
     return record
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esol.base import exits
 from esol.base.errors import DivergenceError, LaunchError, LostRankError, first_line
-from esol.base.machine import cpu_has_bf16
+from esol.base.machine import cores, cpu_has_bf16
 from esol.config import EngineConfig
 from esol.data.samples import Batch
 from esol.engines.base import Engine, gather_text
@@ -71,7 +71,7 @@ class Ranks(Engine):
 
     def _set_threads(self) -> int:
         """Gives this process its share of the cores; launchers put 1 into OMP_NUM_THREADS."""
-        threads = self._config.threads or max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = self._config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         return threads
 
@@ -265,10 +265,6 @@ class Ranks(Engine):
     def _whole_state(self) -> dict[str, Any] | None:
         """On the main rank a copy of model, optimizer and scaler that no step changes; a collective."""
         raise NotImplementedError
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_all(seed: int) -> None:

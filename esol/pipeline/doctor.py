@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from esol.base.errors import DataError
+from esol.base.machine import cores
 from esol.config import Config
 from esol.data.index import Index
 from esol.data.reader import ShardReader
@@ -73,7 +74,7 @@ def _about(engine: Engine) -> dict[str, Any]:
         "bf16": torch.cuda.is_bf16_supported() if gpu else True,
         "gpus": torch.cuda.device_count(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else -1,
@@ -236,7 +237,7 @@ def _shards(found: Findings, engine: Engine, config: Config, each: list[dict[str
     """Every rank reads and decodes photos spread over the set, others than its neighbours'."""
     error, read, decoded = "", 0.0, 0.0
     try:
-        index = Index.load(config.data.root)
+        index = Index.load(config.data.root, config.data.cache)
         index.check_files()
         reader = ShardReader(index, config.data.cache)
         step = max(1, len(index) // (PHOTOS * engine.world_size))
@@ -268,7 +269,8 @@ def _needs(found: Findings, engine: Engine, config: Config, each: list[dict[str,
     lacking: list[str] = []
     if engine.is_main:
         with suppress(DataError):
-            lacking = [str(one) for one in missing(config, Index.load(config.data.root), config.stages, len(each))]
+            index = Index.load(config.data.root, config.data.cache)
+            lacking = [str(one) for one in missing(config, index, config.stages, len(each))]
     found.advice += json.loads(gather_text(engine, json.dumps(lacking))[0])
 
 

@@ -80,7 +80,7 @@ class InferenceStage(Stage, Generic[Made]):
     and one by one on a CPU, where that is not slower.
     """
 
-    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar")
+    produces: ClassVar[tuple[str, ...]] = ("index.*", "*.tar")
     splits: ClassVar[tuple[str, ...]] = ("mask_split", "score_split")
     shaped_by: ClassVar[tuple[str, ...]] = ("data.mask_split", "data.score_split")
     scored: ClassVar[str] = "score_split"

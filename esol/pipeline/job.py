@@ -48,7 +48,7 @@ def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = Fa
     resume: an interrupted stage goes on from its last checkpoint.
     """
     chosen(config, only)
-    index = Index.load(config.data.root)
+    index = Index.load(config.data.root, config.data.cache)
     check_splits(config, index, only)
     index.check_files()
     run_dir, engine = Path(config.run_dir), make_engine(config.engine, config.seed)

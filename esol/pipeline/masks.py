@@ -59,7 +59,7 @@ class MaskStage(InferenceStage[Mask]):
     needs: ClassVar[tuple[str, ...]] = ("localize",)
     # seeds stand in for what is lost
     shaped_by: ClassVar[tuple[str, ...]] = ("data.mask_split", "data.score_split", "seed_masks", "saliency")
-    produces: ClassVar[tuple[str, ...]] = ("index.json", "*.tar", "curves.json", "confusion.json")
+    produces: ClassVar[tuple[str, ...]] = ("index.*", "*.tar", "curves.json", "confusion.json")
     refines: ClassVar[bool] = False
     votes: ClassVar[bool] = True
     beside = True

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from esol.base.errors import ConfigError, WeightsError
-from esol.base.machine import cpu_has_bf16
+from esol.base.machine import cores, cpu_has_bf16
 
 _MAPS = ("classify", "decide", "expand", "shrink", "localize")
 _MASKS = ("seed_masks", "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_masks", "vote_masks")
@@ -75,9 +75,8 @@ def this_machine(device: str) -> Machine:
     gpu = bool(shutil.which("nvidia-smi")) and Path("/dev/nvidia0").exists()
     if device == "cuda" and not gpu:
         raise ConfigError("--device cuda: this machine shows no NVIDIA GPU; leave the option out to run on the CPU")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_gpu = gpu and device != "cpu"
-    return Machine(on_gpu, cores, on_gpu or cpu_has_bf16())
+    return Machine(on_gpu, cores(), on_gpu or cpu_has_bf16())
 
 
 def find_weights(machine: Machine) -> Initial:

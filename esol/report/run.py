@@ -76,7 +76,7 @@ class Run:
 
     @cached_property
     def _index(self) -> Index:
-        return Index.load(self.config.data.root)
+        return Index.load(self.config.data.root, self.config.data.cache)
 
     @cached_property
     def _reader(self) -> ShardReader:

@@ -50,7 +50,7 @@ class PredictingStage(InferenceStage[Predicted]):
     network: the stage that trained it.
     """
 
-    produces = ("index.json", "*.tar", "confusion.json")
+    produces = ("index.*", "*.tar", "confusion.json")
     beside = True
     network: ClassVar[str]
     config: PredictionConfig

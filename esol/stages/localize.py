@@ -56,7 +56,7 @@ class Localize(MapStage):
     version = 5
     needs = ("classify",)
     makes = "maps"
-    produces = ("index.json", "*.tar", "curves.json")
+    produces = ("index.*", "*.tar", "curves.json")
     config: LocalizeConfig
 
     @classmethod
