@@ -22,7 +22,7 @@ import numpy as np
 
 from esol.base.errors import DataError
 from esol.base.files import atomic_write
-from esol.data.storage import filesystem, is_local, why_missing
+from esol.data.storage import LIKELY, filesystem, is_local, patient, sizes, why_missing
 
 FORMAT = "esol-shards 1"
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -69,7 +69,7 @@ class Index:
         place = f"{root.rstrip('/')}/index.json"
         again = f"rebuild it with: esol-shards index {root} --classes FILE --overwrite"
         try:
-            text = fs.cat_file(f"{path}/index.json")
+            text = patient(fs, place, LIKELY, fs.cat_file, f"{path}/index.json")
         except FileNotFoundError:
             raise DataError(f"{place} is missing; {why_missing(fs, path, root)}") from None
         except Exception as error:  # every storage back end has its own
@@ -106,17 +106,15 @@ class Index:
 
     def check_files(self) -> None:
         """Checks, without reading, that every shard is there in the size that the index says; DataError lists all."""
-        fs, path = filesystem(self.root)
+        try:
+            found = sizes(self.root, [shard.name for shard in self.shards])
+        except Exception as error:  # every storage back end has its own
+            raise DataError(f"cannot reach the shards of {self.root}: {error}") from error
         problems = []
-        for shard in self.shards:
-            try:
-                size = fs.info(f"{path}/{shard.name}")["size"]
-            except FileNotFoundError:
+        for shard, size in zip(self.shards, found, strict=True):
+            if size == -1:
                 problems.append(f"{shard.name} is missing")
-                continue
-            except Exception as error:  # every storage back end has its own
-                raise DataError(f"cannot reach {self.root}/{shard.name}: {error}") from error
-            if size is not None and size != shard.bytes:
+            elif size is not None and size != shard.bytes:
                 kind = "empty" if size == 0 else "truncated" if size < shard.bytes else "too long"
                 problems.append(f"{shard.name} is {kind}: {size} bytes, the index says {shard.bytes}")
         if problems:
@@ -145,7 +143,7 @@ def write_index(
     if is_local(fs):
         atomic_write(f"{path}/index.json", data)
     else:
-        fs.pipe_file(f"{path}/index.json", data)  # object stores put whole objects or none
+        patient(fs, f"{root}/index.json", len(data), fs.pipe_file, f"{path}/index.json", data)  # whole objects or none
 
 
 def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from esol.base.files import sync_folder
 from esol.base.palette import VOID, voc_palette
 from esol.data.index import scan_shard
 from esol.data.photos import check_png, photo_format
-from esol.data.storage import filesystem, is_local
+from esol.data.storage import filesystem, is_local, patient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,8 @@ def write_mirror_shard(
     with tempfile.TemporaryDirectory() as scratch:
         _write_tar(Path(scratch, shard_name), samples)
         record = scan_shard(scratch, shard_name)
-        fs.put_file(str(Path(scratch, shard_name)), f"{path}/{shard_name}")  # whole objects or none
+        local, place = str(Path(scratch, shard_name)), f"{path}/{shard_name}"
+        patient(fs, place, record["bytes"], fs.put_file, local, place)  # whole objects or none
     return record
 
 

@@ -47,8 +47,9 @@ def export_masks(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EsolError(f"--out {out}: choose a new or an empty folder")
     own = records.need(run_dir, stage)
-    index = Index.load(found[stage].ran_with.data.root)
-    photos, masks = ShardReader(index), ShardReader(Index.load(run_dir / stage))
+    data = found[stage].ran_with.data
+    index = Index.load(data.root)
+    photos, masks = ShardReader(index, data.cache), ShardReader(Index.load(run_dir / stage))
     place = {str(key): i for i, key in enumerate(index.keys)}
     wanted = {str(key) for key in index.keys[index.split(split)]} if split else set(place)
     keys = [(i, str(key)) for i, key in enumerate(masks.index.keys) if str(key) in wanted]
