@@ -27,7 +27,7 @@ from esol.base.files import hold
 from esol.data.index import Index, Shard
 from esol.data.storage import TOGETHER, filesystem, patient
 
-NEAR = 256 << 10  # bytes: what 100 ms bring at 2.5 MB/s, 10 ms at 25
+NEAR = 64 << 10  # bytes: the share of one request in 100 ms at 10 MB/s, of which TOGETHER are under way at a time
 BLOCK = 8 << 20  # bytes that are fetched at a time and tried again alone
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
 OTHERS = "other bytes than were indexed"
