@@ -52,7 +52,7 @@ engine: {threads: 1}
 checkpoint: {every: 10}
 tracking: {uri: none, every: 1, page: 0, pictures: 0}
 """
-STEP = 0.1  # seconds that a step takes beside its data, in `ahead`
+STEP = 0.3  # seconds that a step, or a shard of a walk, takes beside its data, in `ahead`
 BATCH = 32
 
 
@@ -223,7 +223,7 @@ def ranges(args: argparse.Namespace, work: Path) -> None:
 
 def ahead(args: argparse.Namespace, work: Path) -> None:
     """Streams and walks from an empty cache with no, one and a block's shards ahead."""
-    assert cli.main([*SET, str(work / "set")]) == 0
+    assert cli.main([*SET, str(work / "set"), "--samples-per-shard", "8"]) == 0  # four blocks of the plan's, and a half
     rows = []
     with places(work / "set", args.delay, args.rate, [args.place]) as found:
         root, between = found[args.place]
@@ -241,24 +241,26 @@ def ahead(args: argparse.Namespace, work: Path) -> None:
             for shard in range(len(index.shards)):
                 reader.image(int(index.first[shard]))
                 first = first or time.perf_counter() - began
-                time.sleep(4 * STEP)
+                time.sleep(STEP)
             rows.append(("a walk over the shards", most, f"{first:.2f}", f"{time.perf_counter() - began:.1f}"))
             shutil.rmtree(work / "cache")
         cost(between)
-    print(f"\n{machine()}; {args.place}, {_settings(args)}; {STEP} s a step, {4 * STEP} s a shard\n")
+    print(f"\n{machine()}; {args.place}, {_settings(args)}; {len(index.shards)} shards, {STEP} s a step and a shard\n")
     print(table(("what", "shards ahead at most", "first, s", "seconds"), rows))
 
 
 class _Failing:
-    """The store's faults from its fourth shard on, for some seconds, 0 = for ever."""
+    """The store's faults from the fourth shard that is fetched on, for some seconds, 0 = for ever."""
 
     def __init__(self, fault: str, lasts: float) -> None:
         self.fault, self.lasts, self.since = fault, lasts, 0.0
         self.seen: set[str] = set()
 
-    def __call__(self, path: str) -> str:
+    def __call__(self, method: str, path: str) -> str:
         path = path.partition("?")[0]
-        if not path.endswith(".tar") or len(self.seen | {path}) < 4:
+        if method != "GET" or not path.endswith(".tar"):
+            return ""
+        if len(self.seen | {path}) < 4:
             self.seen.add(path)
             return ""
         self.since = self.since or time.monotonic()
@@ -269,7 +271,7 @@ def faults(args: argparse.Namespace, work: Path) -> None:
     """Two ranks train while the store begins to fail at its fourth shard; 503 and drop also for ten seconds only."""
     assert cli.main([*SET, str(work / "set")]) == 0
     rows = []
-    with places(work / "set", args.delay, args.rate, ["http", "s3"]) as found:
+    with places(work / "set", args.delay, args.rate, [args.place]) as found:
         for name, (root, between) in found.items():
             assert between is not None
             for fault, lasts in (("503", 10), ("drop", 10), ("503", 0), ("drop", 0), ("stall", 0), ("damage", 0)):
@@ -278,11 +280,14 @@ def faults(args: argparse.Namespace, work: Path) -> None:
                 began = time.monotonic()
                 code = start(root, run_dir, work / f"cache-{run_dir.name}", "--stages", "classify").wait()
                 seconds = time.monotonic() - began
-                between.fault = lambda path: ""
+                between.fault = lambda method, path: ""
                 said = [part for part in run_dir.with_suffix(".log").read_text().splitlines() if "error: " in part]
                 words = next((part[part.index("error: ") + 7 :] for part in said if ".tar" in part), "")
+                words = words.replace(root, "URL").replace("|", "/")[:240]
                 long = f"{lasts} s" if lasts else "for ever"
-                rows.append((name, fault, long, code, f"{seconds:.0f}", words.replace(root, "URL")[:160]))
+                rows.append(
+                    (name, fault, long, code, f"{seconds:.0f}", words.replace(root, "URL").replace("|", "/")[:240])
+                )
                 print(*rows[-1], flush=True)
     print(f"\n{machine()}\n")
     print(table(("place", "fault", "lasts", "exit code", "seconds", "what it said"), rows))
@@ -293,7 +298,7 @@ def main() -> None:
     parser.add_argument("what", choices=("line", "epochs", "ranges", "ahead", "faults"))
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--rate", type=float, default=0.0)
-    parser.add_argument("--place", choices=("http", "s3"), default="s3", help="of ranges and ahead")
+    parser.add_argument("--place", choices=("http", "s3"), default="s3", help="of ranges, ahead and faults")
     parser.add_argument("--rounds", type=int, default=3, help="of ahead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

@@ -42,14 +42,14 @@ class Between:
     """What stands between a job and a store: it counts, and answers as slowly and as badly as it is told to.
 
     delay: seconds before each answer; rate: bytes a second of all answers together, 0 = as fast as it goes; fault: is
-    asked for each request's path, "" to answer well, or "503", "drop" (half of the body, then the line is cut),
-    "stall" (no answer, ever) or "damage" (another byte in the middle).
+    asked for each request's method and path, "" to answer well, or "503", "drop" (half of the body, then the line is
+    cut), "stall" (no answer, ever) or "damage" (another byte in the middle).
     """
 
     upstream: str
     delay: float = 0.0
     rate: float = 0.0
-    fault: Callable[[str], str] = lambda path: ""
+    fault: Callable[[str, str], str] = lambda method, path: ""
     requests: list[Request] = field(default_factory=list)
     url: str = ""
     _turn: threading.Lock = field(default_factory=threading.Lock)
@@ -88,7 +88,7 @@ class _Passing(_Quiet):
     def do_GET(self) -> None:
         between = self.between
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = between.fault(self.path)
+        fault = between.fault(self.command, self.path)
         if fault == "stall":
             between._over.wait()
             self.close_connection = True

@@ -30,11 +30,11 @@ def between(shard_set: Path) -> Iterator[Between]:
         yield between
 
 
-def once(fault: str) -> Callable[[str], str]:
+def once(fault: str) -> Callable[[str, str], str]:
     """That fault for the first request of a shard, and none later."""
     seen = threading.Event()
 
-    def of(path: str) -> str:
+    def of(method: str, path: str) -> str:
         if seen.is_set() or not path.endswith(".tar"):
             return ""
         seen.set()
@@ -115,6 +115,8 @@ def test_a_fault_that_passes_is_got_over(
     reader = ShardReader(index, str(tmp_path))
     assert reader.image(0) == ShardReader(Index.load(shard_set)).image(0)
     between.fault = once(fault)
+    index.check_files()
+    between.fault = once(fault)
     if fault != "damage":  # which is what verify is there to say
         assert verify(between.url) == []
 
@@ -138,7 +140,10 @@ def test_a_fault_that_stays_is_an_error_that_says_how_often_it_was_tried(
     monkeypatch.setattr(storage, "PAUSE", 0.01)
     monkeypatch.setattr(storage, "ANSWER", 0.5)
     index = Index.load(between.url)
-    between.fault = lambda path: fault
+    between.fault = lambda method, path: fault
+    if fault == "503":  # of which fsspec says that the file is missing
+        with pytest.raises(DataError, match=rf"^cannot reach {between.url}/shard-\d+\.tar: 503.*tried 2 times"):
+            index.check_files()
     with pytest.raises(DataError, match=rf"^{between.url}/shard-000000\.tar{'' if fault == 'damage' else ' '}{words}"):
         ShardReader(index, str(tmp_path)).image(0)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tar", ".tmp")]

@@ -100,23 +100,38 @@ def _stays(error: Exception) -> bool:
 
 
 def sizes(root: str, names: list[str]) -> list[int | None]:
-    """Sizes in bytes of files below a folder or URL: -1 where one is missing, None where the server does not say."""
+    """Sizes in bytes of files below a folder or URL: -1 where one is missing, None where the server does not say.
+
+    DataError where the store cannot be reached.
+    """
     fs, path = filesystem(root)
     if root.partition("://")[0] in _STORES:  # a request for a thousand of them, instead of one for each
         try:
             listed = patient(fs, root, LIKELY, fs.ls, path, detail=True)
-            there = {Path(about["name"]).name: about["size"] for about in listed}
-            return [there.get(name, -1) for name in names]
-        except ConnectionError:
-            raise
+        except ConnectionError as error:
+            raise DataError(f"cannot list {root}: {error}") from error
         except Exception:  # every back end has its own; who may read may not always list
             pass
+        else:
+            there = {Path(about["name"]).name: about["size"] for about in listed}
+            return [there.get(name, -1) for name in names]
+
+    def info(place: str, **options: Any) -> dict[str, Any]:
+        try:
+            return dict(fs.info(place, **options))
+        except FileNotFoundError as error:
+            # fsspec's http says so of every failure, and has the real one as its cause
+            if {"http", "https"} & set(fs.protocol) and getattr(error.__cause__, "status", 0) not in (404, 410):
+                raise error.__cause__ or error from None
+            raise
 
     def size(name: str) -> int | None:
         try:
-            found: int | None = patient(fs, f"{root}/{name}", 0, fs.info, f"{path}/{name}")["size"]
+            found: int | None = patient(fs, f"{root}/{name}", 0, info, f"{path}/{name}")["size"]
         except FileNotFoundError:
             return -1
+        except Exception as error:  # every storage back end has its own
+            raise DataError(f"cannot reach {root}/{name}: {first_line(error)}") from error
         return found
 
     with ThreadPoolExecutor(1 if is_local(fs) else TOGETHER) as pool:
