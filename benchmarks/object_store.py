@@ -33,10 +33,11 @@ from benchmarks.common import machine, table
 from benchmarks.stores import AWS, Between, folder_server, s3_server
 from esol.base.files import sha256
 from esol.config import DataConfig
-from esol.data import remote, stream
+from esol.data import remote
 from esol.data.index import Index
-from esol.data.plan import Plan, share_of
+from esol.data.plan import BLOCK, Plan, share_of
 from esol.data.reader import ShardReader
+from esol.data.stream import training_stream
 from esol.data.transforms import Crop
 from shards import cli
 
@@ -184,7 +185,7 @@ def _epoch(index: Index, cache: Path, pause: float) -> tuple[float, float]:
     reader = ShardReader(index, str(cache), ordinals)
     began, first = time.perf_counter(), 0.0
     share, crop = share_of(0, 1, BATCH, 0), Crop(96, (96, 128))
-    for _ in stream.training_stream(reader, plan, share, 0, plan.steps_per_epoch, crop, config, (0, 0, 0)):
+    for _ in training_stream(reader, plan, share, 0, plan.steps_per_epoch, crop, config, (0, 0, 0)):
         first = first or time.perf_counter() - began
         time.sleep(pause)
     return first, time.perf_counter() - began
@@ -228,21 +229,19 @@ def ahead(args: argparse.Namespace, work: Path) -> None:
     with places(work / "set", args.delay, args.rate, [args.place]) as found:
         root, between = found[args.place]
         index = Index.load(root)
-        for most in (0, 1, stream.BLOCK) * args.rounds:
-            before, stream.BLOCK = stream.BLOCK, most
+        for remote.AHEAD in (0, 1, BLOCK) * args.rounds:
             first, seconds = _epoch(index, work / "cache", STEP)
-            stream.BLOCK = before
             shutil.rmtree(work / "cache")
-            rows.append(("an epoch of training", most, f"{first:.2f}", f"{seconds:.1f}"))
-        for most in (0, 1) * args.rounds:
+            rows.append(("an epoch of training", remote.AHEAD, f"{first:.2f}", f"{seconds:.1f}"))
+        for remote.AHEAD in (0, 1) * args.rounds:
             reader = ShardReader(index, str(work / "cache"))
-            reader.ahead(range(len(index.shards)), most)
+            reader.ahead(range(len(index.shards)))
             began, first = time.perf_counter(), 0.0
             for shard in range(len(index.shards)):
                 reader.image(int(index.first[shard]))
                 first = first or time.perf_counter() - began
                 time.sleep(STEP)
-            rows.append(("a walk over the shards", most, f"{first:.2f}", f"{time.perf_counter() - began:.1f}"))
+            rows.append(("a walk over the shards", remote.AHEAD, f"{first:.2f}", f"{time.perf_counter() - began:.1f}"))
             shutil.rmtree(work / "cache")
         cost(between)
     print(f"\n{machine()}; {args.place}, {_settings(args)}; {len(index.shards)} shards, {STEP} s a step and a shard\n")

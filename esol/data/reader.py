@@ -49,13 +49,10 @@ class ShardReader:
         self._owner = os.getpid()
         self._again: set[int] = set()  # shards that were fetched a second time
 
-    def ahead(self, shards: Iterable[int], most: int) -> None:
-        """Begins to fetch shards in the order in which this process will read them; ends what an earlier call began.
-
-        One at a time, and never more than `most` that nobody has opened yet.
-        """
+    def ahead(self, shards: Iterable[int]) -> None:
+        """Begins to fetch shards, one ahead, in the order in which this process reads them; ends an earlier call's."""
         if self._remote:
-            self._remote.ahead(shards, most)
+            self._remote.ahead(shards)
 
     def read(self, ordinal: int, ext: str) -> bytes:
         """The member's bytes; DataError naming shard and key where it is missing or damaged."""

@@ -30,6 +30,7 @@ from esol.data.storage import TOGETHER, filesystem, patient
 NEAR = 64 << 10  # bytes: the share of one request in 100 ms at 10 MB/s, of which TOGETHER are under way at a time
 BLOCK = 8 << 20  # bytes that are fetched at a time and tried again alone
 DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
+AHEAD = 1  # shards that a process fetches before it reads them; sixteen only took the line from the one that is wanted
 OTHERS = "other bytes than were indexed"
 
 _FETCHING: dict[Path, threading.Lock] = {}  # by a thread of this process; between processes a file's lock counts
@@ -48,11 +49,11 @@ class RemoteShards:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None}  # threads stay where they are
 
-    def ahead(self, shards: Iterable[int], most: int) -> None:
+    def ahead(self, shards: Iterable[int]) -> None:
         """As ShardReader's."""
         if self._ahead:
             self._ahead.end()
-        self._ahead = _Ahead(self, shards, most)
+        self._ahead = _Ahead(self, shards)
 
     def keeps(self, shard: int, begin: int, end: int) -> bool:
         """Whether these bytes of a shard are in its file."""
@@ -191,17 +192,17 @@ class RemoteShards:
 class _Ahead:
     """A thread that fetches shards before they are read; what goes wrong in it, their reader will meet and say."""
 
-    def __init__(self, remote: RemoteShards, order: Iterable[int], most: int) -> None:
+    def __init__(self, remote: RemoteShards, order: Iterable[int]) -> None:
         self._opened: set[int] = set()
         self._waiting: set[int] = set()  # fetched, and not opened yet
         self._changed, self._ended, self._owner = threading.Condition(), False, os.getpid()
-        self._shards, self._most = remote, most
+        self._shards = remote
         threading.Thread(target=self._fetch, args=(iter(order),), name="shards ahead", daemon=True).start()
 
     def _fetch(self, order: Iterator[int]) -> None:
         for shard in order:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or len(self._waiting) < self._most)
+                self._changed.wait_for(lambda: self._ended or len(self._waiting) < AHEAD)
                 if self._ended:
                     return
                 if shard in self._opened or shard in self._waiting:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from esol.base.errors import DataError, EsolError
 from esol.config import DataConfig
 from esol.data.features import FeatureStore
-from esol.data.plan import BLOCK, Plan, Share, sample_rng
+from esol.data.plan import Plan, Share, sample_rng
 from esol.data.reader import ShardReader
 from esol.data.samples import Batch
 from esol.data.transforms import Crop, decode, training_crop
@@ -49,7 +49,7 @@ class PlannedSamples(IterableDataset):
     def __iter__(self) -> Iterator[list[Sample]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        self.reader.ahead(self._shards(worker, workers), BLOCK)  # an epoch begins with as many at once
+        self.reader.ahead(self._shards(worker, workers))
         for epoch, ordinals in self.plan.micro_batches(self.share, self.start, self.stop, worker, workers):
             keys = self.reader.index.keys[ordinals].tolist()
             yield [
