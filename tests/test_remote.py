@@ -110,6 +110,7 @@ def test_a_fault_that_passes_is_got_over(
 ) -> None:
     monkeypatch.setattr(storage, "PAUSE", 0.01)
     monkeypatch.setattr(storage, "ANSWER", 0.5)
+    monkeypatch.setattr(storage, "SLOWEST", 1 << 24)
     index = Index.load(between.url)
     between.fault = once(fault)
     reader = ShardReader(index, str(tmp_path))
@@ -139,6 +140,7 @@ def test_a_fault_that_stays_is_an_error_that_says_how_often_it_was_tried(
     monkeypatch.setattr(storage, "TRIES", 2)
     monkeypatch.setattr(storage, "PAUSE", 0.01)
     monkeypatch.setattr(storage, "ANSWER", 0.5)
+    monkeypatch.setattr(storage, "SLOWEST", 1 << 24)
     index = Index.load(between.url)
     between.fault = lambda method, path: fault
     if fault == "503":  # of which fsspec says that the file is missing
