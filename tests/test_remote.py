@@ -104,6 +104,26 @@ def test_one_shard_is_fetched_ahead_of_its_reader_and_no_more(
     assert max(Counter(request.path for request in between.take()).values()) == 1
 
 
+def test_a_shard_that_failed_ahead_is_not_tried_as_long_again_by_its_reader(
+    between: Between, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "TRIES", 3)
+    monkeypatch.setattr(storage, "PAUSE", 0.1)
+    reader, asked = ShardReader(Index.load(between.url), str(tmp_path)), threading.Event()
+
+    def fail(method: str, path: str) -> str:
+        asked.set()
+        return "503"
+
+    between.fault = fail
+    between.take()
+    reader.ahead([0])
+    asked.wait(30)
+    with pytest.raises(DataError, match="tried 3 times"):
+        reader.image(0)
+    assert len(between.take()) == 3
+
+
 @pytest.mark.parametrize("fault", ["503", "drop", "stall", "damage"])
 def test_a_fault_that_passes_is_got_over(
     between: Between, shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

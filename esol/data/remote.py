@@ -34,6 +34,7 @@ AHEAD = 1  # shards that a process fetches before it reads them; sixteen only to
 OTHERS = "other bytes than were indexed"
 
 _FETCHING: dict[Path, threading.Lock] = {}  # by a thread of this process; between processes a file's lock counts
+_FAILED: dict[Path, str] = {}  # what the last of them said
 os.register_at_fork(after_in_child=_FETCHING.clear)  # a thread that held one is not in the child
 
 
@@ -87,13 +88,26 @@ class RemoteShards:
                 return False
             return status.st_size == spec.bytes and not (damaged and os.path.samestat(status, damaged))
 
-        if not usable():
-            with _FETCHING.setdefault(target, threading.Lock()):
-                if not usable():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    with hold(folder / f"{spec.name}.lock", patience):
-                        if not usable():
-                            self._fetch(shard, target)
+        if usable():
+            return target
+        turn = _FETCHING.setdefault(target, threading.Lock())
+        waits = not turn.acquire(blocking=False)
+        if waits:
+            turn.acquire()
+        try:
+            if waits and (error := _FAILED.get(target)):  # another thread has just tried for as long as it may
+                raise DataError(error)
+            if not usable():
+                folder.mkdir(parents=True, exist_ok=True)
+                with hold(folder / f"{spec.name}.lock", patience):
+                    if not usable():
+                        self._fetch(shard, target)
+            _FAILED.pop(target, None)
+        except DataError as error:
+            _FAILED[target] = str(error)
+            raise
+        finally:
+            turn.release()
         return target
 
     def _folder(self) -> Path:
