@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from esol.base.errors import ConfigError
 from esol.base.schema import key
+from esol.base.urls import secret_in
 
 Auto = Literal["auto"]  # found from each photo's own maps
 Section = TypeVar("Section")
@@ -296,6 +297,14 @@ class TrackingConfig:
     # how many photos a stage's picture shows
     pictures: int = key(12, low=0, high=64, unit="overlay pictures per stage", runtime=True)
 
+    def check(self, where: str) -> None:
+        secret, bare = secret_in(self.uri)
+        if secret == "a password" and self.uri.startswith("http"):
+            raise ConfigError(
+                f"{where}.uri = {bare!r} was given with a password, which would be written into the run's files: take "
+                "it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -315,7 +324,8 @@ class Config:
     def check(self, where: str) -> None:
         if "://" in self.run_dir or not self.run_dir.strip():
             raise ConfigError(
-                f"run_dir = {self.run_dir!r}: it must be a local folder; shards may be behind a URL, a run may not"
+                f"run_dir = {secret_in(self.run_dir)[1]!r}: it must be a local folder, where files can be locked and "
+                "renamed; shards may be behind a URL. Set it to a folder, and copy the finished run to the URL"
             )
 
     def section(self, kind: type[Section]) -> Section:

@@ -65,7 +65,7 @@ def export(root: str, out: str, split: str = "", overwrite: bool = False) -> Exp
 def _write(
     index: Index, folder: Path, splits: dict[str, np.ndarray], ordinals: np.ndarray, names: dict[int, str], table: bool
 ) -> Exported:
-    reader, done = ShardReader(index), Exported()
+    reader, done = ShardReader(index, wanted=ordinals), Exported()
     split_of = {int(ordinal): name for name, members in splits.items() for ordinal in members}
     rows: list[tuple[str, str, str]] = []
     with progress("export", len(ordinals), "samples", visible=True) as advance:

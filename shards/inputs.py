@@ -9,14 +9,14 @@ from pathlib import PurePosixPath
 
 from esol.base.errors import DataError
 from esol.data.photos import HEAD
-from esol.data.storage import filesystem, is_local
+from esol.data.storage import LIKELY, filesystem, is_local, patient
 
 
-def read_bytes(path: str) -> bytes:
-    """A whole file; DataError names it where it cannot be read."""
+def read_bytes(path: str, size: int = LIKELY) -> bytes:
+    """A whole file of about `size` bytes; DataError names it where it cannot be read."""
     fs, inner = filesystem(path)
     try:
-        return bytes(fs.cat_file(inner))
+        return bytes(patient(fs, path, size, fs.cat_file, inner))
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except Exception as error:  # every storage back end has its own
@@ -57,7 +57,7 @@ def list_files(folder: str, below: bool = True) -> set[str]:
     if is_local(fs):
         return set(_walk(inner, "", set()) if below else (e.name for e in _entries(inner) if e.is_file()))
     try:
-        names = fs.find(inner, maxdepth=None if below else 1)
+        names = patient(fs, folder, LIKELY, fs.find, inner, maxdepth=None if below else 1)
         return {str(PurePosixPath(name).relative_to(inner)) for name in names}
     except (FileNotFoundError, NotADirectoryError):
         return set()

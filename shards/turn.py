@@ -13,7 +13,7 @@ import fsspec
 from esol.base.errors import DataError, EsolError
 from esol.base.files import Lock, hold, signature
 from esol.data import columns
-from esol.data.storage import UNFINISHED, filesystem, is_local, writer_of
+from esol.data.storage import UNFINISHED, filesystem, is_local, patient, writer_of
 
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # stores without folders; making one could make a bucket
 _LEFT = b"interrupted: esol-shards create writes index.json last; without it these shards count for nothing\n"
@@ -67,7 +67,7 @@ def _store(out: str, fs: fsspec.AbstractFileSystem, path: str, overwrite: bool) 
 
     def check() -> None:
         with storage(out):
-            if not fs.exists(place) or fs.cat_file(place) != mine:
+            if not patient(fs, place, 0, fs.exists, place) or patient(fs, place, 0, fs.cat_file, place) != mine:
                 other = writer_of(out) or "another process that is done by now"
                 raise DataError(f"{out} was taken over by {other}: what this process was writing is not finished")
 
@@ -80,7 +80,7 @@ def _store(out: str, fs: fsspec.AbstractFileSystem, path: str, overwrite: bool) 
             raise DataError(
                 f"{out} is being written by {writer}: wait until it is done; if that process is dead, give --overwrite"
             )
-        fs.pipe_file(place, mine)
+        patient(fs, place, 0, fs.pipe_file, place, mine)
     check()
     try:
         with storage(out):

@@ -15,7 +15,7 @@ from esol.base.progress import progress
 from esol.data.index import PHOTO_EXTENSIONS, Index, scan_tar, write_index
 from esol.data.photos import OTHERS, upright_size
 from esol.data.samples import decode_mask
-from esol.data.storage import writer_of
+from esol.data.storage import filesystem, writer_of
 from shards.census import Census
 from shards.inputs import list_files, read_bytes, read_lines
 from shards.names import foreground
@@ -29,6 +29,7 @@ def verify(root: str, say: Callable[[str], None] = lambda line: None) -> list[st
     surplus, empty, truncated and all-zero shards, changed bytes, samples or members that the index lacks or has too
     many, undecodable photos, sizes and labels that do not fit, masks of another size or with unknown values.
     """
+    filesystem(root)  # what is no URL for shards is no problem of theirs
     try:
         index = Index.load(root)
     except DataError as error:
@@ -42,7 +43,7 @@ def verify(root: str, say: Callable[[str], None] = lambda line: None) -> list[st
     with progress("verify", len(index), "samples", visible=True) as advance:
         for number, shard in enumerate(index.shards):
             try:
-                data = read_bytes(f"{root.rstrip('/')}/{shard.name}")
+                data = read_bytes(f"{root.rstrip('/')}/{shard.name}", shard.bytes)
             except DataError as error:
                 problems.append(f"{shard.name}: {error}")
             else:

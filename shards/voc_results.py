@@ -34,7 +34,8 @@ def export_voc_results(root: str, out: str, competition: str, split: str = "") -
         raise DataError(f"{root} holds no masks: give the folder of a run's stage evaluate, or of a mask stage")
     numbers = np.zeros(256, np.uint8)
     numbers[1 : len(index.classes) + 1] = [CLASSES.index(name) + 1 for name in index.classes]
-    reader, ordinals = ShardReader(index), index.split(split)
+    ordinals = index.split(split)
+    reader = ShardReader(index, wanted=ordinals)
     place = folder / "results/VOC2012/Segmentation" / f"{competition}_{split}_cls"
     try:
         if folder.exists() and any(folder.iterdir()):

@@ -14,7 +14,7 @@ from esol.base.errors import DataError
 from esol.base.machine import cores
 from esol.base.progress import progress
 from esol.data.index import write_index
-from esol.data.storage import filesystem, is_local
+from esol.data.storage import filesystem, is_local, patient
 from shards.census import Census
 from shards.making import Made, Wanted, by_processes, make_shard
 from shards.samples import Reads, Source, listing
@@ -97,10 +97,12 @@ def _write_all(
                 continue
             if not is_local(fs):
                 name = shard.record["name"]
+                file = os.path.join(folder, name)
                 check()
                 with storage(out):
-                    fs.put_file(os.path.join(folder, name), f"{path}/{name}")  # whole objects or none
-                os.unlink(os.path.join(folder, name))
+                    # stores put whole objects or none
+                    patient(fs, f"{out}/{name}", shard.record["bytes"], fs.put_file, file, f"{path}/{name}")
+                os.unlink(file)
             records.append(shard.record)
     if problems and not (drop and records):
         headline = f"{len(problems)} images cannot be used; nothing was finished"

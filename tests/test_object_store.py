@@ -1,8 +1,8 @@
 """Shard sets behind URLs, over the real protocols on loopback: S3 as moto's server speaks it, and plain HTTP."""
 
 import http.server
-import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.stores import AWS, s3_server
 from esol.base.errors import DataError
 from esol.config import DataConfig
+from esol.data import storage
 from esol.data.index import Index
 from esol.data.plan import Plan, share_of
 from esol.data.reader import ShardReader
@@ -25,7 +29,7 @@ from shards import cli
 from shards.verify import verify
 
 s3fs = pytest.importorskip("s3fs", reason="pip install s3fs, or the dev extra")
-moto_server = pytest.importorskip("moto.server", reason="pip install moto[s3], or the dev extra")
+pytest.importorskip("moto.server", reason="pip install moto[s3], or the dev extra")
 
 CREATE = ["create", "synthetic", "--train", "48", "--val", "8", "--size", "64", "--samples-per-shard", "7", "--out"]
 TINY = """
@@ -35,32 +39,19 @@ stages: [classify, localize]
 classify: {duration: 2 steps, global_batch: 8, lr_batch: 8, optimizer: adamw, lr: 1e-4}
 localize: {scales: [1.0], batch: 4}
 engine: {threads: 1}
-tracking: {uri: none}
 """
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket, found and opened by environment variables alone."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "ENDPOINT_URL": f"http://{host}:{port}",
-            "REGION": "us-east-1",
-            "MAX_ATTEMPTS": "1",
-        }.items():
-            patch.setenv(f"AWS_{name}", value)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with s3_server() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in (AWS | {"AWS_ENDPOINT_URL": url}).items():
+            patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield "s3://bucket"
         s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +107,26 @@ def test_training_resumes_anywhere_and_fetches_each_shard_once(stored: str, shar
     assert len(list((tmp_path / "cache").rglob("*.tar"))) == 8
 
 
-def test_a_run_trains_and_localizes_from_a_bucket(stored: str, tmp_path: Path) -> None:
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIAISTHEKEY",
+    "AWS_SECRET_ACCESS_KEY": "this/is+the+secret",
+    "AWS_SESSION_TOKEN": "this/is+the+token",
+}
+
+
+def test_a_run_trains_and_localizes_from_a_bucket_and_gives_no_secret_away(stored: str, tmp_path: Path) -> None:
+    """Logs, manifests, MLflow, the cache: no file of it holds what the environment told it."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [Path(sys.executable).parent / "esol", "run", "--config", tmp_path / "tiny.yaml"]
     for override in (f"run_dir={tmp_path / 'run'}", f"data.root={stored}", f"data.cache={tmp_path / 'cache'}"):
         command += ["--set", override]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
+    done = subprocess.run(command, capture_output=True, timeout=200, env=os.environ | SECRETS)
     assert done.returncode == 0, done.stderr
     assert len(Index.load(tmp_path / "run/localize")) == 56
+    written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(name.endswith("mlflow.db") and b"bucket" in data for name, data in written.items())
+    for name, data in {**written, "stdout": done.stdout, "stderr": done.stderr}.items():
+        assert not [secret for secret in SECRETS.values() if secret.encode() in data], name
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
@@ -176,6 +179,7 @@ def test_what_a_store_refuses_is_one_line(
     bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setattr(storage, "TRIES", 1)
     one_line_each("s3://no-such-bucket/set", "The specified bucket does not exist", capsys)
     for code, words in ((403, "Forbidden"), (503, "Service Unavailable")):
         with served(partial(_Answer, code)) as url:
@@ -190,7 +194,9 @@ def test_what_a_store_refuses_is_one_line(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_shards_are_read_over_http(shard_set: Path, tmp_path: Path) -> None:
+def test_shards_are_read_over_http_without_ranges_too(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with served(partial(_Folder, directory=str(shard_set))) as url:
         reader = ShardReader(Index.load(url), str(tmp_path / "cache"))
         assert reader.index.hash == Index.load(shard_set).hash
@@ -199,5 +205,26 @@ def test_shards_are_read_over_http(shard_set: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"/nowhere/index\.json is missing; there is no such folder or bucket"):
             Index.load(f"{url}/nowhere")
     reader = ShardReader(reader.index, str(tmp_path / "other"))
+    monkeypatch.setattr(storage, "TRIES", 1)
     with pytest.raises(DataError, match=r"shard-00000\d\.tar cannot be fetched: "):
         reader.image(3)
+
+
+def test_a_set_in_a_bucket_of_google_s(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks over gRPC, which the emulator lacks
+    pytest.importorskip("gcsfs", reason="pip install 'esol[gcs]'").GCSFileSystem.clear_instance_cache()
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install 'esol[gcs]'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+        assert cli.main([*CREATE, "gs://bucket/set"]) == 0
+        assert verify("gs://bucket/set") == []
+        assert cli.main([*CREATE, "gs://bucket/set"]) == 2
+        index, plain = Index.load("gs://bucket/set"), ShardReader(Index.load(shard_set))
+        index.check_files()
+        assert index.hash == plain.index.hash
+        for wanted in (None, np.array([1, 2])):
+            reader = ShardReader(index, str(tmp_path), wanted)
+            assert [reader.image(o) for o in (1, 2, 30)] == [plain.image(o) for o in (1, 2, 30)]

@@ -223,7 +223,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_once_more(
     shard = own_shard_set / "shard-000000.tar"
     shard.write_bytes(whole[:-1] + b"x")
     with pytest.raises(
-        DataError, match=r"shard-000000\.tar: a fresh copy holds other bytes .*; run esol-shards verify"
+        DataError, match=r"shard-000000\.tar: two fresh copies hold other bytes .*; run esol-shards verify"
     ):
         ShardReader(index, str(cache)).image(2)
     shard.unlink()

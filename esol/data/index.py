@@ -28,7 +28,7 @@ from esol.base.files import atomic_write, hold, sha256
 from esol.base.strangers import content, plain, printable
 from esol.data import columns
 from esol.data.columns import Columns
-from esol.data.storage import filesystem, is_local, why_missing
+from esol.data.storage import LIKELY, filesystem, is_local, patient, sizes, why_missing
 
 FORMAT, FORMAT_LARGE = "esol-shards 1", "esol-shards 2"
 LARGE = 100_000  # samples; from here on an index in JSON alone costs each process seconds and 150 MB
@@ -84,7 +84,10 @@ class Index:
         place = f"{root.rstrip('/')}/index.json"
         again = f"rebuild it with: esol-shards index {root} --classes FILE --overwrite"
         try:
-            text = content(Path(path, "index.json"), MOST_BYTES) if is_local(fs) else fs.cat_file(f"{path}/index.json")
+            if is_local(fs):
+                text = content(Path(path, "index.json"), MOST_BYTES)
+            else:
+                text = patient(fs, place, LIKELY, fs.cat_file, f"{path}/index.json")
         except FileNotFoundError:
             raise DataError(f"{place} is missing; {why_missing(fs, path, root)}") from None
         except Exception as error:  # every storage back end has its own
@@ -134,17 +137,12 @@ class Index:
 
     def check_files(self) -> None:
         """Checks, without reading, that every shard is there in the size that the index says; DataError lists all."""
-        fs, path = filesystem(self.root)
+        found = sizes(self.root, [shard.name for shard in self.shards])
         problems = []
-        for shard in self.shards:
-            try:
-                size = fs.info(f"{path}/{shard.name}")["size"]
-            except FileNotFoundError:
+        for shard, size in zip(self.shards, found, strict=True):
+            if size == -1:
                 problems.append(f"{shard.name} is missing")
-                continue
-            except Exception as error:  # every storage back end has its own
-                raise DataError(f"cannot reach {self.root}/{shard.name}: {error}") from error
-            if size is not None and size != shard.bytes:
+            elif size is not None and size != shard.bytes:
                 kind = "empty" if size == 0 else "truncated" if size < shard.bytes else "too long"
                 problems.append(f"{shard.name} is {kind}: {size} bytes, the index says {shard.bytes}")
         if problems:
@@ -184,7 +182,8 @@ def _put(root: str | os.PathLike[str], name: str, data: bytes | memoryview) -> N
     if is_local(fs):
         atomic_write(f"{path}/{name}", data)
     else:
-        fs.pipe_file(f"{path}/{name}", bytes(data))  # object stores put whole objects or none
+        # object stores put whole objects or none
+        patient(fs, f"{root}/{name}", len(data), fs.pipe_file, f"{path}/{name}", bytes(data))
 
 
 def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -316,7 +315,7 @@ def _parse_large(root: str, tree: dict[str, Any], cache: str) -> Index:
     if not isinstance(spec, dict) or spec["name"] != columns.NAME:
         raise ValueError(f"samples must be those of {columns.NAME}, got {spec!r:.200}")
     _check_sha256(columns.NAME, spec["sha256"])
-    path = _array_file(root, spec["sha256"], cache)
+    path = _array_file(root, spec["sha256"], int(spec["bytes"]), cache)
     try:
         if (path.stat().st_size, sha256(path)) != (spec["bytes"], spec["sha256"]):
             raise ValueError("it is not the file that index.json was written with")
@@ -328,7 +327,7 @@ def _parse_large(root: str, tree: dict[str, Any], cache: str) -> Index:
     return _assemble(root, classes, shards, found, str(path))
 
 
-def _array_file(root: str, digest: str, cache: str) -> Path:
+def _array_file(root: str, digest: str, size: int, cache: str) -> Path:
     """index.npy as a local file; of a set behind a URL in the cache, under a name that its content gives."""
     fs, path = filesystem(root)
     if "://" not in root:
@@ -340,7 +339,7 @@ def _array_file(root: str, digest: str, cache: str) -> Path:
         target = folder / f"{digest[:16]}-{columns.NAME}"
         with hold(folder / f"{columns.NAME}.lock", FETCH_MINUTES * 60):
             if not target.exists() or sha256(target) != digest:
-                atomic_write(target, fs.cat_file(f"{path}/{columns.NAME}"))
+                atomic_write(target, patient(fs, place, size, fs.cat_file, f"{path}/{columns.NAME}"))
     except FileNotFoundError:
         raise DataError(f"{place} is missing; rebuild it with: esol-shards index {root} --classes FILE") from None
     except Exception as error:  # every storage back end has its own

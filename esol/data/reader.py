@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import sys
 import threading
-import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esol.base.errors import DataError
-from esol.base.files import hold
-from esol.data.index import Index, Shard
-from esol.data.storage import filesystem
+from esol.data.index import Index
+from esol.data.remote import OTHERS, RemoteShards
 
 OPEN_FILES = 128  # per process, least recently used closed first
-DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
-
 
 _READING = threading.Lock()  # open files are closed when there are too many; not a reader's own, which is pickled
 
@@ -39,19 +33,26 @@ os.register_at_fork(after_in_child=_renew_lock)  # a thread that held it is not 
 
 
 class ShardReader:
-    """Reads members of an index's shards; shards behind a URL are fetched whole, once per node, into `cache`.
+    """Reads members of an index's shards; those of shards behind a URL are fetched once per node into `cache`.
 
-    What is fetched is checked against the index; a cached shard that turns out damaged later is fetched once more.
-    Safe to hand to forked or spawned workers: files are opened by the process that reads them. Threads may share it.
+    wanted: the samples that will be read, None = all; others can be read as well, each by requests of its own, and are
+    not kept. What is fetched is checked against the index; what turns out damaged in the cache later is fetched once
+    more. Safe to hand to forked or spawned workers: files are opened by the process that reads them. Threads may share
+    it.
     """
 
-    def __init__(self, index: Index, cache: str = "") -> None:
+    def __init__(self, index: Index, cache: str = "", wanted: NDArray[np.int64] | None = None) -> None:
         self.index = index
         self.cache = cache or "~/.cache/esol"
+        self._remote = RemoteShards(index, self.cache, wanted) if "://" in index.root else None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
-        self._remote = "://" in index.root
         self._again: set[int] = set()  # shards that were fetched a second time
+
+    def ahead(self, shards: Iterable[int]) -> None:
+        """Begins to fetch shards, one ahead, in the order in which this process reads them; ends an earlier call's."""
+        if self._remote:
+            self._remote.ahead(shards)
 
     def read(self, ordinal: int, ext: str) -> bytes:
         """The member's bytes; DataError naming shard and key where it is missing or damaged."""
@@ -69,7 +70,7 @@ class ShardReader:
             found, damage = self._members(shard, extensions, members)
             if damage and self._fetch_again(shard):
                 found, damage = self._members(shard, extensions, members)
-        if damage and shard in self._again:
+        if damage and shard in self._again and shard in self._files:
             damage += f"; if that finds nothing, the disk of data.cache, {self.cache}, damages files"
         if damage:
             raise DataError(f"{self.name(ordinal)}: the shard {damage}")
@@ -77,20 +78,23 @@ class ShardReader:
 
     def _members(self, shard: int, extensions: tuple[str, ...], members: list[list[int]]) -> tuple[list[bytes], str]:
         """The bytes, and what is wrong with them; nothing where all is well."""
-        descriptor = self._open(shard)
         begin = min(offset for offset, _, _ in members)
         end = max(offset + size for offset, size, _ in members)
-        try:
-            if end > os.fstat(descriptor).st_size:  # before so much memory is asked for
-                return [], f"ends before it (.{extensions[0]}); run esol-shards verify {self.index.root}"
-            data = os.pread(descriptor, end - begin, begin)
-        except OSError as error:
-            return [], f"cannot be read: {error.strerror}"
+        if self._remote and not self._remote.keeps(shard, begin, end):
+            data = self._remote.apart(shard, begin, end)
+        else:
+            descriptor = self._open(shard)
+            try:
+                if end > os.fstat(descriptor).st_size:  # before so much memory is asked for
+                    return [], f"ends before it (.{extensions[0]}); run esol-shards verify {self.index.root}"
+                data = os.pread(descriptor, end - begin, begin)
+            except OSError as error:
+                return [], f"cannot be read: {error.strerror}"
         found = []
         for ext, (offset, size, crc) in zip(extensions, members, strict=True):
             member = data[offset - begin : offset - begin + size]
             if len(member) != size or zlib.crc32(member) != crc:
-                how = "ends before it" if len(member) != size else "holds other bytes than were indexed"
+                how = "ends before it" if len(member) != size else f"holds {OTHERS}"
                 return [], f"{how} (.{ext}); run esol-shards verify {self.index.root}"
             found.append(member)
         return found, ""
@@ -142,7 +146,7 @@ class ShardReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        path = self._local(shard)
+        path = self._remote.file(shard) if self._remote else Path(self.index.root) / self.index.shards[shard].name
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place is not waited for
         except OSError as error:
@@ -152,47 +156,14 @@ class ShardReader:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
-    def _local(self, shard: int, damaged: os.stat_result | None = None) -> Path:
-        """The shard's file; one from a URL is fetched where the cache lacks it or has no other than the damaged one."""
-        spec = self.index.shards[shard]
-        if not self._remote:
-            return Path(self.index.root) / spec.name
-        try:
-            cache = Path(self.cache).expanduser()
-        except RuntimeError as error:
-            raise DataError(f"{self.cache}: this user has no home folder; set data.cache to another folder") from error
-        folder = cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
-        target = folder / f"{spec.sha256[:16]}-{spec.name}"
-
-        def usable() -> bool:
-            try:
-                status = target.stat()
-            except FileNotFoundError:
-                return False
-            return status.st_size == spec.bytes and not (damaged and os.path.samestat(status, damaged))
-
-        try:
-            if not usable():
-                folder.mkdir(parents=True, exist_ok=True)
-                with hold(folder / f"{spec.name}.lock", DOWNLOAD_MINUTES * 60):
-                    if not usable():
-                        _fetch(self.index.root, spec, target)
-        except TimeoutError as error:
-            what = f"for {error} to fetch {self.index.root.rstrip('/')}/{spec.name}"
-            raise DataError(f"waited {DOWNLOAD_MINUTES} minutes {what}") from None
-        except OSError as error:
-            raise DataError(
-                f"data.cache: cannot write {error.filename or folder}: {error.strerror or error};"
-                " give a folder that can be written and has room for the shards"
-            ) from error
-        return target
-
     def _fetch_again(self, shard: int) -> bool:
-        """Replaces a cached shard that turned out to be damaged, once; whether there is another one to read now."""
+        """Replaces a cached shard that turned out to be damaged, once; whether there may be other bytes to read now."""
         if not self._remote or shard in self._again:
             return False
         self._again.add(shard)
-        descriptor = self._files.pop(shard)
+        descriptor = self._files.pop(shard, None)
+        if descriptor is None:  # what was damaged came from the store just now
+            return True
         damaged = os.fstat(descriptor)
         print(
             f"{self.index.shards[shard].name} in {self.cache} is damaged: fetching it again",
@@ -200,47 +171,7 @@ class ShardReader:
             flush=True,
         )
         try:
-            self._local(shard, damaged)
+            self._remote.file(shard, damaged)
         finally:
             os.close(descriptor)
         return True
-
-
-def _fetch(root: str, spec: Shard, target: Path) -> None:
-    """Puts a shard into the cache, whole; OSError where the cache is at fault, DataError where the source is."""
-    _sweep(target.parent)
-    temporary = target.with_suffix(".tmp")
-    url, digest = f"{root.rstrip('/')}/{spec.name}", hashlib.sha256()
-    try:
-        # Not emptied first: where locks do nothing, several processes write the same bytes to the same places.
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as local:
-            for block in _blocks(root, spec.name, url):
-                local.write(block)
-                digest.update(block)
-            size = local.tell()
-            local.truncate()
-        if (size, digest.hexdigest()) != (spec.bytes, spec.sha256):
-            what = f"{size} bytes instead of {spec.bytes}" if size != spec.bytes else "other bytes than were indexed"
-            raise DataError(f"{url}: a fresh copy holds {what}; run esol-shards verify {root}")
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _blocks(root: str, name: str, url: str) -> Iterator[bytes]:
-    try:
-        fs, path = filesystem(root)
-        with fs.open(f"{path}/{name}", "rb") as remote:
-            while block := remote.read(1 << 20):
-                yield block
-    except Exception as error:  # every storage back end has its own
-        raise DataError(f"{url} cannot be fetched: {error}") from error
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed have left; the next fetch of the same shard takes up its own."""
-    for path in folder.glob("*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > DOWNLOAD_MINUTES * 60:
-                path.unlink()

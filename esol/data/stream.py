@@ -49,12 +49,24 @@ class PlannedSamples(IterableDataset):
     def __iter__(self) -> Iterator[list[Sample]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        self.reader.ahead(self._shards(worker, workers))
         for epoch, ordinals in self.plan.micro_batches(self.share, self.start, self.stop, worker, workers):
             keys = self.reader.index.keys[ordinals].tolist()
             yield [
                 {"__key__": key, "epoch": epoch, "ordinal": ordinal}
                 for key, ordinal in zip(keys, ordinals.tolist(), strict=True)
             ]
+
+    def _shards(self, worker: int, workers: int) -> Iterator[int]:
+        """The shards in the order in which they are read first."""
+        seen: set[int] = set()
+        every = len(np.unique(self.plan.shard_of))
+        for _, ordinals in self.plan.micro_batches(self.share, self.start, self.stop, worker, workers):
+            new = [s for s in dict.fromkeys(self.reader.index.shard_of[ordinals].tolist()) if s not in seen]
+            seen.update(new)
+            yield from new
+            if len(seen) == every:
+                return
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ def export_masks(
     own = records.need(run_dir, stage)
     data = found[stage].ran_with.data
     index = Index.load(data.root, data.cache)
-    photos, masks = ShardReader(index), ShardReader(Index.load(run_dir / stage))
+    photos, masks = ShardReader(index, data.cache), ShardReader(Index.load(run_dir / stage))
     place = {str(key): i for i, key in enumerate(index.keys)}
     wanted = {str(key) for key in index.keys[index.split(split)]} if split else set(place)
     keys = [(i, str(key)) for i, key in enumerate(masks.index.keys) if str(key) in wanted]

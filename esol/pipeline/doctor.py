@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from esol.base.errors import DataError
@@ -239,9 +240,9 @@ def _shards(found: Findings, engine: Engine, config: Config, each: list[dict[str
     try:
         index = Index.load(config.data.root, config.data.cache)
         index.check_files()
-        reader = ShardReader(index, config.data.cache)
         step = max(1, len(index) // (PHOTOS * engine.world_size))
         picks = list(range(engine.rank * step % len(index), len(index), step * engine.world_size))[:PHOTOS]
+        reader = ShardReader(index, config.data.cache, np.array(picks))
         began = time.perf_counter()
         data = [reader.image(ordinal) for ordinal in picks]
         read = sum(map(len, data)) / (time.perf_counter() - began) / 1e6

@@ -53,9 +53,10 @@ def measure(config: Config, index: Index) -> Speed:
     """A few steps of the run's networks, with random weights, on photos of its shards; about ten seconds on a CPU."""
     device, kind = torch.device("cpu" if wants_cpu() else "cuda"), DTYPES.get(config.engine.precision)
     crop = config.data.crop
-    train, reader = index.split(config.data.train_split), ShardReader(index)
-    chosen = train[np.linspace(0, len(train) - 1, PHOTOS).astype(int)].tolist()  # noise would be a huge lattice
-    photos = [decode(reader.image(one), reader.name(one)).to(device) for one in chosen]
+    train = index.split(config.data.train_split)
+    chosen = train[np.linspace(0, len(train) - 1, PHOTOS).astype(int)]  # noise would be a huge lattice
+    reader = ShardReader(index, config.data.cache, chosen)
+    photos = [decode(reader.image(one), reader.name(one)).to(device) for one in chosen.tolist()]
     images = torch.stack([resize(photos[i % len(photos)], crop, crop) for i in range(BATCH)])
     frozen = build_backbone(replace(config.model, freeze="all"), pretrained=False).to(device)
     for_training(frozen, kind)

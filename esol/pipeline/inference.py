@@ -158,6 +158,8 @@ def over_shards(stage: InferenceStage[Any]) -> Tally:
         context.say(advice)
     mine = shards[engine.rank :: engine.world_size]
     crew = Crew(engine.device)
+    to_do = (int(s) for s in mine if not (folder / f"{index.shards[s].name}.counts.npz").exists())
+    context.reader.ahead(to_do)
     with progress(name, int(np.isin(shard_of, mine).sum()), "images of this process", engine.is_main) as advance:
         done = 0
         for shard in mine:

@@ -24,7 +24,7 @@ from esol.pipeline import needs, records
 from esol.pipeline.config_file import to_yaml
 from esol.pipeline.context import Context
 from esol.pipeline.registry import table
-from esol.pipeline.runner import check_splits, chosen, run_stages
+from esol.pipeline.runner import check_splits, chosen, photos, run_stages
 from esol.pipeline.store import Store
 from esol.pipeline.weights import WEIGHTS
 from esol.report.page.layers import FILES
@@ -89,7 +89,8 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
         raise LaunchError(busy)
     tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=_contents(index))
     with tracked as tracker, StopSignal() as stop:
-        context = Context(config, engine, tracker, index, ShardReader(index, config.data.cache), stop, resume)
+        reader = ShardReader(index, config.data.cache, photos(config, index))
+        context = Context(config, engine, tracker, index, reader, stop, resume)
         try:
             run_stages(context, only, stages, partial(_show, context))
             if engine.is_main and ((run_dir / PAGE).exists() or _page(context)):

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from esol.base.errors import CheckpointError, ConfigError, DataError
 from esol.base.strangers import refuse_links
 from esol.config import Config
@@ -51,6 +54,13 @@ def check_splits(config: Config, index: Index, only: Sequence[str] | None) -> No
                     f"data.{name} = {split}, which stage {stage.name} needs, but {index.root} has: "
                     f"{', '.join(index.splits)}. Set data.{name} to one of them, or leave the stage out of stages"
                 )
+
+
+def photos(config: Config, index: Index) -> NDArray[np.int64]:
+    """The samples of all splits that the config's stages read, whichever of them run now, in rising order."""
+    stages = [known_stage(name).settings(config)["data"].items() for name in config.stages]
+    names = {split for items in stages for name, split in items if name.endswith("_split")}
+    return np.unique(np.concatenate([index.splits.get(name, np.zeros(0, np.int64)) for name in sorted(names)]))
 
 
 def run_stages(

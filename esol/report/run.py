@@ -23,6 +23,7 @@ from esol.ops.class_maps import ClassMaps, class_maps
 from esol.pipeline import records
 from esol.pipeline.cam import cam_stages, ran_with_maps, trained_heads
 from esol.pipeline.records import Manifest
+from esol.pipeline.runner import photos
 from esol.pipeline.scores import Scores
 from esol.report.pictures import Pixels, heat, paint, sheet
 from esol.report.tables import results_table
@@ -80,7 +81,7 @@ class Run:
 
     @cached_property
     def _reader(self) -> ShardReader:
-        return ShardReader(self._index, self.config.data.cache)
+        return ShardReader(self._index, self.config.data.cache, photos(self.config, self._index))
 
     @cached_property
     def _place(self) -> dict[str, int]:
