@@ -188,15 +188,6 @@ def overhead() -> None:
     head = ("task", "added by", "step without, ms", "its quartiles", "median ratio - 1")
     thread_head = ("CPU of its thread, ms", "added, us", "ratio - 1", f"added, of {GPU_STEP} s")
     print(table((*head, *thread_head), rows))
-    worlds = [2, 16, 128, 1024]
-    ticks = run_ranks(1, "watchdog_ticks", alone=True, worlds=worlds, repeats=10)[0]
-    rows = [
-        [world, 1e3 * ticks[str(world)], f"{ticks[str(world)] / 5:.3%}", f"{world * ticks[str(world)] / 5:.3%}"]
-        for world in worlds
-    ]
-    print("\nA look of the watchdog at the others, every 5 s in a thread of its own, asked of rank 0's store:\n")
-    head = ("processes", "one look, ms", "of 5 s", "all looks, of one core of rank 0's store at most")
-    print(table(head, rows))
 
 
 def _is_root(otherwise: str) -> bool:

@@ -31,7 +31,6 @@ from esol.config import Config, DeepSpeedConfig, EngineConfig, TrainConfig
 from esol.data.samples import Batch
 from esol.engines import make_engine
 from esol.engines.base import Engine
-from esol.engines.watchdog import _BEAT, Watchdog
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
@@ -329,23 +328,6 @@ def overhead(
         found = interleaved({"without": disagreeing, "bare": bare, "whole": whole}, rounds)
     job.close()
     return {"wall": found, "thread": thread}
-
-
-def watchdog_ticks(worlds: list[int], repeats: int) -> dict[str, float]:
-    """Seconds of one look of a rank's watchdog at all others, by their number; nobody else asks the store meanwhile."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    found = {}
-    for world in worlds:
-        for rank in range(world):
-            store.set(_BEAT.format(rank), json.dumps({"tick": 1, "count": 1, "doing": "step 1", "waiting": False}))
-        watchdog = Watchdog(0, world, store, Path(), 1200.0)
-        seconds = []
-        for tick in range(repeats):
-            began = time.perf_counter()
-            watchdog._exchange({"tick": tick, "count": tick, "doing": "step 1", "waiting": False})
-            seconds.append(time.perf_counter() - began)
-        found[str(world)] = statistics.median(seconds)
-    return found
 
 
 if __name__ == "__main__":

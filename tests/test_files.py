@@ -75,7 +75,7 @@ def test_the_cache_of_shards_without_locks_or_room(
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(fcntl, "lockf", taken)
-    monkeypatch.setattr("esol.data.reader.DOWNLOAD_MINUTES", 0)
+    monkeypatch.setattr("esol.data.remote.DOWNLOAD_MINUTES", 0)
     with pytest.raises(DataError, match="waited 0 minutes for a process that has not said its name to fetch file://"):
         ShardReader(index, str(tmp_path / "other")).image(0)
 

@@ -183,7 +183,7 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(weights: Path, monkey
         ask(model, out.getvalue())
     with pytest.raises(DataError, match=too_many.format("10000 x 9000 = 90,000,000")):
         ask(model, claiming(jpeg(0), 10000, 9000))
-    with pytest.raises(DataError, match=r"row 0: .*4225000000 pixels.* exceeds limit"):
+    with pytest.raises(DataError, match=too_many.format("65000 x 65000 = 4,225,000,000")):
         ask(model, claiming(jpeg(0), 65000, 65000))
     monkeypatch.setattr(serving, "LARGEST", 1000)
     for sent in (bytes(1001), "A" * 1001):
