@@ -12,13 +12,11 @@ they are used; then all meet at a barrier and reduce a number.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import resource
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -103,101 +101,89 @@ def _watchdogs(ranks: Sequence[int], world: int, port: int, limit: float, talk: 
         dog.stop()
 
 
-class _Crowd:
-    """Processes that run the ranks from 1 on."""
+def _spawn(function: Callable[..., None], ranks: range, *arguments: Any) -> tuple[list[Connection], list[Any]]:
+    """Pipes to processes that share the ranks, and the processes: function(its ranks, *arguments, its pipe)."""
+    context, talks, processes = multiprocessing.get_context("spawn"), [], []
+    for number in range(min(PROCESSES, len(ranks))):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=function, args=(ranks[number::PROCESSES], *arguments, theirs), daemon=True)
+        process.start()
+        talks.append(ours)
+        processes.append(process)
+    return talks, processes
 
-    def __init__(self, world: int, port: int, limit: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.talks, self._processes = [], []
-        for number in range(min(PROCESSES, world - 1)):
-            ours, theirs = context.Pipe()
-            ranks = range(1 + number, world, PROCESSES)
-            process = context.Process(target=_watchdogs, args=(ranks, world, port, limit, theirs), daemon=True)
-            process.start()
-            self.talks.append(ours)
-            self._processes.append(process)
 
-    def ask(self, what: str) -> list[Any]:
+class _Job:
+    """A job whose ranks all work: rank 0 and the store in this process, the others in processes of their own."""
+
+    def __init__(self, world: int, limit: float) -> None:
+        self._store = _store(0, host=True)
+        self.talks, self._processes = _spawn(_watchdogs, range(1, world), world, self._store.port, limit)
+        self.dog = Noticing(0, world, self._store, Path(), limit)
         for talk in self.talks:
-            talk.send(what)
-        return [talk.recv() for talk in self.talks]
+            talk.recv()
+        self.tell("start")
+        self.dog.start()
+        self.work(10)
+
+    def work(self, seconds: float) -> None:
+        """Lets rank 0 work for so long; the others do until they are told to stand."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.dog.beat("a step")
+            time.sleep(0.5)
 
     def tell(self, what: str) -> None:
         for talk in self.talks:
             talk.send(what)
 
-    def close(self) -> None:
+    def ask(self, what: str) -> list[Any]:
+        self.tell(what)
+        return [talk.recv() for talk in self.talks]
+
+    def end(self) -> list[tuple[float, str]]:
+        """When and why each rank would have ended the job."""
+        found = [(self.dog.ended, self.dog.why), *(item for part in self.ask("end") for item in part)]
+        self.dog.stop()
         for process in self._processes:
             process.join(60)
-
-
-def _beating(dog: Watchdog, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        dog.beat("a step")
-        time.sleep(0.5)
+        return found
 
 
 def looks(world: int, limit: float, seconds: float) -> list[float]:
     """Share of a core that rank 0's process takes for store and watchdog; requests/s and bytes/s of all other ranks."""
-    store = _store(0, host=True)
-    crowd = _Crowd(world, store.port, limit)
-    dog = Noticing(0, world, store, Path(), limit)
-    for talk in crowd.talks:
-        talk.recv()
-    crowd.tell("start")
-    dog.start()
-    _beating(dog, 10)
+    job = _Job(world, limit)
     used, began = time.process_time(), time.monotonic()
-    _beating(dog, seconds)
+    job.work(seconds)
     share = (time.process_time() - used) / (time.monotonic() - began)
-    counts = crowd.ask("count")
-    crowd.ask("end")
-    dog.stop()
-    crowd.close()
+    counts = job.ask("count")
+    job.end()
     return [share, sum(requests for requests, _ in counts), sum(size for _, size in counts)]
 
 
 def notice(world: int) -> list[Any]:
     """Seconds from the moment that a rank of each other process stands until the first and the last one know."""
-    store = _store(0, host=True)
-    crowd = _Crowd(world, store.port, STALL)
-    dog = Noticing(0, world, store, Path(), STALL)
-    for talk in crowd.talks:
-        talk.recv()
-    crowd.tell("start")
-    dog.start()
-    _beating(dog, 10)
+    job = _Job(world, STALL)
     stood = time.monotonic()
-    crowd.tell("stand")
-    _beating(dog, 2.5 * STALL)
-    found = [(dog.ended, dog.why), *(item for part in crowd.ask("end") for item in part)]
-    dog.stop()
-    crowd.close()
-    missing = sum(not why for _, why in found)
+    job.tell("stand")
+    job.work(2.5 * STALL)
+    found = job.end()
     whys = {why for _, why in found if why}
     ends = [ended - stood for ended, why in found if why]
+    missing = len(found) - len(ends)
     return [min(ends, default=-1), max(ends, default=-1), missing, len(whys), max(map(len, whys), default=0)]
 
 
 def watchdog(worlds: list[int], seconds: float) -> None:
     limit = 60 * EngineConfig().stall
-    rows = [
-        [world, *(f"{share:.3%}", rate, size / 1e3)]
-        for world in worlds
-        for share, rate, size in [looks(world, limit, seconds)]
-    ]
+    rows = []
+    for world in worlds:
+        share, rate, size = looks(world, limit, seconds)
+        rows.append([world, f"{share:.3%}", rate, size / 1e3])
     print(f"\nengine.stall {limit:g} s, the default; {seconds:g} s each\n")
     print(table(("ranks", "rank 0's process, of one core", "requests a second", "kB a second"), rows))
     print(f"\nFour ranks of {STALL:g} s (engine.stall) stand, one of each process\n")
-    head = (
-        "ranks",
-        "the first knows after, s",
-        "the last, s",
-        "ranks that did not notice",
-        "verdicts",
-        "longest, characters",
-    )
+    head = ("ranks", "the first knows after, s", "the last, s", "do not notice", "verdicts", "longest, characters")
     print(table(head, [[world, *notice(world)] for world in worlds if world > PROCESSES]))
 
 
@@ -230,9 +216,7 @@ def _join(ranks: Sequence[int], world: int, port: int, lazy: bool, talk: Connect
         thread.start()
     while len(seconds) + len(failed) < len(ranks):
         time.sleep(0.05)
-    handles = len(os.listdir("/proc/self/fd"))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    talk.send(json.dumps([seconds, failed[:1], handles, usage.ru_utime + usage.ru_stime]))
+    talk.send((seconds, failed[:1], len(os.listdir("/proc/self/fd"))))
     talk.recv()
     talked.set()
     for thread in threads:
@@ -242,23 +226,15 @@ def _join(ranks: Sequence[int], world: int, port: int, lazy: bool, talk: Connect
 def join(world: int, lazy: bool) -> list[Any]:
     """Seconds, at most, of joining, of the first barrier and of a reduction; file handles a rank."""
     store = _store(0, host=True)
-    context = multiprocessing.get_context("spawn")
-    talks, processes = [], []
-    for number in range(PROCESSES):
-        ours, theirs = context.Pipe()
-        ranks = range(number, world, PROCESSES)
-        process = context.Process(target=_join, args=(ranks, world, store.port, lazy, theirs), daemon=True)
-        process.start()
-        talks.append(ours)
-        processes.append(process)
+    talks, processes = _spawn(_join, range(world), world, store.port, lazy)
     for talk in talks:
         talk.send("start")
-    found = [json.loads(talk.recv()) for talk in talks]
+    found = [talk.recv() for talk in talks]
     for talk in talks:
         talk.send("end")
     for process in processes:
         process.join(120)
-    if errors := [error for _, failed, _, _ in found for error in failed]:
+    if errors := [error for _, failed, _ in found for error in failed]:
         return ["-", "-", "-", "-", errors[0][:120]]
     seconds = [item for part, *_ in found for item in part]
     handles = sum(part[2] for part in found) / world

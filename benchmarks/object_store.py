@@ -284,9 +284,7 @@ def faults(args: argparse.Namespace, work: Path) -> None:
                 words = next((part[part.index("error: ") + 7 :] for part in said if ".tar" in part), "")
                 words = words.replace(root, "URL").replace("|", "/")[:240]
                 long = f"{lasts} s" if lasts else "for ever"
-                rows.append(
-                    (name, fault, long, code, f"{seconds:.0f}", words.replace(root, "URL").replace("|", "/")[:240])
-                )
+                rows.append((name, fault, long, code, f"{seconds:.0f}", words))
                 print(*rows[-1], flush=True)
     print(f"\n{machine()}\n")
     print(table(("place", "fault", "lasts", "exit code", "seconds", "what it said"), rows))

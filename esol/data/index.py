@@ -28,12 +28,20 @@ from esol.base.files import atomic_write, hold, sha256
 from esol.base.strangers import content, plain, printable
 from esol.data import columns
 from esol.data.columns import Columns
-from esol.data.storage import LIKELY, filesystem, is_local, patient, sizes, why_missing
+from esol.data.storage import (
+    CACHE,
+    DOWNLOAD_MINUTES,
+    LIKELY,
+    cache_folder,
+    filesystem,
+    is_local,
+    patient,
+    sizes,
+    why_missing,
+)
 
 FORMAT, FORMAT_LARGE = "esol-shards 1", "esol-shards 2"
 LARGE = 100_000  # samples; from here on an index in JSON alone costs each process seconds and 150 MB
-CACHE = "~/.cache/esol"  # where no data.cache is given
-FETCH_MINUTES = 30  # that a process waits for another one of its node to fetch index.npy
 PHOTO_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MOST_BYTES = 1 << 32  # of an index.json: some 20 million photos
 MOST_CLASSES = 254  # that an 8-bit mask can number: 0 is background, 255 void
@@ -186,21 +194,18 @@ def _put(root: str | os.PathLike[str], name: str, data: bytes | memoryview) -> N
         patient(fs, f"{root}/{name}", len(data), fs.pipe_file, f"{path}/{name}", bytes(data))
 
 
-def scan_shard(root: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """Walks through one tar file and returns its record for write_index.
+def scan_shard(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """Walks through one tar file of a local folder and returns its record for write_index.
 
     {"name", "samples", "bytes", "sha256", "keys": [...], "members": {ext: [[offset, size, crc32] or None, ...]}},
     and "labels": a list of names or None for each sample, where samples have a json member.
     DataError where the file is missing, not a whole tar file, or holds a key twice.
     """
-    fs, path = filesystem(os.fspath(root))
     try:
-        if is_local(fs):
-            with open(f"{path}/{name}", "rb") as file:
-                return scan_tar(file, name)
-        return scan_tar(io.BytesIO(fs.cat_file(f"{path}/{name}")), name)
+        with open(Path(folder, name), "rb") as file:
+            return scan_tar(file, name)
     except FileNotFoundError:
-        raise DataError(f"{name} is missing in {os.fspath(root)}") from None
+        raise DataError(f"{name} is missing in {os.fspath(folder)}") from None
 
 
 def scan_tar(file: Any, name: str) -> dict[str, Any]:
@@ -332,12 +337,11 @@ def _array_file(root: str, digest: str, size: int, cache: str) -> Path:
     fs, path = filesystem(root)
     if "://" not in root:
         return Path(path) / columns.NAME
-    place, folder = f"{root.rstrip('/')}/{columns.NAME}", Path(cache or CACHE)
+    place, folder = f"{root.rstrip('/')}/{columns.NAME}", cache_folder(root, cache or CACHE)
     try:
-        folder = folder.expanduser() / hashlib.sha256(root.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{digest[:16]}-{columns.NAME}"
-        with hold(folder / f"{columns.NAME}.lock", FETCH_MINUTES * 60):
+        with hold(folder / f"{columns.NAME}.lock", DOWNLOAD_MINUTES * 60):
             if not target.exists() or sha256(target) != digest:
                 atomic_write(target, patient(fs, place, size, fs.cat_file, f"{path}/{columns.NAME}"))
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from esol.base.errors import DataError
 from esol.data.index import Index
 from esol.data.remote import OTHERS, RemoteShards
+from esol.data.storage import CACHE
 
 OPEN_FILES = 128  # per process, least recently used closed first
 
@@ -43,7 +44,7 @@ class ShardReader:
 
     def __init__(self, index: Index, cache: str = "", wanted: NDArray[np.int64] | None = None) -> None:
         self.index = index
-        self.cache = cache or "~/.cache/esol"
+        self.cache = cache or CACHE
         self._remote = RemoteShards(index, self.cache, wanted) if "://" in index.root else None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()

@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from esol.base.errors import DataError
 from esol.base.files import hold
 from esol.data.index import Index, Shard
-from esol.data.storage import TOGETHER, filesystem, patient
+from esol.data.storage import DOWNLOAD_MINUTES, TOGETHER, cache_folder, filesystem, patient
 
 NEAR = 64 << 10  # bytes: the share of one request in 100 ms at 10 MB/s, of which TOGETHER are under way at a time
 BLOCK = 8 << 20  # bytes that are fetched at a time and tried again alone
-DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a shard
 AHEAD = 1  # shards that a process fetches before it reads them; sixteen only took the line from the one that is wanted
 OTHERS = "other bytes than were indexed"
 
@@ -112,11 +111,7 @@ class RemoteShards:
 
     def _folder(self) -> Path:
         """Of this set's files in the cache."""
-        try:
-            cache = Path(self.cache).expanduser()
-        except RuntimeError as error:
-            raise DataError(f"{self.cache}: this user has no home folder; set data.cache to another folder") from error
-        return cache / hashlib.sha256(self.index.root.encode()).hexdigest()[:16]
+        return cache_folder(self.index.root, self.cache)
 
     def _url(self, shard: int) -> str:
         return f"{self.index.root.rstrip('/')}/{self.index.shards[shard].name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import socket
 import sys
@@ -32,6 +33,8 @@ LIKELY = 1 << 24  # bytes at most of most files whose size is not known before t
 TOGETHER = 16  # requests under way at a time where many small ones are needed
 _REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, socket.EAI_NONAME}
 _MAY_PASS = {408, 425, 429}  # of the HTTP answers 4xx, which else mean that the request is wrong
+CACHE = "~/.cache/esol"  # where no data.cache is given
+DOWNLOAD_MINUTES = 30  # how long a process waits for another one of its node to fetch a file
 Found = TypeVar("Found")
 
 
@@ -136,6 +139,14 @@ def sizes(root: str, names: list[str]) -> list[int | None]:
 
     with ThreadPoolExecutor(1 if is_local(fs) else TOGETHER) as pool:
         return list(pool.map(size, names))
+
+
+def cache_folder(root: str, cache: str) -> Path:
+    """Where what is fetched of the set at a URL is kept, below `cache`; DataError where there is no home folder."""
+    try:
+        return Path(cache).expanduser() / hashlib.sha256(root.encode()).hexdigest()[:16]
+    except RuntimeError as error:
+        raise DataError(f"{cache}: this user has no home folder; set data.cache to another folder") from error
 
 
 def writer_of(root: str) -> str:

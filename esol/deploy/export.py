@@ -113,13 +113,9 @@ def _export_graphs(net: DeepLab, folder: Path) -> dict[str, str]:
     with torch.no_grad():
         try:
             program = torch.export.export(fixed, (photos[0],), dynamic_shapes={"image": free})
-            for node in (
-                n
-                for part in program.graph_module.modules()
-                if isinstance(part, torch.fx.GraphModule)
-                for n in part.graph.nodes
-            ):
-                node.meta.pop("stack_trace", None)  # the places of files on this machine, in pt2 and onnx alike
+            for part in program.graph_module.modules():
+                for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # the places of files on this machine, in pt2 and onnx alike
         except Exception as error:  # what a network does that cannot be traced raises anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"model.pt2 and model.onnx are left out, torch.export cannot trace this network: {reason:.200}")

@@ -87,7 +87,7 @@ class Ranks(Engine):
         if self.device.type == "cpu":  # costs nothing here; on CUDA it forbids operators without a deterministic form
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        seed_all(self._seed)  # the same on all ranks: they build the same model
+        seed_all(self._seed, self.device)  # the same on all ranks: they build the same model
 
     def _no_job(self, reason: str) -> LostRankError:
         return LostRankError(
@@ -128,12 +128,7 @@ class Ranks(Engine):
     def _begin_step(self) -> None:
         """Random numbers of a step follow from seed, rank and step: no checkpoint holds any, for no number of ranks."""
         mixed = np.random.SeedSequence((self._seed, self.rank, self._step)).generate_state(1, np.uint64)
-        seed = int(mixed[0] >> np.uint64(1))
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device: 130 us instead of 1
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_all(int(mixed[0] >> np.uint64(1)), self.device)
         self._step += 1
 
     def _moved(self, batch: Batch) -> Batch:
@@ -267,10 +262,13 @@ class Ranks(Engine):
         raise NotImplementedError
 
 
-def seed_all(seed: int) -> None:
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seeds every generator of this process and its device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device: 130 us instead of 1
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def weighted_mean(outputs: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
