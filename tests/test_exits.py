@@ -34,12 +34,12 @@ def tidies():
     return 0
 
 def saves():
-    with multiprocessing.Pool(1) as pool:  # as data workers
-        Interrupts.saving = True
-        signal.signal(signal.SIGINT, lambda *_: os.write(1, b"saving\\n"))  # print may be at work
-        say("up")
-        while True:
-            time.sleep(60)
+    multiprocessing.Process(target=time.sleep, args=(300,)).start()  # as data workers, which nobody starts anew
+    Interrupts.saving = True
+    signal.signal(signal.SIGINT, lambda *_: os.write(1, b"saving\\n"))  # print may be at work
+    say("up")
+    while True:
+        time.sleep(60)
 
 def swallows():  # as a callback from C does, whose exceptions go nowhere
     told = False
