@@ -111,7 +111,7 @@ def lines(photos: Photos, rounds: int, most: dict[str, float]) -> Iterator[list[
     """The lines of the table, under HEADINGS; most: the ceilings."""
     context = photos.context("custom-cpu.yaml")
     config = context.config
-    peak, tasks = most[config.engine.precision], dict[str, Task]()
+    peak, tasks = most[context.precision], dict[str, Task]()
 
     def line(name: str, what: str, work: Callable[[], object], timed: Callable[[], object], units: int) -> list[object]:
         flop, moved = (n / units for n in counted(work))

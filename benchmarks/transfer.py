@@ -37,6 +37,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.samples import decode_mask
 from esol.data.transforms import decode
+from esol.engines.ranks import precision_of
 from esol.ops.class_maps import ClassMaps, class_maps
 from esol.ops.dense_crf import mean_field, unary_from_labels
 from esol.ops.metrics import Counts, confusion_matrix, score
@@ -134,6 +135,7 @@ def _on_some_photos(run_dir: Path, results: Row) -> Row:
     """
     config, written = records.ran_with(run_dir, "localize"), results["localize"]["write"]
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
+    kind = precision_of(config.engine.precision, torch.device("cpu"))
     index = Index.load(config.data.root)
     reader, width = ShardReader(index), len(index.classes) + 1
     heads = trained_heads(config, len(index.classes)).eval()
@@ -151,7 +153,7 @@ def _on_some_photos(run_dir: Path, results: Row) -> Row:
             if index.members["mask.png"][ordinal, 0] >= 0:
                 truth = decode_mask(reader.read(ordinal, "mask.png"), reader.name(ordinal))
             begun = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            with torch.autocast("cpu", kind, enabled=kind is not None):
                 scales, flip = config.localize.scales, config.localize.flip
                 own = class_maps(image[None], labels[None], heads, scales=scales, flip=flip)[0]
             if labels.any() and len(timed) < TIMED:

@@ -249,7 +249,8 @@ class EngineConfig:
     # who computes: PyTorch's data parallelism by accelerate, or DeepSpeed's ZeRO
     name: Literal["accelerate", "deepspeed"] = key("accelerate", runtime=True)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    precision: Literal["fp32", "bf16", "fp16"] = key("fp32")  # of matrix products; losses are always float32
+    # of matrix products; losses are always float32. auto: bf16 where every process has hardware for it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("fp32")
     # the repeated blocks of a network compiled, or its steps as CUDA graphs; as with threads, only last digits differ
     compile: Literal["off", "blocks", "graph"] = key("off", runtime=True)
     # how much of its share a rank computes at a time

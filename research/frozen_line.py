@@ -28,6 +28,7 @@ from esol.data.reader import ShardReader
 from esol.data.samples import Batch, decode_mask
 from esol.data.stream import training_stream
 from esol.data.transforms import Crop, decode
+from esol.engines.ranks import precision_of
 from esol.models.cam_net import CamNet
 from esol.models.heads import Decision, Expansion, Heads, Shrinkage
 from esol.models.regrid import scale_to_grid
@@ -133,7 +134,7 @@ class FrozenLine:
         self.reader = ShardReader(self.index, config.data.cache)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net = net.eval().to(self.device)
-        half = config.engine.precision == "bf16"
+        half = precision_of(config.engine.precision, self.device) is torch.bfloat16
         self._type, self._bits = (
             (torch.bfloat16, torch.int16) if half else (torch.float32, torch.int32)
         )  # numpy has no bf16

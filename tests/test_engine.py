@@ -111,6 +111,23 @@ def test_mixed_precision_learns_close_to_float32(start, precision: str, dtype: t
     assert ends[precision] == pytest.approx(ends["fp32"], rel=0.02)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_is_bf16_where_there_is_hardware_for_it_and_bf16_without_it_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("esol.engines.ranks.cpu_has_bf16", lambda: has)
+    for precision, expected in (("auto", torch.bfloat16 if has else None), ("bf16", torch.bfloat16), ("fp32", None)):
+        engine = make_engine(EngineConfig(precision=precision, threads=1), seed=3)  # type: ignore[arg-type]
+        with engine.autocast():
+            found = torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype
+        engine.close()
+        assert engine.kind is expected
+        assert found == (expected or torch.float32)
+    warned = [record.getMessage() for record in caplog.records if "engine.precision = bf16" in record.getMessage()]
+    assert len(warned) == (0 if has else 1)
+
+
 def test_fp16_overflow_skips_the_step_until_the_scale_fits(start) -> None:
     task = Scaled()
     task.factor = 1e4

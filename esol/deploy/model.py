@@ -48,7 +48,8 @@ def load_network(place: str | Path) -> tuple[DeepLab, ModelInfo]:
     evaluated = records.read_manifest(place / "evaluate") if run else None
     if segment and evaluated and evaluated.consumed.get("segment") == segment.output:
         ran = evaluated.ran_with
-        info = replace(info, evaluate=ran.section(PredictionConfig), precision=ran.engine.precision)
+        asked = info.precision if ran.engine.precision == "auto" else ran.engine.precision
+        info = replace(info, evaluate=ran.section(PredictionConfig), precision=asked)
     model = BackboneConfig(info.backbone, output_stride=8, freeze="all")
     net = DeepLab(build_backbone(model, pretrained=False), len(info.classes) + 1, info.rates)
     try:

@@ -98,7 +98,7 @@ def _recipe(config: Config, info: ModelInfo, manifest: Manifest) -> str:
         f"ASPP times {own.head_lr:g}, crop {own.crop}, scale {own.scale[0]:g} to {own.scale[1]:g}, dilations "
         f"{', '.join(map(str, info.rates))}, {'class-balanced ' if own.balance else ''}cross entropy",
         f"- initial weights: {markdown(info.initial_weights)}",
-        f"- seed {config.seed}, {config.engine.precision}, {manifest.world_size} process(es), {versions}",
+        f"- seed {config.seed}, {info.precision}, {manifest.world_size} process(es), {versions}",
     ]
     return "\n".join(lines)
 

@@ -40,6 +40,8 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     is_main: bool
+    kind: torch.dtype | None
+    """What matrix products are computed in, on every rank alike; None for float32."""
 
     def prepare(self, task: Task, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> None:
         """Moves the task to the device and takes it and its optimizer over; called once per training stage.

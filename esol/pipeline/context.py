@@ -43,7 +43,12 @@ class Context:
     @property
     def kind(self) -> torch.dtype | None:
         """What matrix products are computed in, None for float32."""
-        return DTYPES.get(self.config.engine.precision)
+        return self.engine.kind
+
+    @property
+    def precision(self) -> str:
+        """The name of that: fp32, bf16 or fp16."""
+        return next(name for name, kind in DTYPES.items() if kind is self.kind)
 
     def ready(self, net: _Net) -> _Net:
         """A network for forward passes alone, on the engine's device and in its precision."""

@@ -26,6 +26,7 @@ from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode
 from esol.engines.base import Engine, gather_text
+from esol.engines.ranks import precision_of
 from esol.pipeline.needs import missing
 
 PACKAGES = ("esol", "torch", "torchvision", "accelerate", "deepspeed", "numpy", "webdataset", "mlflow", "timm")
@@ -72,7 +73,7 @@ def _about(engine: Engine) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(engine.device) if gpu else "CPU",
         "memory": torch.cuda.get_device_properties(engine.device).total_memory if gpu else 0,
-        "bf16": torch.cuda.is_bf16_supported() if gpu else True,
+        "bf16": precision_of("bf16", engine.device) is not None,
         "gpus": torch.cuda.device_count(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "",
         "cores": cores(),
@@ -132,7 +133,8 @@ def _devices(found: Findings, each: list[dict[str, Any]], config: Config) -> Non
         if each[ranks[0]]["device"] == "CPU" and each[ranks[0]]["gpus"]:
             found.advice.append(f"{host} has GPUs, but the processes are on the CPU: unset ACCELERATE_USE_CPU")
     if config.engine.precision == "bf16" and not all(about["bf16"] for about in each):
-        found.advice.append("engine.precision = bf16, which a GPU here has not in hardware: take fp16")
+        fast = "auto, or fp16" if each[0]["device"] != "CPU" else "auto"
+        found.advice.append(f"engine.precision = bf16, for which a machine here has no hardware: take {fast}")
 
 
 def _network(found: Findings, each: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from esol.config import BackboneConfig, Config, CrfConfig, Duration, MapsConfig,
 from esol.data.index import Index
 from esol.data.reader import ShardReader
 from esol.data.transforms import decode, resize
-from esol.engines.ranks import DTYPES, wants_cpu
+from esol.engines.ranks import DTYPES, precision_of, wants_cpu
 from esol.models.affinity_net import AffinityNet
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
@@ -51,7 +51,9 @@ class Speed:
 
 def measure(config: Config, index: Index) -> Speed:
     """A few steps of the run's networks, with random weights, on photos of its shards; about ten seconds on a CPU."""
-    device, kind = torch.device("cpu" if wants_cpu() else "cuda"), DTYPES.get(config.engine.precision)
+    device = torch.device("cpu" if wants_cpu() else "cuda")
+    asked = config.engine.precision
+    kind = precision_of(asked, device) if asked == "auto" else DTYPES[asked]
     crop = config.data.crop
     train = index.split(config.data.train_split)
     chosen = train[np.linspace(0, len(train) - 1, PHOTOS).astype(int)]  # noise would be a huge lattice

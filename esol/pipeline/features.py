@@ -57,5 +57,5 @@ def _stamp(context: Context, backbone: Backbone) -> str:
         weights.update(name.encode())
         weights.update(value.cpu().contiguous().numpy().tobytes())
     crops = (config.seed, config.data.crop, list(config.data.long_side), context.index.hash)
-    how = (config.engine.precision, context.engine.device.type, torch.__version__)
+    how = (context.precision, context.engine.device.type, torch.__version__)
     return fingerprint(_FORM, config.model, weights.hexdigest(), crops, how)

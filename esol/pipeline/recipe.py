@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from esol.base.errors import ConfigError, WeightsError
-from esol.base.machine import cores, cpu_has_bf16
+from esol.base.machine import cores
 
 _MAPS = ("classify", "decide", "expand", "shrink", "localize")
 _MASKS = ("seed_masks", "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "irn_masks", "vote_masks")
@@ -29,7 +29,6 @@ class Machine:
 
     gpu: bool
     cores: int
-    bf16: bool
 
     @property
     def words(self) -> str:
@@ -76,7 +75,7 @@ def this_machine(device: str) -> Machine:
     if device == "cuda" and not gpu:
         raise ConfigError("--device cuda: this machine shows no NVIDIA GPU; leave the option out to run on the CPU")
     on_gpu = gpu and device != "cpu"
-    return Machine(on_gpu, cores(), on_gpu or cpu_has_bf16())
+    return Machine(on_gpu, cores())
 
 
 def find_weights(machine: Machine) -> Initial:
@@ -202,8 +201,7 @@ def config_text(
         "  scale: [0.75, 1.5]",
         "  inputs: [1.0]",
         f"evaluate: {{scales: [{'0.75, 1.0, 1.25' if share >= 1 else '1.0'}]}}",
-        f"engine: {{precision: {'bf16' if machine.bf16 else 'fp32'}}}  # "
-        + ("the machine computes in bf16" if machine.bf16 else "the machine has no bf16"),
+        "engine: {precision: auto}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -251,7 +251,7 @@ class Segment(MaskTrainingStage):
             photo_side=self._photo_side(),
             masks=self.source,
             initial_weights=self.started,
-            precision=self.context.config.engine.precision,
+            precision=self.context.precision,
         )
         write_model(self.folder / WEIGHTS, state, info)
 

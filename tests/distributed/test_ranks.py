@@ -33,6 +33,7 @@ def test_collectives() -> None:
             "gather": [[0, 5], [1, 7]],
             "text": ["", "é from rank 1"],
             "any": (True, False),
+            "kind": None,
         }, outcome.output
 
 

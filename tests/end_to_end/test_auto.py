@@ -91,7 +91,7 @@ def test_from_folders_to_masks_and_a_page_and_again(scenes: Path, weights: Path,
     run = tmp_path / "run"
     run.mkdir()
     stages = [stage for stage in CHAIN if stage.startswith(("classify", "decide", "localize", "seed", "psa"))]
-    photos, machine = Photos(12, 64, {"train": 12}, masks=False), Machine(False, 2, bf16=False)
+    photos, machine = Photos(12, 64, {"train": 12}, masks=False), Machine(False, 2)
     initial = Initial("timm:tf_efficientnet_lite0", str(weights / "tf_efficientnet_lite0.safetensors"))
     text = config_text(run, photos, machine, initial, stages, (1.0, 1.0), "why")
     text = re.sub(r"duration: [^,}\n]*(,[^}\n]*images\")?", "duration: 2 steps", text)  # as somebody's edits would be
@@ -158,7 +158,7 @@ def test_every_recipe_is_a_config(gpu: bool, count: int, tmp_path: Path) -> None
     from esol.pipeline.config_file import load
 
     photos = Photos(count, 1024, {"train": count, "val": 9}, masks=True)
-    machine = Machine(gpu, 8, bf16=gpu)
+    machine = Machine(gpu, 8)
     text = config_text(tmp_path / "run", photos, machine, Initial("resnet50", ""), CHAIN, (0.4, 0.25), "why")
     (tmp_path / "config.yaml").write_text(text)
     config = load(tmp_path / "config.yaml")
