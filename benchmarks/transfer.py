@@ -55,8 +55,7 @@ STAGES = (*MAIN_LINE, "psa_labels", "psa", "psa_masks", "irn_labels", "irn", "ir
 SCORED = 60  # photos by which seeds with the CRF are scored, and the final masks against them
 TIMED = 10  # photos by which the time of auto and the judge is measured
 WORTHS = [  # candidates for what a stage is worth, of which the other sets' pairs choose
-    {"decide": maps, "expand": maps, "shrink": maps, "vote_masks": vote, "psa_masks": psa}
-    for maps, vote, psa in product((1, 1.01, 1.02, 1.03, 1.04, 1.05), (1, 1.05, 1.1), (1, 1.1, 1.2, 1.3))
+    {"vote_masks": vote, "psa_masks": psa} for vote, psa in product((1, 1.05, 1.1), (1, 1.1, 1.2, 1.3))
 ]
 GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)  # thresholds of which the best is known to the truth alone
 SHARD = 32  # samples

@@ -13,12 +13,13 @@ from torch import Tensor
 from esol.config import BackboneConfig, WalkConfig
 from esol.models.attention import MOST, PatchAttention
 from esol.models.backbones import build_backbone
-from esol.ops.frozen_affinity import cosine_affinity, doubly_stochastic
+from esol.ops.frozen_affinity import cosine_affinity, doubly_stochastic, normalised_cut
 from esol.ops.pairs import pair_offsets
 from esol.ops.pseudo_labels import attended_scores, boxed, walked_scores
+from esol.pipeline.likeness import BETA, RADIUS, likeness, telling
 from esol.pipeline.masks import mask_stages
 from esol.pipeline.registry import table
-from esol.stages.affinity_masks import AffinityMasks, AffinityMasksConfig, telling
+from esol.stages.affinity_masks import AffinityMasks, AffinityMasksConfig
 from esol.stages.vote import _voters
 
 
@@ -46,6 +47,35 @@ def test_attention_becomes_symmetric_and_its_sums_one() -> None:
         plain = plain / plain.sum(1, keepdim=True)
         plain = plain / plain.sum(0, keepdim=True)
     assert (found - plain).abs().max() < 1e-3
+
+
+def test_the_normalised_cut_against_the_formula() -> None:
+    affinity, labels = torch.rand(len(pair_offsets(3)), 5, 7), torch.randint(0, 3, (5, 7)) * 2
+    cut, association = dict.fromkeys((0, 2, 4), 0.0), dict.fromkeys((0, 2, 4), 0.0)
+    for k, (dy, dx) in enumerate(pair_offsets(3)):
+        for y, x in np.ndindex(5, 7):
+            if 0 <= y + dy < 5 and 0 <= x + dx < 7:
+                ends = (int(labels[y, x]), int(labels[y + dy, x + dx]))
+                for own in ends:
+                    association[own] += float(affinity[k, y, x])
+                    cut[own] += float(affinity[k, y, x]) * (ends[0] != ends[1])
+    want = np.mean([cut[own] / association[own] for own in cut])
+    assert normalised_cut(affinity, labels, 3) == pytest.approx(want)
+    assert normalised_cut(affinity, labels * 0, 3) == 1  # a map that parts nothing
+
+
+@torch.no_grad()
+def test_a_whole_object_parts_less_of_what_is_alike_than_its_head_does() -> None:
+    """Contrast has it the other way round where the head has the strongest edges, as heads of animals do."""
+    torch.manual_seed(0)
+    photo, body, head = torch.randint(90, 110, (3, 96, 128)), torch.zeros(96, 128), torch.zeros(96, 128)
+    body[24:72, 24:104], head[24:72, 24:48] = 1, 1
+    photo = torch.where(body > 0, photo + 60, photo)
+    photo = torch.where(head > 0, photo + 60, photo).to(torch.uint8)
+    backbone = build_backbone(BackboneConfig("small", "none", freeze="all"))
+    alike = likeness(backbone, photo) ** BETA
+    whole, part = (normalised_cut(alike, own[::8, ::8], RADIUS) for own in (body, head))
+    assert whole < part
 
 
 def test_boxes_around_what_is_above_the_threshold() -> None:

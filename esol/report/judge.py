@@ -12,10 +12,10 @@ from esol.base.palette import VOID
 from esol.ops.metrics import Counts, confusion_matrix, score
 
 FILLED = 0.995  # share of a photo that a class has to cover to count as filling it
-# What masks of equal contrast are worth against the CAM's and the seeds': edges say nothing of whether the object is
-# whole, which is what decide adds, and a grid of stride 8 follows fewer of them (benchmarks/RESULTS.md, "Transfer")
-WORTH = {"decide": 1.03, "expand": 1.03, "shrink": 1.03, "vote_masks": 1.05, "psa_masks": 1.3}
-_FINE = 10**6  # contrasts are counted in millionths: whole numbers add up alike in any order
+# What masks of equal contrast are worth against the seeds': edges say nothing of whether the object is whole, and a
+# grid of stride 8 follows fewer of them (benchmarks/RESULTS.md)
+WORTH = {"vote_masks": 1.05, "psa_masks": 1.3}
+FINE = 10**6  # contrasts are counted in millionths: whole numbers add up alike in any order
 
 Label = NDArray[np.uint8]
 
@@ -80,7 +80,7 @@ class Evidence:
             self.labelled[c] += 1
             self.lost[c] += c in lost or not area[c + 1]
             self.filled[c] += area[c + 1] > FILLED * mask.size
-        self.totals += (1, round(_FINE * boundary_contrast(image, mask)), int(area[VOID]), mask.size)
+        self.totals += (1, round(FINE * boundary_contrast(image, mask)), int(area[VOID]), mask.size)
         if seeds is not None:
             said = np.where(mask == VOID, np.uint8(0), mask)
             self.agreement += confusion_matrix(seeds, said, len(self.agreement))
@@ -95,7 +95,7 @@ class Evidence:
         if not photos:
             return {}
         labelled, lost, filled = (int(x.sum()) for x in (self.labelled, self.lost, self.filled))
-        mean = contrast / _FINE / photos
+        mean = contrast / FINE / photos
         found = {
             "judge": mean * (1 - ((lost + filled) / labelled) ** 2) * WORTH.get(stage, 1),
             "contrast": mean,

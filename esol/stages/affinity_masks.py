@@ -13,23 +13,20 @@ from torch import Tensor
 from esol.base.schema import key
 from esol.config import BackboneConfig, Config, WalkConfig
 from esol.models.attention import PatchAttention
-from esol.models.regrid import regrid, squeeze_to_grid
 from esol.models.timm_networks import TokenFeatures
-from esol.ops.frozen_affinity import cosine_affinity, doubly_stochastic
+from esol.ops.frozen_affinity import doubly_stochastic
 from esol.ops.pseudo_labels import attended_scores, walked_scores
 from esol.pipeline.cam import initial_backbone
+from esol.pipeline.likeness import BETA, likeness
 from esol.pipeline.masks import MaskStage
 from esol.pipeline.registry import register
-
-STRIDE = 8  # of the walk
-FINEST, COARSEST = 4, 16  # strides of the levels that say what is alike
 
 
 @dataclass(frozen=True)
 class AffinityMasksConfig(WalkConfig):
     """Walk on the cosines of frozen features, or on a ViT's attention, for which radius and beta say nothing."""
 
-    beta: float = key(5.0, low=0.01, high=1000)  # power of the cosines
+    beta: float = key(BETA, low=0.01, high=1000)  # power of the cosines
     # of a ViT, whose attention is averaged
     blocks: int = key(8, low=1, high=1024, unit="last blocks")
     # what a class cannot leave: the box around what its map has above this; CLIP-ES: 0.4
@@ -54,9 +51,8 @@ class AffinityMasks(MaskStage):
         super().open()
         classes = len(self.context.index.classes)
         backbone = initial_backbone(self.context.config, classes, freeze="all")
-        plain = isinstance(backbone.body, TokenFeatures)
-        self.strides = [] if plain else [stride for _, stride in backbone.levels]
         self.backbone = self.context.ready(backbone)
+        plain = isinstance(backbone.body, TokenFeatures)
         self.attention = PatchAttention(self.backbone, self.config.blocks) if plain else None
 
     def scores_of(self, images: Sequence[Tensor], maps: Sequence[dict[str, NDArray[Any]]]) -> list[Tensor]:
@@ -74,19 +70,9 @@ class AffinityMasks(MaskStage):
         return attended_scores(low, transition, sizes, config, config.box)
 
     def _cosines(self, image: Tensor) -> Tensor:
-        strides = self.strides
-        size = (-(-image.shape[1] // STRIDE), -(-image.shape[2] // STRIDE))
         with self.context.engine.autocast():
-            levels = self.backbone.pyramid(squeeze_to_grid(image, max(strides)))
-        alike = [regrid(levels[i].float(), strides[i], STRIDE, size)[0] for i in telling(strides)]
-        return cosine_affinity(alike, self.config.radius)
+            return likeness(self.backbone, image, self.config.radius)
 
     @classmethod
     def weights(cls, config: Config) -> tuple[str, BackboneConfig]:
         return "model", config.model
-
-
-def telling(strides: Sequence[int]) -> list[int]:
-    """The levels whose features say what is alike: strides 4 to 16, but for the last, which is of whole objects."""
-    found = [i for i, stride in enumerate(strides[:-1]) if FINEST <= stride <= COARSEST]
-    return found or [len(strides) - 1]

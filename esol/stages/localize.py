@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -20,17 +21,19 @@ from esol.config import Config, MapsConfig, MaskConfig
 from esol.data.samples import decode_mask
 from esol.engines.base import gather_text
 from esol.ops.class_maps import ClassMaps
+from esol.ops.frozen_affinity import normalised_cut
 from esol.ops.metrics import Score, ThresholdCurve
 from esol.ops.pseudo_labels import pseudo_masks
 from esol.ops.seeds import best_class
 from esol.pipeline.cam import PAPER_THRESHOLD, MapStage, cam_stages, trained_heads
 from esol.pipeline.crew import Crew
 from esol.pipeline.inference import Members, Sample, Tally
+from esol.pipeline.likeness import BETA, RADIUS, likeness
 from esol.pipeline.masks import highest, spoken, write_curves
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, Scores, by_class
 from esol.pipeline.weights import initial_weights
-from esol.report.judge import Evidence, Label
+from esol.report.judge import FINE, Evidence, Label
 
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body
 SAMPLED = 64  # photos by which write = auto chooses: maps of all heads and their CRF cost a second a photo
@@ -53,7 +56,7 @@ class Localize(MapStage):
     name = "localize"
     after = "shrink"
     section = LocalizeConfig
-    version = 5
+    version = 6
     needs = ("classify",)
     makes = "maps"
     produces = ("index.*", "*.tar", "curves.json")
@@ -156,33 +159,42 @@ def map_remarks(judged: Mapping[str, float], written: str) -> list[str]:
 def judged_maps(stage: MapStage) -> dict[str, float]:
     """The judge's number of every source's maps, by a sample of the photos, on every rank; a collective.
 
-    The maps become masks as seed_masks makes them by default.
+    The maps become masks as seed_masks makes them by default, and what those show is divided by how much of what the
+    backbone finds alike they part: contrast alone likes the part of an object that has the strongest edges.
     """
     engine, classes = stage.context.engine, stage.context.index.classes
-    evidence: dict[str, Evidence] = {}
+    evidence, parted = dict[str, Evidence](), Counter[str]()
     crew = Crew(engine.device)
 
-    def masks(ordinal: int) -> tuple[Sample, dict[str, Label]]:
-        sample, found = stage.sample(ordinal), dict[str, Label]()
+    def masks(ordinal: int) -> tuple[Sample, dict[str, tuple[Label, int]]]:
+        sample, found = stage.sample(ordinal), dict[str, tuple[Label, int]]()
         with torch.no_grad(), crew.room(sample.size):
             image = sample.image.to(engine.device)
-            for source, own in stage.make([sample])[0].items():
+            made = stage.make([sample])[0]
+            with engine.autocast():
+                alike = likeness(stage.net.net.backbone, image) ** BETA
+            for source, own in made.items():
                 [(_, mask)] = pseudo_masks([image], [own.full], [own.classes], MaskConfig())
-                found[source] = mask.cpu().numpy()
+                small = F.interpolate(mask[None, None].float(), alike.shape[1:], mode="nearest-exact")[0, 0]
+                found[source] = mask.cpu().numpy(), round(FINE * normalised_cut(alike, small, RADIUS))
         return sample, found
 
     for sample, found in crew.map(masks, sampled_photos(stage)[engine.rank :: engine.world_size]):
-        for source, mask in found.items():
+        for source, (mask, cut) in found.items():
             own = evidence.setdefault(source, Evidence.empty(len(classes)))
             own.add(sample.image.numpy(), mask, sample.classes)
+            parted[source] += cut
     counted = {source: {key: value.tolist() for key, value in asdict(e).items()} for source, e in evidence.items()}
-    total: dict[str, Evidence] = {}
-    for text in gather_text(engine, json.dumps(counted)):
-        for source, counts in json.loads(text).items():
+    total, cuts = dict[str, Evidence](), Counter[str]()
+    for text in gather_text(engine, json.dumps([counted, parted])):
+        each, own_cuts = json.loads(text)
+        cuts.update(own_cuts)
+        for source, counts in each.items():
             own = total.setdefault(source, Evidence.empty(len(classes)))
             for field in fields(Evidence):
                 getattr(own, field.name)[...] += np.array(counts[field.name], np.int64)
-    return {source: own.numbers(classes, source)["judge"] for source, own in total.items()}
+    photos = {source: int(own.totals[0]) for source, own in total.items()}
+    return {s: own.numbers(classes)["judge"] * FINE * photos[s] / cuts[s] for s, own in total.items()}
 
 
 def sampled_photos(stage: MapStage) -> list[int]:
