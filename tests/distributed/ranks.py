@@ -15,14 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _CONTEXT = multiprocessing.get_context("forkserver")  # one process imports torch, the ranks are forked from it
-_LIBRARIES = ["torch._dynamo", "torchvision.io"]
-if not torch.cuda.is_available():  # where there is a GPU it looks for one, and ranks have to do that for themselves
-    _LIBRARIES += ["deepspeed"]
-_OURS = ["esol.training.loop", "esol.training.checkpoint", "esol.engines.accelerate_engine"]
-_CONTEXT.set_forkserver_preload([*_LIBRARIES, *_OURS])
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "esol.training.loop", "esol.training.checkpoint", "esol.engines.accelerate_engine"]
+)
 
 
 @dataclass
