@@ -22,7 +22,8 @@ demo: env  ## the whole main line on a synthetic set, with its table
 	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_processes 1 esol/train.py --config configs/demo.yaml
 
 test: env  ## all tests that need neither a GPU nor root
-	$(BIN)/python -m pytest -n logical --dist loadfile  # a file's tests share what they build, and run on one core
+	# a file's tests share what they build, and run on one core; the folders of long ones are first by name
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 test-cluster: env  ## as root on Linux: two machines as network namespaces, a real SLURM (apt-get install slurm-wlm munge)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import wait
 from benchmarks.scaling_ranks import build_task, settings
 from esol.config import CrfConfig
+from esol.engines import compiled
 from esol.models.folded import for_training
 from esol.ops.dense_crf import DenseCrf, unary_from_probabilities
 from esol.ops.random_walk import random_walk
@@ -81,7 +82,7 @@ def steps(args: argparse.Namespace, note: Callable[..., None]) -> None:
     for name in args.tasks.split(","):
         batch, crop = args.batch or SIZES[name][0], args.crop or SIZES[name][1]
         for variant in args.variants.split(","):
-            torch._dynamo.reset()
+            compiled.ready()
             about = {"what": "step", "task": name, "batch": batch, "crop": crop, "variant": variant}
             try:
                 begun = time.time()

@@ -42,9 +42,12 @@ def assert_same(eager: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_blocks_train_like_eager_ones_and_are_compiled_once(quick: None, kind: str) -> None:
-    eager = compiled_task.train(kind, "off", STEPS)
+    # gradients of psa and irn are made of signs: in float32 the last digit turns one of 600,000 differences, and more
+    # in every step behind it (two steps in float32 are compared below)
+    change = torch.nn.Module.double if kind in ("psa", "irn") else None
+    eager = compiled_task.train(kind, "off", STEPS, change)
     assert not counters["stats"]
-    blocks = compiled_task.train(kind, "blocks", STEPS)
+    blocks = compiled_task.train(kind, "blocks", STEPS, change)
     assert_same(eager, blocks)
     assert blocks["graphs"][1] > 0
     assert blocks["graphs"][1:] == [blocks["graphs"][1]] * (STEPS - 1)
@@ -57,6 +60,7 @@ def test_whole_tasks_are_one_graph(quick: None, kind: str) -> None:
     """What engine.compile = graph gives to the GPU; here PyTorch runs it."""
 
     def whole(task: torch.nn.Module) -> None:
+        compiled.ready()
         task.compile(backend="aot_eager", fullgraph=True, dynamic=False)
 
     one = compiled_task.train(kind, "off", 2, whole)

@@ -212,7 +212,7 @@ def test_photos_side_by_side_walk_as_alone_and_again_the_same(radius: int, reque
 def test_walk_takes_any_number_of_classes_and_keeps_constants(count: int) -> None:
     torch.manual_seed(0)
     maps = torch.rand(2, count, 1, 1).expand(2, count, 8, 12)
-    got = random_walk([*maps], [*boundary_affinity(torch.rand(2, 8, 12), 5)], 5, 10)
+    got = random_walk([*maps], [*boundary_affinity(torch.rand(2, 8, 12), 3)], 3, 10)  # in parts: 68 pairs are slower
     assert torch.equal(torch.stack(got), maps)
 
 

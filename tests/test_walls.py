@@ -86,6 +86,16 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert done.stdout.rstrip().endswith("LOADED []"), done.stdout
 
 
+def test_a_start_loads_no_compiler() -> None:
+    """Neither all stages nor a whole job: torch._dynamo is as heavy as torch, and torchvision brings it along."""
+    code = (
+        "import sys, esol.pipeline.job; from esol.pipeline.registry import table; assert len(table()) > 10\n"
+        "print(sorted({'torch._dynamo', 'torchvision', 'timm', 'mlflow', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_no_module_of_esol_is_named_like_a_top_level_package() -> None:
     """Launchers put esol/ itself first on the path, where such a module would shadow the package."""
     taken = set(sys.stdlib_module_names) | {*HEAVY, "numpy", "yaml", "datasets", "evaluate", "PIL", "rich", "fsspec"}

@@ -162,6 +162,8 @@ def training_stream(
     kept = features.known if features else np.zeros(0, np.int64)
     examples = Examples(reader, plan, crop, tuple(fill), target, skip, ring.collate if ring else collate, kept)
     pipeline = wds.DataPipeline(PlannedSamples(reader, plan, share, start, stop), wds.map(examples))
+    if workers:
+        import torchvision.io  # noqa: F401  # forked with them, where each would else spend seconds on it
     # a Ctrl-C while workers still import is the main process's affair: they unblock it when they ignore it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if workers else set())
     loader = iter(

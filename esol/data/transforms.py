@@ -13,7 +13,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
 
 from esol.base.errors import DataError
 from esol.data.photos import check_png, jpeg_size, orientation, other_photo, photo_format, upright_rgb
@@ -30,6 +29,8 @@ def decode(data: bytes, name: str, most: int | None = None) -> Tensor:
     """
     if not data:
         raise DataError(f"{name}: the image is empty")
+    from torchvision.io import ImageReadMode, decode_image  # and its networks, and torch's compiler with them: seconds
+
     try:
         if data.startswith(b"\xff\xd8"):
             check_size(jpeg_size(data), name, most)

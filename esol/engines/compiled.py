@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from esol.ops import pairs
+
 _LOG = logging.getLogger(__name__)
 _FORMS = 256  # of one piece of code: blocks share theirs, and each shape, and what learns, makes another
 BACKEND = "inductor"  # of blocks
@@ -23,10 +25,7 @@ def compile_task(task: nn.Module, how: Literal["off", "blocks", "graph"]) -> Non
     """
     if how == "off":
         return
-    torch.compiler.reset()  # what a stage before this one compiled is in nobody's way then
-    torch._dynamo.config.recompile_limit = _FORMS
-    torch._dynamo.config.optimize_ddp = False  # it refuses graphs with gradients of our own, such as those of pairs
-    warnings.filterwarnings("ignore", message=".*lru_cache", module="torch._dynamo")  # all of ours are pure
+    ready()
     if how == "graph":
         task.compile(mode="reduce-overhead", dynamic=False)
         return
@@ -35,6 +34,15 @@ def compile_task(task: nn.Module, how: Literal["off", "blocks", "graph"]) -> Non
         block.compile(backend=BACKEND, dynamic=False)
     if not found:
         _LOG.warning("engine.compile = blocks: this network has no repeated blocks, so that nothing is compiled")
+
+
+def ready() -> None:
+    """Tells the compiler what it has to know of our code; it is loaded here, seconds in which nothing else needs it."""
+    torch.compiler.reset()  # what a stage before this one compiled is in nobody's way then
+    torch._dynamo.config.recompile_limit = _FORMS
+    torch._dynamo.config.optimize_ddp = False  # it refuses graphs with gradients of our own, such as those of pairs
+    torch.compiler.assume_constant_result(pairs.ways)
+    warnings.filterwarnings("ignore", message=".*lru_cache", module="torch._dynamo")  # all of ours are pure
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:

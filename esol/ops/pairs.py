@@ -46,7 +46,7 @@ def at_once(values: Tensor) -> bool:
 
 def offsets_on(radius: int, device: torch.device) -> Tensor:
     """`pair_offsets` as long (K, 2) on a device."""
-    return _ways(radius, device)[:, 0]
+    return ways(radius, device)[:, 0]
 
 
 def pair_places(radius: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -78,9 +78,11 @@ def _path(offset: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return tuple((y, x) for y, x in box if (dy * x - dx * y) ** 2 < dy * dy + dx * dx)
 
 
-@torch.compiler.assume_constant_result
-def _ways(radius: int, device: torch.device) -> Tensor:
-    """Of every offset itself, then the points on the way to it, then itself again: long (K, points, 2)."""
+def ways(radius: int, device: torch.device) -> Tensor:
+    """Of every offset itself, then the points on the way to it, then itself again: long (K, points, 2).
+
+    A constant in compiled code, which esol.engines.compiled says: to say it here would load the compiler everywhere.
+    """
     return _ways_on(radius, device)
 
 
@@ -151,7 +153,7 @@ def _highest_at_once(edge: Tensor, radius: int, learns: bool) -> tuple[Tensor, T
     keys, place = keys.flatten(1), place.flatten()
     inside, _ = pair_places(radius, height, width, edge.device)
     best = keys[:, None]
-    for y, x in _ways(radius, edge.device).permute(1, 2, 0)[..., None].unbind():
+    for y, x in ways(radius, edge.device).permute(1, 2, 0)[..., None].unbind():
         best = torch.maximum(best, keys[:, place + inside * (y * width + x)])
     affinity = ((1 - (best >> 32).int().view(edge.dtype)) * inside).view(batch, -1, height, width)
     winner = (last - (best & 0xFFFFFFFF) - place) * inside if learns else best.new_empty(0)

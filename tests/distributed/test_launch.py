@@ -35,16 +35,14 @@ engine.close()
 
 
 def test_launchers(tmp_path: Path) -> None:
+    """All but torchrun and accelerate launch with the engine accelerate, which start whole runs in other tests."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(ROOT)))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    yaml = ["--config_file", str(ROOT / "launch" / "cpu.yaml"), "--main_process_port", str(_free_port())]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     zero = [*accelerate, "--use_deepspeed", "--num_processes", "2", "--main_process_port", str(_free_port())]
     commands = {  # name: launcher, engine
-        "torchrun": (torchrun, "accelerate"),
-        "accelerate": ([*accelerate, *yaml, "--num_processes", "2"], "accelerate"),
         "wrong": ([*accelerate, "--cpu", "--num_processes", "2"], "accelerate"),
         "torchrun-zero": (torchrun, "deepspeed"),
         "accelerate-zero": (zero, "deepspeed"),

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import BIN
+from tiny import BIN, esol
 
 from esol.base.errors import ConfigError
 from esol.data.index import Index
@@ -22,12 +22,6 @@ from esol.pipeline import estimate
 from esol.pipeline.auto import look, plan
 from esol.pipeline.recipe import CHAIN, Initial, Machine, Photos, config_text, this_machine
 from shards.synthetic import synthetic_source
-
-
-def auto(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "ESOL_WEIGHTS"} | variables
-    command = [str(BIN / "esol"), "auto", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_weights_it_says_so_at_once(scenes: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
-    done = auto(scenes, "--out", tmp_path / "run", HF_HOME=str(tmp_path), HF_ENDPOINT="https://nowhere.invalid")
+    environment = {k: v for k, v in os.environ.items() if k != "ESOL_WEIGHTS"}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://nowhere.invalid"}
+    command = [BIN / "esol", "auto", scenes, "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert time.monotonic() - begun < 10  # two seconds on a machine that does nothing else
     assert done.returncode == 2
     assert "error: there are no initial weights: tf_efficientnet_lite0.safetensors is not in the folder" in done.stderr
@@ -81,7 +78,7 @@ def test_photos_that_teach_nothing_are_refused(
         (root / name).mkdir()
         for number in range(count):
             Image.new("RGB", (64, 48), (number * 20, 80, 10)).save(root / name / f"{number}.png")
-    done = auto(root, "--out", tmp_path / "run", ESOL_WEIGHTS=str(weights))
+    done = esol("auto", root, "--out", tmp_path / "run", ESOL_WEIGHTS=str(weights))
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -96,7 +93,7 @@ def test_from_folders_to_masks_and_a_page_and_again(scenes: Path, weights: Path,
     text = config_text(run, photos, machine, initial, stages, (1.0, 1.0), "why")
     text = re.sub(r"duration: [^,}\n]*(,[^}\n]*images\")?", "duration: 2 steps", text)  # as somebody's edits would be
     (run / "config.yaml").write_text(text)
-    first = auto(scenes, "--out", run, ESOL_WEIGHTS=str(weights))
+    first = esol("auto", scenes, "--out", run, ESOL_WEIGHTS=str(weights))
     assert first.returncode == 0, first.stderr
     assert "photos labelled none show none of the classes" in first.stdout
     assert "fish/broken.jpg: unreadable image" in first.stdout
@@ -106,7 +103,7 @@ def test_from_folders_to_masks_and_a_page_and_again(scenes: Path, weights: Path,
     assert f"masks: {run / 'psa_masks'}" in first.stdout or f"masks: {run / 'seed_masks'}" in first.stdout
     assert "esol auto" in first.stdout.split("next:")[1]
     assert (run / "report.html").stat().st_size > 50_000
-    again = auto(scenes, "--out", run, ESOL_WEIGHTS=str(weights))
+    again = esol("auto", scenes, "--out", run, ESOL_WEIGHTS=str(weights))
     assert again.returncode == 0, again.stderr
     assert "made before of these photos, kept" in again.stdout
     assert again.stdout.count("settings, skipped") == len(stages)

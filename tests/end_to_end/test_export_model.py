@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import BIN, ROOT
+from tiny import BIN, ROOT, esol
 
 from esol.config import BackboneConfig
 from esol.data.index import Index
@@ -29,10 +29,6 @@ from esol.deploy.model import load_network
 from esol.models.backbones import build_backbone
 from esol.models.deeplab import DeepLab
 from esol.ops.segmentation import blended, logits_by_scale
-
-
-def esol(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([BIN / "esol", *words], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")

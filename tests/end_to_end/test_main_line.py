@@ -2,22 +2,18 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil  # accelerate brings it
 import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny import ACCELERATE, MAIN_LINE, PLAIN, ROOT, STAGES, TRAINING, TWO_RANKS, launch
+from tiny import ACCELERATE, MAIN_LINE, STAGES, TRAINING, TWO_RANKS, launch, train
 
 from esol.base.errors import EsolError
 from esol.data.index import Index
@@ -145,7 +141,7 @@ def test_evaluate_predicts_its_split_and_says_what_the_score_stands_on(
     )
     results = json.loads((one / "results.json").read_text())["evaluate"]
     assert results["crf_miou"] == pytest.approx(100 * score(confusion).miou)
-    again = launch(PLAIN, config)
+    again = train(config, "--set", "tracking.uri=none")
     assert re.search(rf"DeepLab, learned from irn_masks \+ CRF +val +{results['crf_miou']:.2f} ", again.stdout)
     assert len(re.findall(r" random$", again.stdout, re.MULTILINE)) == 15  # every mIoU
     assert "seeds of decide, best threshold" in again.stdout
@@ -157,11 +153,11 @@ def _mask(index: Index, ordinal: int) -> np.ndarray:
 
 def test_the_same_on_true_masks(config: Path, one: Path) -> None:
     options = ("--set", "run_dir=runs/truth", "--set", "stages=[segment, evaluate]", "--set", "segment.masks=truth")
-    done = launch(PLAIN, config, *options, "--set", "tracking.uri=none")
+    done = train(config, *options, "--set", "tracking.uri=none")
     assert done.returncode == 0, done.stderr
     assert "segment: learns from truth, starts from random" in done.stdout
     assert re.search("DeepLab, learned from truth +val ", done.stdout)
-    same = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "data.eval_split=none")
+    same = train(config, *options, "--set", "tracking.uri=none", "--set", "data.eval_split=none")
     assert same.returncode == 2
     assert "error: data.eval_split = none, which stage evaluate needs, but " in same.stderr
     assert "has: train, val. Set data.eval_split" in same.stderr
@@ -171,7 +167,7 @@ def test_the_same_on_true_masks(config: Path, one: Path) -> None:
 def test_a_round_adds_what_deeplab_says_of_its_photos_to_the_masks(config: Path, one: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(one, tmp_path / "run"))
     options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "segment.rounds=2")
-    done = launch(PLAIN, config, *options)
+    done = train(config, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before with these settings, skipped") == len(STAGES) - 2  # but segment and evaluate
     results = json.loads((run / "results.json").read_text())
@@ -188,31 +184,12 @@ def test_a_round_adds_what_deeplab_says_of_its_photos_to_the_masks(config: Path,
         found, taught = set(np.unique(_mask(made, ordinal)).tolist()), set(np.unique(_mask(learned, ordinal)).tolist())
         assert found <= labels
         assert found >= (taught & labels) - {0}  # what it loses stands in from what it learned
-    again = launch(PLAIN, config, *options)
+    again = train(config, *options)
     assert again.stdout.count("done before with these settings, skipped") == len(STAGES) + 2
 
 
 def _root(run: Path) -> str:
     return str(yaml.safe_load((run / "resolved.yaml").read_text())["data"]["root"])
-
-
-def test_a_killed_mask_stage_redoes_only_what_is_missing(config: Path, one: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(one, tmp_path / "run"))
-    folder = run / "irn_masks"
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
-    for name in ("manifest.json", "index.json", "shard-000002.tar", "shard-000005.tar.counts.npz"):
-        (folder / name).unlink()
-    damaged = bytearray((folder / "shard-000003.tar").read_bytes())
-    damaged[700] ^= 1  # of the same size
-    (folder / "shard-000003.tar").write_bytes(damaged)
-    os.truncate(folder / "shard-000006.tar.counts.npz", 100)
-    again = launch(PLAIN, config, "--set", f"run_dir={run}", "--set", "tracking.uri=none")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before with these settings, skipped") == len(STAGES) - 1
-    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("shard-*")}
-    assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
-    redone = {name for name in before if before[name][1] != after[name][1]}
-    assert redone == {f"shard-00000{i}.tar{end}" for i in (2, 3, 5, 6) for end in ("", ".counts.npz")}
 
 
 def test_saliency_from_a_folder_decides_the_background(
@@ -226,12 +203,12 @@ def test_saliency_from_a_folder_decides_the_background(
         Image.new("L", (64, 64), 0).save(maps / f"{key}.png")
     options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--stages", "seed_masks")
     options += ("--set", "saliency.source=folder", "--set", f"saliency.folder={maps}")
-    lacking = launch(PLAIN, config, *options)
+    lacking = train(config, *options)
     assert lacking.returncode == 2
     absent = maps / f"{source.keys[0]}.png"
     assert f"saliency.folder = {maps} lacks 1 of 56 maps, the first is {absent.name}" in lacking.stderr
     Image.new("L", (64, 64), 0).save(absent)
-    assert launch(PLAIN, config, *options).returncode == 0
+    assert train(config, *options).returncode == 0
     made = Index.load(str(run / "seed_masks"))
     for ordinal in range(len(made)):  # a background of 1 beats every class, or three channels make void
         with Image.open(io.BytesIO(ShardReader(made).read(ordinal, "mask.png"))) as mask:
@@ -245,43 +222,11 @@ def test_truth_that_is_all_void_is_not_scored(config: Path, tmp_path: Path) -> N
     stages = ["classify", "localize", "seed_masks", "psa_labels", "segment", "evaluate"]
     options = ["--set", f"stages=[{', '.join(stages)}]", "--set", "segment.masks=seed_masks"]
     options += ["--set", f"data.root={tmp_path / 'void'}", "--set", "tracking.uri=none"]
-    done = launch(PLAIN, config, *options, "--set", f"run_dir={tmp_path / 'run'}")
+    done = train(config, *options, "--set", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert list(results) == stages
     assert not {"plain_miou", "cam_miou"} & {key for own in results.values() for key in own}
-
-
-def test_finished_stages_are_skipped_and_changed_ones_run_again(config: Path, one: Path) -> None:
-    results = one / "results.json"
-    had = results.read_text()
-    results.unlink()  # as where the folders of stages were brought from elsewhere
-    again = launch(PLAIN, config)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before with these settings, skipped") == len(STAGES)
-    assert results.read_text() == had
-    shutil.copytree(one, config.parent / "runs/changed")
-    here = ("--set", "run_dir=runs/changed", "--set", "tracking.uri=none")
-    other_split = launch(PLAIN, config, *here, "--set", "data.score_split=train", "--stages", "classify")
-    assert "classify: done before with these settings, skipped" in other_split.stdout
-    short = ("--stages", ",".join(MAIN_LINE[:5]))
-    changed = launch(PLAIN, config, *here, "--set", "shrink.area=0.5", "--set", "data.workers=0", *short)
-    # classify, decide, expand: how many workers read changes nothing
-    assert changed.stdout.count("settings, skipped") == 3
-    assert "shrink: runs again, shrink.area: 1.0 -> 0.5" in changed.stdout
-    assert "localize: runs again, its input shrink changed" in changed.stdout
-    accepted = (config.parent / "runs/changed/resolved.yaml").read_text()
-    stale = launch(PLAIN, config, *here, "--set", "expand.alpha=2", "--stages", "shrink")
-    assert stale.returncode == 2
-    why = "shrink needs expand in runs/changed, but expand.alpha: 1.0 -> 2.0: add expand to --stages"
-    assert f"error: {why}" in stale.stderr
-    assert (config.parent / "runs/changed/resolved.yaml").read_text() == accepted
-    early = launch(PLAIN, config, "--set", "run_dir=runs/none", "--stages", "expand")
-    assert early.returncode == 2
-    assert "expand needs classify in runs/none, but it has not finished: add classify, decide to" in early.stderr
-    assert not (config.parent / "runs/none").exists()
-    lonely = launch(PLAIN, config, "--set", "stages=[classify, localize, irn]")
-    assert "error: stages: irn needs irn_labels; add it to stages" in lonely.stderr
 
 
 def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path, tmp_path: Path) -> None:
@@ -293,7 +238,7 @@ def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path,
     assert "decide_miou" in json.loads((run / "results.json").read_text())["localize"]
     stages = [stage for stage in MAIN_LINE if stage not in ("decide", "seed_masks")]
     options = ["--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", f"stages=[{', '.join(stages)}]"]
-    done = launch(PLAIN, config, *options)
+    done = train(config, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("settings, skipped") == 1  # classify
     assert "expand: runs again, its input decide changed" in done.stdout
@@ -328,112 +273,6 @@ def test_every_launcher_gives_the_same_numbers(config: Path, one: Path, launcher
         assert Index.load(str(one / stage)).keys.tolist() == Index.load(str(other / stage)).keys.tolist()
 
 
-def test_kept_features_stand_for_the_photos_and_change_nothing(config: Path, one: Path, shard_set: Path) -> None:
-    """decide keeps them; expand and shrink, which see the same crops, then read no photo."""
-    run, photos = config.parent / "runs/kept", config.parent / "damaged"
-    shutil.copytree(one, run)
-    heads = ("decide", "expand", "shrink")
-    for stage in heads:
-        shutil.rmtree(run / stage)
-    options = ["--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "tracking.pictures=0"]
-    kept = [*options, "--set", "data.features=0.1", "--resume", "--stages"]
-    done = launch(PLAIN, config, *kept, "decide")
-    assert done.returncode == 0, done.stderr
-    shutil.copytree(shard_set, photos)
-    index = Index.load(str(photos))
-    for shard, spec in enumerate(index.shards):
-        data = bytearray((photos / spec.name).read_bytes())
-        for ordinal in np.flatnonzero(index.shard_of == shard):
-            place = int(index.members[index.image_ext(int(ordinal))][ordinal, 0])
-            data[place : place + 100] = bytes(100)
-        (photos / spec.name).write_bytes(data)
-    damaged = ["--set", f"data.root={photos}"]
-    done = launch(PLAIN, config, *kept, "expand,shrink", *damaged)
-    assert done.returncode == 0, done.stderr
-    for stage in heads:
-        assert (run / stage / "model.safetensors").read_bytes() == (one / stage / "model.safetensors").read_bytes()
-    shutil.rmtree(run / "shrink")
-    without = launch(PLAIN, config, *options, "--resume", "--stages", "shrink", *damaged)
-    assert without.returncode == 2
-    assert "holds other bytes than were indexed" in without.stderr
-
-
-@pytest.mark.parametrize("stage", ["classify", "segment"])
-def test_a_signal_to_the_whole_group_saves_and_resume_ends_bit_identical(config: Path, stage: str) -> None:
-    """Schedulers signal data workers too; they must not take the main process down before it has saved."""
-    options = ["--stages", stage, "--set", "tracking.uri=none", "--set", f"{stage}.duration=120 steps"]
-    options += ["--set", "segment.masks=truth"]
-    assert launch(PLAIN, config, *options, "--set", f"run_dir=runs/whole-{stage}").returncode == 0
-    broken = config.parent / f"runs/broken-{stage}"
-    options += ["--set", f"run_dir={broken}", "--set", "checkpoint.every=50"]
-    command = [*PLAIN, str(ROOT / "esol/train.py"), "--config", str(config), *options]
-    log = broken / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=config.parent, start_new_session=True, stdout=subprocess.PIPE, text=True)
-    while not log.exists() or '"step": 20' not in log.read_text():
-        assert process.poll() is None, "ended before the signal"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "SIGTERM: stopped after step" in output
-    assert "go on with --resume" in output
-    resumed = launch(PLAIN, config, *options, "--resume")
-    assert f"{stage}: resumed after step" in resumed.stdout
-    whole = config.parent / f"runs/whole-{stage}"
-    assert (broken / stage / "model.safetensors").read_bytes() == (whole / stage / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("how", ["USR1 to the entry point", "kill -9 of the launcher"])
-def test_ranks_behind_a_launcher_save_and_end(config: Path, how: str) -> None:
-    """launch/entrypoint.sh gives back the code 75 that torchrun replaces; without a launcher the ranks end as well."""
-    run_dir = config.parent / f"runs/{how[:4]}"
-    entry = [str(ROOT / "launch/entrypoint.sh"), *TWO_RANKS, str(ROOT / "esol/train.py"), "--config", str(config)]
-    options = ("tracking.uri=none", "classify.duration=100000 steps", f"run_dir={run_dir}", "checkpoint.every=100000")
-    command = [*entry, "--stages", "classify", *(part for text in options for part in ("--set", text))]
-    process = subprocess.Popen(command, cwd=config.parent, stdout=subprocess.PIPE, text=True)
-    log = run_dir / "metrics.jsonl"
-    while not log.exists() or '"step": 20' not in log.read_text():
-        assert process.poll() is None, "ended before the signal"
-        time.sleep(0.05)
-    if how.startswith("USR1"):
-        process.send_signal(signal.SIGUSR1)
-    else:
-        psutil.Process(process.pid).children()[0].kill()
-    output, _ = process.communicate(timeout=60)  # until the last rank has closed it
-    assert process.returncode == (75 if how.startswith("USR1") else 128 + 9)
-    assert "stopped after step" in output
-    assert list((run_dir / "classify/checkpoints").glob("step-*[0-9]"))
-
-
-def test_checkpoint_of_another_config_and_wrong_world_are_refused(config: Path) -> None:
-    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "run_dir=runs/other"]
-    nowhere = launch(PLAIN, config, *options, "--set", "data.root=nowhere")
-    assert nowhere.returncode == 2
-    assert "error: nowhere/index.json is missing" in nowhere.stderr
-    odd = launch(TWO_RANKS, config, *options, "--set", "classify.global_batch=1")
-    assert odd.returncode != 0
-    assert (
-        "global_batch = 1 is too small for 2 processes, each of which needs an image: set global_batch to 2"
-        in odd.stderr
-    )
-
-
-def test_a_run_that_was_killed_behind_its_last_checkpoint_keeps_its_results(config: Path, one: Path) -> None:
-    options = ["--stages", "classify", "--set", "tracking.uri=none", "--set", "run_dir=runs/late"]
-    kill = "import os, sys; from esol import train; from esol.pipeline.store import Store; sys.argv[0] = 'train.py'\n"
-    kill += "Store.finish = lambda *_: os._exit(9)\nsys.exit(train.main())"
-    command = [*PLAIN, "-c", kill, "--config", str(config), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, cwd=config.parent, timeout=120, env=environment)
-    assert killed.returncode == 9
-    resumed = launch(PLAIN, config, *options, "--resume")
-    assert "classify: resumed after step 12" in resumed.stdout, resumed.stderr
-    runs = (config.parent / "runs" / name / "results.json" for name in ("late", "one"))
-    ours, whole = (json.loads(path.read_text())["classify"] for path in runs)
-    assert ours.keys() == whole.keys()
-    assert ours["loss"] == whole["loss"]
-
-
 def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tmp_path: Path) -> None:
     """Photos without the class have no label and no mask: they are learned from, and all background."""
     scenes = synthetic_source(40, 8, 64, seed=0)
@@ -450,7 +289,7 @@ def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tm
     assert index.labels is not None
     options = ["--set", f"data.root={tmp_path / 'fish'}", "--set", f"run_dir={run}", "--set", "localize.write=auto"]
     options += ["--set", "segment.masks=auto", "--set", "psa_labels={}", "--set", "irn_labels={}"]
-    done = launch(PLAIN, config, *options, "--set", "tracking.uri=none", "--set", "classify.duration=2 steps")
+    done = train(config, *options, "--set", "tracking.uri=none", "--set", "classify.duration=2 steps")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())
     assert results["localize"]["write"] in ("cam", "decide", "expand", "shrink")
@@ -470,10 +309,10 @@ def test_one_class_and_photos_without_it_go_through_every_stage(config: Path, tm
 
 def test_two_processes_choose_the_maps_that_one_chooses(config: Path, one: Path, tmp_path: Path) -> None:
     found = []
-    for launcher, name in ((PLAIN, "plain"), (TWO_RANKS, "two")):
+    for name, start in (("plain", train), ("two", partial(launch, TWO_RANKS))):
         run = Path(shutil.copytree(one, tmp_path / name))
         options = ("--set", f"run_dir={run}", "--set", "tracking.uri=none", "--set", "localize.write=auto")
-        done = launch(launcher, config, *options, "--stages", "localize")
+        done = start(config, *options, "--stages", "localize")
         assert done.returncode == 0, done.stderr
         results = json.loads((run / "results.json").read_text())["localize"]
         found.append({key: value for key, value in results.items() if key == "write" or key.endswith("_judge")})

@@ -4,11 +4,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny import BIN, ROOT, TWO_RANKS, launch
+from tiny import BIN, ROOT, TWO_RANKS, esol, launch, train
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (my_esol/\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
@@ -66,14 +65,9 @@ def test_an_installed_package_adds_one_of_each(tmp_path: Path) -> None:
     for stage in ("seed_masks", "power_masks", "vote_masks"):
         assert 0 < results[stage]["crf_right"] <= 100
         assert "judge" in results[stage]
-    report = subprocess.run(
-        [sys.executable, "-m", "esol.cli", "report", "--full", "--markdown", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    report = esol("report", "--full", "--markdown", tmp_path / "run")
     assert "| pseudo masks | seed_masks | power_masks | vote_masks |" in report.stdout  # without the package
-    more = launch([sys.executable], config, "--set", "areas.small=0.2", PYTHONPATH=str(site))
+    more = train(config, "--set", "areas.small=0.2", PYTHONPATH=str(site))
     assert "areas: runs again, areas.small: 0.1 -> 0.2" in more.stdout
     assert more.stdout.count("done before with these settings, skipped") == 7
 
@@ -85,7 +79,7 @@ def test_a_config_names_modules_of_the_folder_that_it_is_started_in(tmp_path: Pa
     (tmp_path / "my_esol/__init__.py").write_text("")
     config = tmp_path / "config.yaml"
     config.write_text(f"run_dir: run\nplugins: {plugins}\nareas: {{smal: 1}}\ndata: {{root: nowhere}}\n")
-    done = launch([sys.executable], config)
+    done = train(config)
     assert done.returncode == 2
     wanted = {
         "[my_esol.areas]": "unknown key areas.smal: did you mean areas.small?",
@@ -102,6 +96,6 @@ def test_a_stage_that_stands_behind_its_reader_is_refused(tmp_path: Path) -> Non
     power.write_text(power.read_text().replace('after = "seed_masks"', 'after = "vote_masks"'))
     config = tmp_path / "config.yaml"
     config.write_text("run_dir: run\ndata: {root: nowhere}\n" + re.search(r"stages: .*", CONFIG)[0])  # type: ignore[index]
-    done = launch([sys.executable], config, PYTHONPATH=str(tmp_path))
+    done = train(config, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert "stages: vote_masks reads power_masks, which stands behind it: give it another `after`" in done.stderr
