@@ -16,7 +16,7 @@ from esol.models.backbones import build_backbone
 from esol.ops.frozen_affinity import cosine_affinity, doubly_stochastic, normalised_cut
 from esol.ops.pairs import pair_offsets
 from esol.ops.pseudo_labels import attended_scores, boxed, walked_scores
-from esol.pipeline.likeness import BETA, RADIUS, likeness, telling
+from esol.pipeline.likeness import likeness, parted, telling
 from esol.pipeline.masks import mask_stages
 from esol.pipeline.registry import table
 from esol.stages.affinity_masks import AffinityMasks, AffinityMasksConfig
@@ -73,9 +73,8 @@ def test_a_whole_object_parts_less_of_what_is_alike_than_its_head_does() -> None
     photo = torch.where(body > 0, photo + 60, photo)
     photo = torch.where(head > 0, photo + 60, photo).to(torch.uint8)
     backbone = build_backbone(BackboneConfig("small", "none", freeze="all"))
-    alike = likeness(backbone, photo) ** BETA
-    whole, part = (normalised_cut(alike, own[::8, ::8], RADIUS) for own in (body, head))
-    assert whole < part
+    alike = likeness(backbone, photo)
+    assert parted(alike, body) < parted(alike, head)
 
 
 def test_boxes_around_what_is_above_the_threshold() -> None:

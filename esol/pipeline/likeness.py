@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from esol.base.errors import ConfigError
 from esol.models.backbones import Backbone
 from esol.models.regrid import regrid, squeeze_to_grid
-from esol.ops.frozen_affinity import cosine_affinity
+from esol.ops.frozen_affinity import cosine_affinity, normalised_cut
 
 STRIDE = 8  # of the grid
 RADIUS, BETA = 5, 5.0  # how far two places may be apart, and the power of their cosine
@@ -30,6 +31,12 @@ def likeness(backbone: Backbone, image: Tensor, radius: int = RADIUS) -> Tensor:
         levels = [backbone(squeeze_to_grid(image, backbone.stride))]
     alike = [regrid(levels[i].float(), strides[i], STRIDE, size)[0] for i in telling(strides)]
     return cosine_affinity(alike, radius)
+
+
+def parted(cosines: Tensor, mask: Tensor) -> float:
+    """The normalised cut, 0..1, of a photo's label map (H, W) by what `likeness` says of the photo."""
+    small = F.interpolate(mask[None, None].float(), cosines.shape[1:], mode="nearest-exact")[0, 0]
+    return normalised_cut(cosines**BETA, small, RADIUS)
 
 
 def telling(strides: Sequence[int]) -> list[int]:

@@ -21,14 +21,13 @@ from esol.config import Config, MapsConfig, MaskConfig
 from esol.data.samples import decode_mask
 from esol.engines.base import gather_text
 from esol.ops.class_maps import ClassMaps
-from esol.ops.frozen_affinity import normalised_cut
 from esol.ops.metrics import Score, ThresholdCurve
 from esol.ops.pseudo_labels import pseudo_masks
 from esol.ops.seeds import best_class
 from esol.pipeline.cam import PAPER_THRESHOLD, MapStage, cam_stages, trained_heads
 from esol.pipeline.crew import Crew
 from esol.pipeline.inference import Members, Sample, Tally
-from esol.pipeline.likeness import BETA, RADIUS, likeness
+from esol.pipeline.likeness import likeness, parted
 from esol.pipeline.masks import highest, spoken, write_curves
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, Scores, by_class
@@ -163,7 +162,8 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
     backbone finds alike they part: contrast alone likes the part of an object that has the strongest edges.
     """
     engine, classes = stage.context.engine, stage.context.index.classes
-    evidence, parted = dict[str, Evidence](), Counter[str]()
+    evidence: dict[str, Evidence] = {}
+    seen: Counter[str] = Counter()
     crew = Crew(engine.device)
 
     def masks(ordinal: int) -> tuple[Sample, dict[str, tuple[Label, int]]]:
@@ -172,21 +172,21 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
             image = sample.image.to(engine.device)
             made = stage.make([sample])[0]
             with engine.autocast():
-                alike = likeness(stage.net.net.backbone, image) ** BETA
+                alike = likeness(stage.net.net.backbone, image)
             for source, own in made.items():
                 [(_, mask)] = pseudo_masks([image], [own.full], [own.classes], MaskConfig())
-                small = F.interpolate(mask[None, None].float(), alike.shape[1:], mode="nearest-exact")[0, 0]
-                found[source] = mask.cpu().numpy(), round(FINE * normalised_cut(alike, small, RADIUS))
+                found[source] = mask.cpu().numpy(), round(FINE * parted(alike, mask))
         return sample, found
 
     for sample, found in crew.map(masks, sampled_photos(stage)[engine.rank :: engine.world_size]):
         for source, (mask, cut) in found.items():
             own = evidence.setdefault(source, Evidence.empty(len(classes)))
             own.add(sample.image.numpy(), mask, sample.classes)
-            parted[source] += cut
+            seen[source] += cut
     counted = {source: {key: value.tolist() for key, value in asdict(e).items()} for source, e in evidence.items()}
-    total, cuts = dict[str, Evidence](), Counter[str]()
-    for text in gather_text(engine, json.dumps([counted, parted])):
+    total: dict[str, Evidence] = {}
+    cuts: Counter[str] = Counter()
+    for text in gather_text(engine, json.dumps([counted, seen])):
         each, own_cuts = json.loads(text)
         cuts.update(own_cuts)
         for source, counts in each.items():
