@@ -4,13 +4,13 @@
                                                                   (Linux, root: network namespaces are the machines)
 
 A torchrun on each of two machines, one rank each with a data worker, trains classify of the demo. A drill starts the
-job, lets the fault happen at its moment (of most kinds one of four drills while the ranks start, the others between the
-first step and the unbroken run's end, drawn uniformly), waits for the job's end (with the fault still there), mends it,
-starts again with --resume where the job has not finished, and compares the weights with the unbroken run's. `end` is
-the time from the fault to the last process's end; more than the bound of its kind would be a hang.
+job, lets the fault happen at its moment (of most kinds one of four drills while the ranks start, the others after a
+step that is drawn), waits for the job's end (with the fault still there), mends it, starts again with --resume where
+the job has not finished, and compares the weights with the unbroken run's. `end` is the time from the fault to the last
+process's end; more than the bound of its kind would be a hang.
 
-Each drill that is done is a line of ROWS/<engine>.jsonl, and is not run again; the table is made of the lines. --count
-0 only prints it. A drill's moment and victim follow from seed, engine, kind and its number.
+Each drill that is done is a line of ROWS/<engine>.jsonl, and is not run again, nor is an unbroken run; the table is
+made of the lines. --count 0 only prints it. A drill's moment and victim follow from seed, engine, kind and its number.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import json
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from benchmarks.common import machine, table
 from benchmarks.fault_job import BOUND, EVERY, SETTINGS, STALL, TIMEOUT, WEIGHTS, Job, World, awaited
-from benchmarks.fault_kinds import KINDS, Whole
+from benchmarks.fault_kinds import KINDS, Whole, Wrong, nothing
 from esol.base.files import sha256
 
 HEADINGS = (
@@ -46,7 +46,8 @@ class Drill:
 
     ended: seconds from the fault to the last process's end, None where it had to be killed; alone: finished without a
     second start; codes: of the ranks; said: the line that says why; saved, resumed: the steps of the newest checkpoint,
-    and where the second start went on; again: the steps that it did a second time; equal: the weights, bit by bit.
+    and where the second start went on; again: the steps that it did a second time; equal: the weights, bit by bit;
+    amiss: what else was not as it ought to be.
     """
 
     kind: str
@@ -64,11 +65,12 @@ class Drill:
     resumed: int | None
     again: int
     equal: bool
+    amiss: str
     machine: str
 
     def failed(self) -> str:
         """What was not right about it, "" where nothing was."""
-        kind, wrong = KINDS[self.kind], []
+        kind, wrong = KINDS[self.kind], [self.amiss] if self.amiss else []
         if self.ended is None or self.ended > self.bound:
             wrong.append("longer than its bound")
         if not self.equal:
@@ -133,7 +135,7 @@ def summary(done: list[Drill]) -> str:
 
 
 def run(number: int, kind: str, setting: str, world: World, args: argparse.Namespace, whole: Whole) -> Drill:
-    """One drill, beside the unbroken run of its setting."""
+    """One drill, beside the unbroken run of its setting; it is added to what is done."""
     fault = KINDS[kind]
     rng = random.Random(f"{args.seed} {args.engine} {kind} {number}")
     bound = BOUND + fault.spare + fault.factor * whole.length
@@ -154,7 +156,11 @@ def run(number: int, kind: str, setting: str, world: World, args: argparse.Names
             if not job.running() or (job.done() and kind != "launcher-late"):
                 continue
             moment = time.monotonic()
-            mend = fault.inject(job, rng)
+            mend, amiss = nothing, ""
+            try:
+                mend = fault.inject(job, rng)
+            except Wrong as wrong:
+                amiss = str(wrong)
             ended = None if job.wait(bound) == float("inf") else time.monotonic() - moment
             mend()
             break
@@ -171,7 +177,7 @@ def run(number: int, kind: str, setting: str, world: World, args: argparse.Names
     equal = job.done() and sha256(job.run_dir / WEIGHTS) == whole.weights
     drill = Drill(
         kind, args.engine, setting, args.seed, number, round(moment - begun, 2), round(bound, 1),
-        None if ended is None else round(ended, 2), alone, codes, said, saved, resumed, again, equal, machine(),
+        None if ended is None else round(ended, 2), alone, codes, said, saved, resumed, again, equal, amiss, machine(),
     )  # fmt: skip
     kept = job.log.with_name(f"{args.engine}-{kind}-{number}.log")
     job.log.rename(kept)
@@ -183,7 +189,29 @@ def run(number: int, kind: str, setting: str, world: World, args: argparse.Names
     if disk is not None:
         disk.remove()
     shutil.rmtree(job.run_dir, ignore_errors=True)
+    add(args.rows, drill)
     return drill
+
+
+def unbroken(setting: str, world: World, args: argparse.Namespace) -> Whole:
+    """The run that nothing befalls, which is run once for each setting."""
+    path = args.rows / f"unbroken-{setting}.json"
+    if path.exists():
+        return Whole(**json.loads(path.read_text()))
+    job = Job(world, world.folder / f"unbroken-{setting}", args.engine, SETTINGS[args.engine][setting])
+    job.start()
+    job.ranks()
+    begun = time.monotonic()
+    awaited(job.logged, 300, f"the unbroken run has not begun: {job.log}")
+    first = time.monotonic() - begun
+    job.wait(600)
+    if not job.done():
+        raise SystemExit(f"the unbroken run failed: {job.log}")
+    whole = Whole(first, time.monotonic() - begun, sha256(job.run_dir / WEIGHTS))
+    print(f"unbroken run of {setting}: {whole}", file=sys.stderr, flush=True)
+    args.rows.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(whole)))
+    return whole
 
 
 def main() -> int:
@@ -195,38 +223,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--rows", type=Path, default=Path("fault_rows"), help="folder of what is done (%(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces, mounts and jobs go
     kinds = args.kinds.split(",")
-    folder = Path(tempfile.mkdtemp(prefix="fault-drills-"))
-    shutil.copytree(args.data, folder / "data")
     todo = list(missing(read(args.rows, args.engine), args.engine, kinds, args.count, args.seed))
     if todo:
+        folder = Path(tempfile.mkdtemp(prefix="fault-drills-"))
+        shutil.copytree(args.data, folder / "data")
         with World(folder, folder / "data") as world:
-
-            @cache
-            def unbroken(setting: str) -> Whole:
-                job = Job(world, folder / f"unbroken-{setting}", args.engine, SETTINGS[args.engine][setting])
-                job.start()
-                job.ranks()
-                begun = time.monotonic()
-                awaited(job.logged, 300, f"the unbroken run has not begun: {job.log}")
-                first = time.monotonic() - begun
-                job.wait(600)
-                if not job.done():
-                    raise SystemExit(f"the unbroken run failed: {job.log}")
-                whole = Whole(first, time.monotonic() - begun, sha256(job.run_dir / WEIGHTS))
-                print(f"unbroken run of {setting}: {whole}", file=sys.stderr, flush=True)
-                return whole
-
-            for number, kind, setting in todo:
-                add(args.rows, run(number, kind, setting, world, args, unbroken(setting)))
+            found = [run(*which, world, args, unbroken(which[-1], world, args)) for which in todo]
+        if not any(drill.failed() for drill in found):
+            shutil.rmtree(folder)
     done = [d for d in read(args.rows, args.engine) if d.kind in kinds and d.seed == args.seed]
     print("\n".join(dict.fromkeys(drill.machine for drill in done)))
     print(f"2 machines, 1 rank each; a checkpoint every {EVERY} steps; engine.timeout {TIMEOUT} s, ", end="")
     print(f"engine.stall {STALL} s; seed {args.seed}\n\n{summary(done)}")
-    failed = any(drill.failed() for drill in done)
-    if not failed:
-        shutil.rmtree(folder)
-    return 1 if failed else 0
+    return 1 if any(drill.failed() for drill in done) else 0
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def awaited(found: Callable[[], Any], seconds: float = 20, what: str = "the dril
     while time.monotonic() < deadline:
         if value := found():
             return value
-        time.sleep(0.02)
+        time.sleep(0.2)
     raise TimeoutError(what)
 
 
@@ -297,7 +297,7 @@ class Job:
             if time.monotonic() - begun > bound:
                 self.kill()
                 return float("inf")
-            time.sleep(0.1)
+            time.sleep(0.2)
         return time.monotonic() - begun
 
     def kill(self) -> None:

@@ -26,6 +26,11 @@ PATIENCE = 60  # seconds that a second job waits for the first (esol.pipeline.jo
 ANSWER = 150  # seconds that a store may fail to answer where the watchdog does not watch yet (esol.data.storage)
 HOG = "kept = []\nwhile True: kept.append(b'1' * (1 << 22))"
 
+
+class Wrong(Exception):  # noqa: N818  it is the job's error, not the drill's
+    """What the job did not do as it ought to, beside how it ends."""
+
+
 Mend = Callable[[], None]
 Moment = Callable[[], None]
 
@@ -44,29 +49,34 @@ class Whole:
 
 
 def any_moment(job: Job, rng: random.Random, whole: Whole) -> Moment:
-    """Of four drills one while the ranks start, and three between the first step and the end."""
+    """Of four drills one while the ranks start, and three in the steps."""
     if rng.random() < 0.25:
         seconds = rng.uniform(0, whole.start)
         return lambda: time.sleep(seconds)
-    return lambda: _after(job, 1, rng.uniform(0, whole.length - whole.start))
+    return _after(job, rng.randrange(1, STEPS), rng)
 
 
 def while_training(job: Job, rng: random.Random, whole: Whole) -> Moment:
     """In the first half of the steps: what is slowed down has still to be running."""
-    return lambda: _after(job, 1, rng.uniform(0, (whole.length - whole.start) / 2))
+    return _after(job, rng.randrange(1, STEPS // 2), rng)
 
 
 def after_the_last_step(job: Job, rng: random.Random, whole: Whole) -> Moment:
     """Within a second of it, in a job that launch/entrypoint.sh has started."""
     job.entered = True
-    return lambda: _after(job, STEPS, rng.uniform(0, 1))
+    return _after(job, STEPS, rng, within=1)
 
 
-def _after(job: Job, step: int, seconds: float) -> None:
-    """So many seconds after a step was logged."""
-    while job.logged() < step and job.running():
-        time.sleep(0.05)
-    time.sleep(seconds)
+def _after(job: Job, step: int, rng: random.Random, within: float = 0.2) -> Moment:
+    """Within so many seconds after a step was logged."""
+    seconds = rng.uniform(0, within)
+
+    def wait() -> None:
+        while job.logged() < step and job.running():
+            time.sleep(0.1)
+        time.sleep(seconds)
+
+    return wait
 
 
 def kill_worker(job: Job, rng: random.Random) -> Mend:
@@ -182,7 +192,6 @@ def out_of_memory(job: Job, rng: random.Random) -> Mend:
     used = int(group.read("memory.usage_in_bytes"))
     group.write("memory.limit_in_bytes", used + (64 << 20))
     hog = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(1)\n{HOG}"])
-    Path(f"/proc/{hog.pid}/oom_score_adj").write_text("-1000")
     group.add(hog.pid)
     try:
         awaited(lambda: "oom_kill 0" not in group.read("memory.oom_control"), 20, "the kernel has killed nobody")
@@ -313,13 +322,11 @@ def second_job(job: Job, rng: random.Random) -> Mend:
     slow = slow_down(job, job.ranks(5))
     try:
         other.start()
-        ends = awaited(lambda: all(launcher.poll() is not None for launcher in other.launchers), PATIENCE + BOUND)
-        assert ends
+        if other.wait(PATIENCE + BOUND) == float("inf"):
+            raise Wrong("the second job did not end")
         if "is in use by process" not in other.said():
-            raise AssertionError(f"the second job was not refused: {other.log}")
+            raise Wrong("the second job was not refused")
     finally:
-        for launcher in other.launchers:
-            kill_tree(launcher)
         slow.write("cpu.cfs_quota_us", -1)
     return nothing
 
