@@ -271,7 +271,7 @@ class Job:
                     return child
         return None
 
-    def ranks(self, seconds: float = 60) -> list[psutil.Process]:
+    def ranks(self, seconds: float = 200) -> list[psutil.Process]:
         """Both training processes, once they are there."""
         found: list[psutil.Process] = awaited(
             lambda: all(both := [self.rank(0), self.rank(1)]) and both, seconds, f"the job has not started: {self.log}"

@@ -21,7 +21,7 @@ from benchmarks.nodes import kill_tree
 
 PERIOD = 100_000  # microseconds in which a cgroup's processes get their share of the cores
 RATE = 256 << 10  # bytes a second of a slow disk
-REQUESTS = 20  # that the job makes of its store, about
+REQUESTS = 12  # of those that the job makes of its store, at least, one is drawn
 PATIENCE = 60  # seconds that a second job waits for the first (esol.pipeline.job)
 ANSWER = 150  # seconds that a store may fail to answer where the watchdog does not watch yet (esol.data.storage)
 HOG = "kept = []\nwhile True: kept.append(b'1' * (1 << 22))"
@@ -207,14 +207,14 @@ def slow_rank(job: Job, rng: random.Random) -> Mend:
     return nothing
 
 
-def slow_down(job: Job, ranks: list[psutil.Process]) -> Group:
-    """Ranks and their data workers together get a tenth of the time on the cores that they took in the last second."""
+def slow_down(job: Job, ranks: list[psutil.Process], times: float = 10) -> Group:
+    """Ranks and their data workers together get so much less time on the cores than they took in the last second."""
     processes = [process for rank in ranks for process in (rank, *rank.children(recursive=True))]
     before = _used(processes)
     time.sleep(1)
     used = _used(processes) - before
     group = job.stack.enter_context(Group("cpu"))
-    group.write("cpu.cfs_quota_us", max(1000, round(used / 10 * PERIOD)))
+    group.write("cpu.cfs_quota_us", max(1000, round(used / times * PERIOD)))
     for process in processes:
         group.add(process.pid)
     return group
@@ -319,14 +319,20 @@ def damage_cache(job: Job, rng: random.Random) -> Mend:
 def second_job(job: Job, rng: random.Random) -> Mend:
     """The same command a second time; the first is slowed down until that has been refused, or it would be done."""
     other = replace(job, port=job.port + 1, launchers=[])
-    slow = slow_down(job, job.ranks(5))
+    begun = job.logged()
+    time.sleep(2)
+    pace = max(0.5, (job.logged() - begun) / 2)  # steps a second; now a step is to take 3 s, which is no stall
+    slow = slow_down(job, job.ranks(5), times=3 * pace)
     try:
         other.start()
-        if other.wait(PATIENCE + BOUND) == float("inf"):
-            raise Wrong("the second job did not end")
+        awaited(lambda: all(launcher.poll() is not None for launcher in other.launchers), PATIENCE + BOUND)
         if "is in use by process" not in other.said():
             raise Wrong("the second job was not refused")
+    except TimeoutError:
+        raise Wrong("the second job did not end") from None
     finally:
+        for launcher in other.launchers:
+            kill_tree(launcher)
         slow.write("cpu.cfs_quota_us", -1)
     return nothing
 
