@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +17,7 @@ from typing import Any
 import psutil  # accelerate brings it
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+_CLONE_NEWNET = 0x40000000
 
 
 class Nodes:
@@ -57,6 +61,21 @@ class Nodes:
         process = subprocess.Popen([*enter, *inside], env=env, start_new_session=True, **options)
         self._processes.append(process)
         return process
+
+    def listening(self, node: int) -> socket.socket:
+        """A socket of this process that listens on the node, at a port that is free there."""
+        made: list[socket.socket] = []
+
+        def make() -> None:  # in a thread: it is a thread that is in a network
+            with open(f"/run/netns/{self._spaces[node]}") as space:
+                if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), "setns")
+            made.append(socket.create_server((ADDRESSES[node], 0), backlog=64))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        return made[0]
 
     def pull(self) -> None:
         """Packets are lost from now on; no end hears of it."""

@@ -7,6 +7,7 @@ import http.server
 import logging
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ class Between:
 
     delay: seconds before each answer; rate: bytes a second of all answers together, 0 = as fast as it goes; fault: is
     asked for each request's method and path, "" to answer well, or "503", "drop" (half of the body, then the line is
-    cut), "stall" (no answer, ever) or "damage" (another byte in the middle).
+    cut), "stall" (no answer, ever) or "damage" (another byte in the middle). listening: a socket that clients reach it
+    by, where they are on another machine (benchmarks.nodes); `url` is then the caller's to set.
     """
 
     upstream: str
@@ -52,6 +54,7 @@ class Between:
     fault: Callable[[str, str], str] = lambda method, path: ""
     requests: list[Request] = field(default_factory=list)
     url: str = ""
+    listening: socket.socket | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -61,10 +64,14 @@ class Between:
         return found
 
     def __enter__(self) -> Between:
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Passing, self))
+        handler, own = partial(_Passing, self), self.listening is None
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=own)
         self._server.daemon_threads = True
+        if self.listening is not None:
+            self._server.socket.close()
+            self._server.socket = self.listening
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://127.0.0.1:{self._server.socket.getsockname()[1]}"
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -65,18 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the stages of args.config and returns the exit code."""
+    place = args.config
     try:
         from esol.pipeline.config_file import load  # and torch with it, for every stage brings its section
 
         engine = [f"engine.name={args.engine}"] if args.engine else []
         config = load(args.config, [*args.overrides, *engine])
+        place = config.run_dir  # what could not be written, where the error does not say
         from esol.pipeline.job import run_job  # and what starts processes with it, once the config is one
 
         return run_job(config, args.stages.split(",") if args.stages else None, args.resume)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        what = f"{error.filename or args.config}: {error.strerror}"
+        what = f"{error.filename or place}: {error.strerror}"
         print(f"error: {what}; when that is mended, go on with --resume", file=sys.stderr, flush=True)
         return exits.MEND
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -11,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from esol import cli
+from esol import cli, train
 from esol.base import exits
 from esol.base.errors import DataError, LostRankError
+from esol.pipeline import job
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
@@ -120,3 +124,19 @@ def test_every_end_is_noted(
         assert found == code
         assert file.read_text() == f"{code}\n"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", [None, "somewhere/else"])
+def test_a_disk_that_refuses_is_named(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Writing to an open file fails without a name: then it is the run's folder that stands on that disk."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run_dir: {tmp_path / 'run'}\ndata: {{root: {tmp_path}}}")
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+    monkeypatch.setattr(job, "run_job", lambda *_: _raises(error)())
+    parser = argparse.ArgumentParser(add_help=False)
+    train.add_arguments(parser)
+    assert train.run(parser.parse_args(["--config", str(config)])) == exits.MEND
+    said = f"error: {name or tmp_path / 'run'}: Read-only file system; when that is mended, go on with --resume\n"
+    assert capsys.readouterr().err == said

@@ -22,10 +22,11 @@ STUBS = {
     "python": "trap 'sleep .3; exit 75' USR1 TERM\ntrap 'sleep .3; exit 130' INT\n"
     'echo $RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT "$@" > started\n'
     'if [ "$CODE" ]; then exit $CODE; fi\nfor i in $(seq 200); do sleep .05; done',
-    # a launcher such as torchrun: dies of USR1, passes TERM and INT on, and knows no exit code but 1
+    # a launcher such as torchrun: dies of USR1, passes TERM and INT on, knows no exit code but 1; $WAITS: for others
     "launcher": "trap 'kill -TERM $rank' TERM\ntrap 'kill -INT $rank' INT\n"
     '(trap - INT; exec "$@") & rank=$!\nwait $rank; wait $rank; code=$?\n'
-    'if [ $code -eq 138 ]; then exit 138; fi\necho $code > "$ESOL_EXIT_FILE"\n[ $code -eq 0 ] || exit 1',
+    'if [ $code -eq 138 ]; then exit 138; fi\necho $code > "$ESOL_EXIT_FILE"\n'
+    'if [ "$WAITS" ]; then trap "" TERM; mkfifo waiting; exec 3<>waiting; read -u 3; fi\n[ $code -eq 0 ] || exit 1',
 }
 
 
@@ -84,6 +85,19 @@ def test_entrypoint_ends_with_the_ranks_code(start, sent: str, code: str, ends: 
     if sent:
         process.send_signal(getattr(signal, f"SIG{sent}"))
     assert process.wait(20) == ends
+
+
+def test_entrypoint_ends_a_launcher_that_waits_for_other_machines_alone(start) -> None:
+    """As torchrun does in its exit barrier, for 300 s, where another machine's was killed; TERM does not end that."""
+    process = start(str(LAUNCH / "entrypoint.sh"), "launcher", "python", code="0", WAITS="1", ESOL_LAUNCHER_SECONDS="1")
+    assert process.wait(20) == 0
+
+
+def test_entrypoint_lets_a_second_command_run(tmp_path: Path, start) -> None:
+    command = "launcher python; launcher sleep 4; touch second"
+    process = start(str(LAUNCH / "entrypoint.sh"), "bash", "-c", command, code="0", ESOL_LAUNCHER_SECONDS="1")
+    assert process.wait(20) == 0
+    assert (tmp_path / "second").exists()
 
 
 def test_kubernetes_manifest() -> None:

@@ -21,6 +21,9 @@ from esol.base.strangers import lines
 PARENT = os.getppid()
 """Who started this process, noted early: a launcher may be gone by the time that torch is imported."""
 
+NOTED = "ESOL_EXIT_FILE"
+"""The environment variable with the file that a process leaves its code in."""
+
 MEND = 2
 """Something the user can mend, said in one line: starting again without that is of no use."""
 
@@ -76,7 +79,7 @@ def _leave(line: str) -> None:
 
 def note(code: int) -> int:
     """The code, left for launch/entrypoint.sh if that waits for it."""
-    path = os.environ.get("ESOL_EXIT_FILE")
+    path = os.environ.get(NOTED)
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
             Path(path).write_text(f"{code}\n")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from esol.base import exits
+from esol.engines.deadline import Deadline
 
 _STACKS = signal.SIGUSR2  # upon which a process writes where it stands
 _BEAT, _VERDICT = "esol-watchdog/beat-{}", "esol-watchdog/verdict"
@@ -52,6 +53,9 @@ class Watchdog:
             self._store.set_timeout(timedelta(seconds=30))
             self._store.set(_VERDICT, "")
             self._store.set(_BEAT.format(rank), "{}")
+        # The others leave a process that answers no more behind, and nobody but the kernel can end that: its launcher
+        # would wait for it as long as it stands. Alone it is somebody's who has stopped it and may let it go on.
+        self._deadline = Deadline(limit + 6 * self._period) if world_size > 1 else None
         self._doing, self._count, self._waiting = "starting", 0, False
         self._watched = list(range(world_size)) if rank == 0 else [0, rank]
         self._seen: dict[int, _Seen] = {}
@@ -80,14 +84,21 @@ class Watchdog:
         self._heard = time.monotonic()
         self._seen = {rank: _Seen({}, self._heard, self._heard) for rank in self._watched}
         faulthandler.register(_STACKS, 2, all_threads=True)  # data workers, which are forked later, have it as well
+        self._put_off()
         for thread in self._threads:
             thread.start()
+
+    def _put_off(self) -> None:
+        if self._deadline is not None:
+            self._deadline.put_off()
 
     def stop(self) -> None:
         """This rank is done; the others no longer wait for its word."""
         self._done.set()
         for thread in self._threads:
             thread.join(self._period + 1)
+        if self._deadline is not None:
+            self._deadline.lift()
         faulthandler.unregister(_STACKS)
         if self._store is not None and not self._threads[0].is_alive():
             with suppress(Exception):  # where the host of the store has left first, nobody needs to hear it
@@ -104,6 +115,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(self._period):
+            self._put_off()
             silent = time.monotonic() - self._heard > self._limit + self._period
             verdict = self._verdict or ("the job's store (on rank 0) does not answer" if silent else "")
             if verdict and not self._done.is_set():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from esol.base import exits
 from esol.base.errors import DataError
 from esol.base.files import atomic_write, writable
 from esol.data.index import Index
@@ -84,7 +85,8 @@ def _make_shards(photos: str, out: Path, labels: str, negatives: Sequence[str], 
     command = [sys.executable, "-m", "shards", "create", "folder", photos, "--out", str(shards), "--drop-damaged"]
     command += ["--long-side", str(side), *(["--labels", labels] if labels else [])]
     command += [part for name in negatives for part in ("--negatives", name)]
-    done = subprocess.run([*command, *(["--overwrite"] if shards.exists() else [])])
+    env = {name: value for name, value in os.environ.items() if name != exits.NOTED}  # its end is not this run's
+    done = subprocess.run([*command, *(["--overwrite"] if shards.exists() else [])], env=env)
     if done.returncode == 0:
         atomic_write(out / ABOUT, json.dumps({"photos": stamp}) + "\n")
     return done.returncode

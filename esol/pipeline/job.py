@@ -72,7 +72,7 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
     needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
     writable(run_dir)
     refuse_links(*(run_dir / name for name in _WRITTEN))
-    busy = ""
+    refused = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,9 +84,11 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
                 )
             atomic_write(run_dir / "resolved.yaml", to_yaml(config))
         except TimeoutError as other:
-            busy = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
-    if busy := "".join(gather_text(engine, busy)):
-        raise LaunchError(busy)
+            refused = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
+        except OSError as error:  # a full or read-only disk: the other ranks must not take it for a lost peer
+            refused = f"{error.filename or run_dir}: {error.strerror}; when that is mended, go on with --resume"
+    if refused := "".join(gather_text(engine, refused)):
+        raise LaunchError(refused)
     tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=_contents(index))
     with tracked as tracker, StopSignal() as stop:
         reader = ShardReader(index, config.data.cache, photos(config, index))

@@ -138,3 +138,16 @@ def test_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path, ca
     for outcome in run_ranks(2, toy.run, tmp_path / "killed", total, every, 0.3):
         assert outcome.exitcode == 0, outcome.output
     assert_identical(tmp_path / "unbroken", tmp_path / "killed", total)
+
+
+def test_a_run_directory_that_rank_0_cannot_use_is_no_lost_rank(tmp_path: Path, shard_set: Path) -> None:
+    """A disk that is full, or read-only, shows when rank 0 takes the lock: here a folder stands in its place."""
+    (tmp_path / "run/.lock").mkdir(parents=True)
+    tree = {
+        "run_dir": str(tmp_path / "run"), "stages": ["classify"], "data": {"root": str(shard_set), "crop": 48},
+        "model": {"backbone": "small", "weights": "none", "output_stride": 8, "freeze": "none"},
+        "classify": {"global_batch": 8}, "engine": {"threads": 1, "timeout": 1}, "tracking": {"uri": "none"},
+    }  # fmt: skip
+    for outcome in run_ranks(2, toy.begin, tree):
+        assert outcome.result == exits.MEND, outcome.output
+        assert f"error: {tmp_path / 'run/.lock'}: Is a directory; when that is mended" in outcome.output

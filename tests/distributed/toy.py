@@ -36,6 +36,7 @@ from esol.models.backbones import build_backbone
 from esol.models.cam_net import CamNet
 from esol.pipeline import doctor
 from esol.pipeline.config_file import from_tree
+from esol.pipeline.job import run_job
 from esol.stages.classify import ClassifyConfig, ClassifyTask
 from esol.training.checkpoint import Checkpointer
 from esol.training.loop import Stopped, StopSignal, train
@@ -481,3 +482,8 @@ def run_and_be_killed(folder: Path, total: int, every: int, seed: int) -> None:
             threading.Timer(delay, kill).start()
 
     run(folder, total, every, 0.3, 1, draw)
+
+
+def begin(tree: dict[str, Any]) -> int:
+    """What becomes of a run of this config: its exit code."""
+    return exits.entry(lambda: run_job(from_tree(tree)))

@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import BIN, esol
 
+from esol.base import exits
 from esol.base.errors import ConfigError
 from esol.data.index import Index
 from esol.pipeline import estimate
-from esol.pipeline.auto import look, plan
+from esol.pipeline.auto import _make_shards, look, plan
 from esol.pipeline.recipe import CHAIN, Initial, Machine, Photos, config_text, this_machine
 from shards.synthetic import synthetic_source
 
@@ -107,6 +108,15 @@ def test_from_folders_to_masks_and_a_page_and_again(scenes: Path, weights: Path,
     assert again.returncode == 0, again.stderr
     assert "made before of these photos, kept" in again.stdout
     assert again.stdout.count("settings, skipped") == len(stages)
+
+
+def test_the_end_of_making_shards_is_not_the_end_of_the_run(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """launch/entrypoint.sh ends what has noted 0 and goes on with nothing."""
+    monkeypatch.setenv(exits.NOTED, str(tmp_path / "code"))
+    assert _make_shards(str(scenes), tmp_path, "", (), 64) == 0
+    assert not (tmp_path / "code").exists()
 
 
 def _once(work: Callable[..., Any]) -> Callable[..., Any]:
