@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,21 @@ def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path,
     results = json.loads((run / "results.json").read_text())["localize"]
     assert "decide_miou" not in results
     assert {"cam_miou", "expand_miou", "shrink_miou"} <= results.keys()
+
+
+def test_data_workers_that_are_not_forked_change_no_bit(config: Path) -> None:
+    """macOS spawns them, Python 3.14 has a forkserver: what they are given, label maps too, goes through pickle."""
+    code = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); del sys.argv[:2]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    stages, learned = "classify,localize,seed_masks,segment", {}
+    for method in ("fork", "spawn", "forkserver"):
+        overrides = (f"run_dir=runs/{method}", "tracking.uri=none", f"stages=[{stages}]", "segment.masks=seed_masks")
+        options = [part for text in overrides for part in ("--set", text)]
+        done = launch([sys.executable, "-c", code, method], config, *options)
+        assert done.returncode == 0, done.stderr
+        weights = (config.parent / "runs" / method / stage / "model.safetensors" for stage in ("classify", "segment"))
+        learned[method] = [path.read_bytes() for path in weights]
+    assert learned["spawn"] == learned["forkserver"] == learned["fork"]
 
 
 @pytest.mark.parametrize(
