@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil  # accelerate brings it
 
-from benchmarks.nodes import ADDRESSES, Nodes, kill_tree
+from benchmarks.nodes import Nodes, kill_tree
 from benchmarks.stores import AWS, Between, s3_server
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,8 @@ class World:
             upstream = self.stack.enter_context(s3_server())
             listening = self.nodes.listening(0)
             self._store = self.stack.enter_context(Between(upstream, listening=listening))
-            self._store.url = f"http://{ADDRESSES[0]}:{listening.getsockname()[1]}"
+            host, port = listening.getsockname()
+            self._store.url = f"http://{host}:{port}"
             os.environ.update(AWS)
             files = s3fs.S3FileSystem(endpoint_url=upstream)
             files.mkdir("bucket")

@@ -1,4 +1,4 @@
-"""Two machines on this one (Linux, root): network namespaces with names of their own, joined by a cable to pull."""
+"""Machines on this one (Linux, root): network namespaces with names of their own, a switch, and cables to pull."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ from typing import Any
 
 import psutil  # accelerate brings it
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+_ADDRESS = "10.77.0.{}"
 _CLONE_NEWNET = 0x40000000
 
 
 class Nodes:
-    """node0 and node1, entered as a context; they see the same files and each other, and nothing else.
+    """node0, node1 and so on, entered as a context; they see the same files and each other, and nothing else.
 
     folder: for their hosts file. Processes that start adds run until they end or the context does.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._spaces = [f"esol-{os.getpid()}-{k}" for k in (0, 1)]
+    def __init__(self, folder: Path, count: int = 2) -> None:
+        self._spaces = [f"esol-{os.getpid()}-{k}" for k in range(count)]
+        self._switch = f"esol-{os.getpid()}-switch"
         self._hosts = folder / "hosts"
         self._processes: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> Nodes:
-        lines = [f"{address} node{k}\n" for k, address in enumerate(ADDRESSES)]
+        lines = [f"{_ADDRESS.format(k + 1)} node{k}\n" for k in range(len(self._spaces))]
         self._hosts.write_text("127.0.0.1 localhost\n" + "".join(lines))
-        first, second = self._spaces
-        for space in self._spaces:
+        for space in (self._switch, *self._spaces):
             _ip("netns", "add", space)
-        _ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
-        for space, address in zip(self._spaces, ADDRESSES, strict=True):
-            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "cable")
+        _ip("-n", self._switch, "link", "add", "switch", "type", "bridge")
+        _ip("-n", self._switch, "link", "set", "switch", "up")
+        for k, space in enumerate(self._spaces):
+            port = (f"port{k}", "netns", self._switch)
+            _ip("link", "add", "cable", "netns", space, "type", "veth", "peer", "name", *port)
+            _ip("-n", self._switch, "link", "set", f"port{k}", "master", "switch", "up")
+            _ip("-n", space, "addr", "add", f"{_ADDRESS.format(k + 1)}/24", "dev", "cable")
             _ip("-n", space, "link", "set", "lo", "up")
             _ip("-n", space, "link", "set", "cable", "up")
         return self
@@ -49,7 +53,7 @@ class Nodes:
     ) -> None:
         for process in self._processes:
             kill_tree(process)
-        for space in self._spaces:
+        for space in (self._switch, *self._spaces):
             _ip("netns", "del", space)
 
     def start(self, node: int, command: Sequence[str], env: dict[str, str], **options: Any) -> subprocess.Popen[Any]:
@@ -70,20 +74,20 @@ class Nodes:
             with open(f"/run/netns/{self._spaces[node]}") as space:
                 if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), _CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), "setns")
-            made.append(socket.create_server((ADDRESSES[node], 0), backlog=64))
+            made.append(socket.create_server((_ADDRESS.format(node + 1), 0), backlog=64))
 
         thread = threading.Thread(target=make)
         thread.start()
         thread.join()
         return made[0]
 
-    def pull(self) -> None:
-        """Packets are lost from now on; no end hears of it."""
-        _ip("-n", self._spaces[1], "link", "set", "cable", "down")
+    def pull(self, node: int = 1) -> None:
+        """Packets from and to the node are lost from now on; no end hears of it."""
+        _ip("-n", self._spaces[node], "link", "set", "cable", "down")
 
-    def plug(self) -> None:
-        """The cable is whole again."""
-        _ip("-n", self._spaces[1], "link", "set", "cable", "up")
+    def plug(self, node: int = 1) -> None:
+        """The node's cable is whole again."""
+        _ip("-n", self._spaces[node], "link", "set", "cable", "up")
 
     def sent(self, node: int) -> int:
         """Bytes that the node has put on the cable so far, headers too."""

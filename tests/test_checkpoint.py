@@ -76,7 +76,7 @@ def test_saves_prunes_and_resumes_the_newest(saved: Path) -> None:
     assert (manifest["step"], manifest["world_size"], manifest["fingerprint"]) == (30, 1, "f")
     assert manifest["files"]["state.pt"]["bytes"] == 9
     engine = Counter()
-    assert make(saved, engine).resume() == Resumed(30, {"run": "abc"})
+    assert make(saved, engine).resume() == Resumed(30, {"run": "abc"}, 1)
     assert engine.value == 30
 
 
@@ -103,7 +103,7 @@ def test_damaged_checkpoint_is_passed_over(
     engine = Counter()
     checkpointer = make(saved, engine, keep=1)
     with caplog.at_level(logging.WARNING):
-        assert checkpointer.resume() == Resumed(20, {"run": "abc"})
+        assert checkpointer.resume() == Resumed(20, {"run": "abc"}, 1)
     assert engine.value == 20
     assert "step-30" in caplog.text
     checkpointer.save(25)
@@ -132,7 +132,7 @@ def test_half_written_folders_of_a_killed_process_are_cleared(saved: Path) -> No
     (saved / "step-40.tmp" / "state.pt").write_text("4")
     engine = Counter()
     checkpointer = make(saved, engine)
-    assert checkpointer.resume() == Resumed(30, {"run": "abc"})
+    assert checkpointer.resume() == Resumed(30, {"run": "abc"}, 1)
     checkpointer.save(40)
     checkpointer.finish()
     assert names(saved) == ["latest", "step-30", "step-40"]
@@ -191,7 +191,7 @@ def test_training_goes_on_while_a_thread_writes_what_was_then(saved: Path) -> No
     assert not checkpointer.writing
     assert engine.doing == "the files of the checkpoint after step 40"
     assert names(saved) == ["latest", "step-30", "step-40"]
-    assert make(saved, engine).resume() == Resumed(40, {"loss": 0.5})
+    assert make(saved, engine).resume() == Resumed(40, {"loss": 0.5}, 1)
     assert engine.value == 40
 
 

@@ -77,6 +77,15 @@ def test_slurm_requeues_what_can_go_on(
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
+def test_a_slurm_array_is_a_run_for_each_seed(tmp_path: Path, start) -> None:
+    process = start(
+        str(LAUNCH / "slurm.sbatch"), "--config", "c.yaml", code="0", SLURM_JOB_ID="8", SLURM_JOB_NODELIST="node0",
+        SLURM_NTASKS="1", SLURM_ARRAY_TASK_ID="3",
+    )  # fmt: skip
+    assert process.wait(20) == 0
+    assert (tmp_path / "started").read_text() == "0 1 node0:20008 esol/train.py --resume --config c.yaml --set seed=3\n"
+
+
 @pytest.mark.parametrize(
     ("sent", "code", "ends"), [("USR1", "", 75), ("TERM", "", 75), ("INT", "", 130), ("", "2", 2), ("", "0", 0)]
 )

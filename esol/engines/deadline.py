@@ -36,8 +36,10 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._timer = seconds, ctypes.c_void_p()
-        self._libc = ctypes.CDLL(None, use_errno=True)
         if _LINUX:
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            if not hasattr(self._libc, "timer_create"):  # before glibc 2.34
+                self._libc = ctypes.CDLL("librt.so.1", use_errno=True)
             event = _Event(None, signal.SIGKILL, 0)
             self._check(self._libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -47,6 +48,11 @@ def run_job(config: Config, only: Sequence[str] | None = None, resume: bool = Fa
 
     resume: an interrupted stage goes on from its last checkpoint.
     """
+    if not resume and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise LaunchError(
+            "torchrun was told to start this job again where a process fails (--max-restarts), and each time an "
+            "interrupted stage would begin anew: add --resume"
+        )
     chosen(config, only)
     index = Index.load(config.data.root, config.data.cache)
     check_splits(config, index, only)

@@ -125,7 +125,9 @@ class TrainingStage(Stage):
         found = checkpoints.resume()
         if found is None:
             return 0
-        context.say(f"{self.name}: resumed after step {found.step}")
+        now, before = context.engine.world_size, found.world_size
+        changed = "" if now == before else f", on {now} process{'es' if now > 1 else ''} in place of {before}"
+        context.say(f"{self.name}: resumed after step {found.step}{changed}")
         last.update(found.notes)
         return found.step
 

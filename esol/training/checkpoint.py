@@ -30,10 +30,11 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a checkpoint left off: optimizer steps done, and the notes that the Checkpointer had then."""
+    """Where a checkpoint left off: optimizer steps done, the notes that the Checkpointer had then, and its ranks."""
 
     step: int
     notes: dict[str, Any]
+    world_size: int
 
 
 class _Writing:
@@ -183,7 +184,7 @@ class Checkpointer:
         except (CheckpointError, OSError, ValueError) as problem:
             error = f"{problem} (all ranks must see the same folder {self.folder})"
         self._agree(error)
-        return Resumed(step, manifest["notes"])
+        return Resumed(step, manifest["notes"], manifest["world_size"])
 
     def _choose(self) -> int:
         """The step of the newest undamaged checkpoint, -1 without any."""
@@ -236,6 +237,8 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has format {manifest['format']!r:.80}, this program reads {_FORMAT!r}")
         if path.name != f"step-{manifest['step']}" or not isinstance(manifest["notes"], dict):
             raise ValueError("it is that of another step")
+        if not isinstance(manifest["world_size"], int):
+            raise ValueError("it does not say how many ranks there were")
         for name, expected in manifest["files"].items():
             if not plain(name) or not (path / name).is_file():
                 raise ValueError(f"{name!r:.80} is no file of it")

@@ -14,8 +14,10 @@ import psutil  # accelerate brings it
 import pytest
 from ranks import _free_port
 
-from esol.base.errors import LaunchError
+from esol.base.errors import DataError, LaunchError
 from esol.engines.environment import VARIABLES, allow_connections, check_environment
+from esol.pipeline.config_file import from_tree
+from esol.pipeline.job import run_job
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -106,6 +108,19 @@ def test_a_large_job_may_open_a_connection_for_every_rank(monkeypatch: pytest.Mo
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1424, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_restarts_by_torchrun_need_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would delete the checkpoints of the stage that it interrupted."""
+    config = from_tree({"run_dir": str(tmp_path / "run"), "data": {"root": str(tmp_path / "nowhere")}})
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(LaunchError, match=r"told to start this job again .*--max-restarts.*add --resume"):
+        run_job(config)
+    with pytest.raises(DataError, match="nowhere"):
+        run_job(config, resume=True)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    with pytest.raises(DataError, match="nowhere"):
+        run_job(config)
 
 
 TINY = """

@@ -91,12 +91,12 @@ class Slurm:
         )
         return process.communicate(timeout=60)[0].strip()
 
-    def submit(self, name: str, *options: str) -> tuple[str, Path]:
-        """A job of two nodes in the run directory `name`; its number, and what it will print."""
+    def submit(self, name: str, *options: str, nodes: str = "2", array: tuple[str, ...] = ()) -> tuple[str, Path]:
+        """A job of one task a node in the run directory `name`; its number, and what it will print."""
         log = self.folder / f"{name}.log"
         said = self(
-            "sbatch", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}",
-            str(ROOT / "launch/slurm.sbatch"), "--config", str(self.folder / "tiny.yaml"),
+            "sbatch", f"--nodes={nodes}", *array, "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
+            f"--output={log}", str(ROOT / "launch/slurm.sbatch"), "--config", str(self.folder / "tiny.yaml"),
             "--set", f"run_dir={self.folder / name}", *options,
         )  # fmt: skip
         assert said.startswith("Submitted batch job"), said
@@ -176,6 +176,31 @@ def test_a_killed_rank_ends_the_job_which_goes_on_when_submitted_again(slurm: Sl
     again, log = slurm.submit("killed", "--set", "classify.duration=300 steps")
     slurm.until("the finished job", lambda: slurm.field(again, "JobState") == "COMPLETED", 180)
     assert "classify: resumed after step" in log.read_text()
+
+
+def test_requeued_it_takes_the_nodes_that_are_left(slurm: Slurm) -> None:
+    job, log = slurm.submit("smaller", nodes="1-2")
+    slurm.until("step 30", lambda: logged(slurm.folder / "smaller") >= 30, 120)
+    slurm("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
+    try:
+        slurm("scancel", "--signal=USR1", "--batch", job)
+        slurm.until("the resumed job", lambda: slurm.field(job, "JobState") == "COMPLETED", 240)
+    finally:
+        slurm("scontrol", "update", "NodeName=node1", "State=RESUME")
+    assert slurm.field(job, "NumNodes") == "1"
+    text = log.read_text()
+    assert "on 1 process in place of 2" in text
+    assert "esol: ended with code 0, restart 1" in text
+
+
+def test_an_array_is_a_run_for_each_seed(slurm: Slurm) -> None:
+    run_dir = "seed-${SLURM_ARRAY_TASK_ID}"
+    job, _ = slurm.submit(run_dir, nodes="1", array=("--array=4-5",))
+    weights = [slurm.folder / f"seed-{seed}/classify/model.safetensors" for seed in (4, 5)]
+    slurm.until("both runs", lambda: all(path.exists() for path in weights), 240)
+    assert "seed: 5" in (slurm.folder / "seed-5/resolved.yaml").read_text()
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    slurm.until("the end", lambda: slurm("squeue", "-h", "-j", job) == "", 60)
 
 
 def is_rank(process: psutil.Process, run_dir: str) -> bool:

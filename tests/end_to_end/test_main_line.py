@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -246,6 +247,21 @@ def test_expand_starts_from_decide_where_the_run_has_it(config: Path, one: Path,
     results = json.loads((run / "results.json").read_text())["localize"]
     assert "decide_miou" not in results
     assert {"cam_miou", "expand_miou", "shrink_miou"} <= results.keys()
+
+
+def test_data_workers_that_are_not_forked_change_no_bit(config: Path) -> None:
+    """macOS spawns them, Python 3.14 has a forkserver: what they are given, label maps too, goes through pickle."""
+    code = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); del sys.argv[:2]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    learned = {}
+    for method in ("fork", "spawn", "forkserver"):
+        overrides = (f"run_dir=runs/{method}", "tracking.uri=none", "stages=[classify, segment]", "segment.masks=truth")
+        options = [part for text in overrides for part in ("--set", text)]
+        done = launch([sys.executable, "-c", code, method], config, *options)
+        assert done.returncode == 0, done.stderr
+        weights = (config.parent / "runs" / method / stage / "model.safetensors" for stage in ("classify", "segment"))
+        learned[method] = [path.read_bytes() for path in weights]
+    assert learned["spawn"] == learned["forkserver"] == learned["fork"]
 
 
 @pytest.mark.parametrize(
