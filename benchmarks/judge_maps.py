@@ -62,7 +62,16 @@ def rows(run_dir: Path) -> list[list[object]]:
         numbers = own.numbers(index.classes)
         miou = 100 * score(against[source]).miou
         judge, contrast = numbers["judge"] / cut[source], numbers["contrast"]
-        found.append([run_dir, source, f"{judge:.2f}", f"{contrast:.3f}", f"{cut[source]:.3f}", f"{miou:.1f}"])
+        found.append(
+            [
+                f"{run_dir.parent.name}/{run_dir.name}",
+                source,
+                f"{judge:.2f}",
+                f"{contrast:.3f}",
+                f"{cut[source]:.3f}",
+                f"{miou:.1f}",
+            ]
+        )
     return found
 
 

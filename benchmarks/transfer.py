@@ -190,13 +190,17 @@ def _masks(
 
 
 def pairs(row: Row, worth: Mapping[str, float] = WORTH) -> list[bool]:
-    """Of every two stages that differ by more than two points: whether the judge orders them so, by that worth."""
+    """Of every two stages that differ by more than two points: whether the judge orders them so, by that worth.
+
+    Rows of before 2026-11-29 have no judge of maps: today's is another.
+    """
     results, seeds = row["results"], row["seeds"]
 
     def judged(stage: str, number: float) -> float:
         return number / WORTH.get(stage, 1) * worth.get(stage, 1)
 
-    maps = [(judged(s, results["localize"][f"{s}_judge"]), seeds[s]["auto"]) for s in SOURCES]
+    by_maps = {s: results["localize"].get(f"{s}_judge") for s in SOURCES}
+    maps = [(number, seeds[s]["auto"]) for s, number in by_maps.items() if number is not None]
     masks = [(judged(s, results[s]["judge"]), results[s]["crf_miou"]) for s in MASK_STAGES]
     return [
         (a[0] > b[0]) == (a[1] > b[1])
