@@ -178,21 +178,6 @@ def test_a_killed_rank_ends_the_job_which_goes_on_when_submitted_again(slurm: Sl
     assert "classify: resumed after step" in log.read_text()
 
 
-def test_requeued_it_takes_the_nodes_that_are_left(slurm: Slurm) -> None:
-    job, log = slurm.submit("smaller", nodes="1-2")
-    slurm.until("step 30", lambda: logged(slurm.folder / "smaller") >= 30, 120)
-    slurm("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
-    try:
-        slurm("scancel", "--signal=USR1", "--batch", job)
-        slurm.until("the resumed job", lambda: slurm.field(job, "JobState") == "COMPLETED", 240)
-    finally:
-        slurm("scontrol", "update", "NodeName=node1", "State=RESUME")
-    assert slurm.field(job, "NumNodes") == "1"
-    text = log.read_text()
-    assert "on 1 process in place of 2" in text
-    assert "esol: ended with code 0, restart 1" in text
-
-
 def test_an_array_is_a_run_for_each_seed(slurm: Slurm) -> None:
     run_dir = "seed-${SLURM_ARRAY_TASK_ID}"
     job, _ = slurm.submit(run_dir, nodes="1", array=("--array=4-5",))
