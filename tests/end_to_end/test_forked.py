@@ -48,9 +48,7 @@ def test_a_forked_program_is_given_what_a_started_one_is_and_ends_like_it(tmp_pa
         own, theirs = (json.loads(done.stdout.splitlines()[0]) for done in (ours, started))
         assert own == theirs
         assert ours.stdout.splitlines()[1:] == started.stdout.splitlines()[1:] == ["the end"]
-        assert (
-            ours.stderr.splitlines()[-2:] == started.stderr.splitlines()[-2:]
-        )  # a traceback's others are of the way in
+        assert ours.stderr.splitlines()[-2:] == started.stderr.splitlines()[-2:]
     with pytest.raises(subprocess.TimeoutExpired) as late:
         forked.run(program, "stand", cwd=tmp_path, env=env, timeout=2)
     assert "a thread" in str(late.value.stderr)
