@@ -61,12 +61,12 @@ def rows(run_dir: Path) -> list[list[object]]:
     for source, own in evidence.items():
         numbers = own.numbers(index.classes)
         miou = 100 * score(against[source]).miou
-        judge, contrast = numbers["judge"] / cut[source], numbers["contrast"]
+        judge, contrast = numbers["judge"] * cut["cam"] / cut[source], numbers["contrast"]
         found.append(
             [
                 f"{run_dir.parent.name}/{run_dir.name}",
                 source,
-                f"{judge:.2f}",
+                f"{judge:.3f}",
                 f"{contrast:.3f}",
                 f"{cut[source]:.3f}",
                 f"{miou:.1f}",

@@ -159,7 +159,8 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
     """The judge's number of every source's maps, by a sample of the photos, on every rank; a collective.
 
     The maps become masks as seed_masks makes them by default, and what those show is divided by how much of what the
-    backbone finds alike they part: contrast alone likes the part of an object that has the strongest edges.
+    backbone finds alike they part, as a share of what the first source's do: contrast alone likes the part of an object
+    that has the strongest edges.
     """
     engine, classes = stage.context.engine, stage.context.index.classes
     evidence: dict[str, Evidence] = {}
@@ -193,8 +194,8 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
             own = total.setdefault(source, Evidence.empty(len(classes)))
             for field in fields(Evidence):
                 getattr(own, field.name)[...] += np.array(counts[field.name], np.int64)
-    photos = {source: int(own.totals[0]) for source, own in total.items()}
-    return {s: own.numbers(classes)["judge"] * FINE * photos[s] / cuts[s] for s, own in total.items()}
+    least = {source: max(1, cut) for source, cut in cuts.items()}
+    return {s: own.numbers(classes)["judge"] * next(iter(least.values())) / least[s] for s, own in total.items()}
 
 
 def sampled_photos(stage: MapStage) -> list[int]:
