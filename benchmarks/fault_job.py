@@ -19,6 +19,7 @@ import psutil  # accelerate brings it
 
 from benchmarks.nodes import Nodes, kill_tree
 from benchmarks.stores import AWS, Between, s3_server
+from esol.base import exits
 
 ROOT = Path(__file__).parents[1]
 EVERY = 5  # steps between checkpoints
@@ -221,7 +222,7 @@ class Job:
         for node in (0, 1):
             self.code(node).unlink(missing_ok=True)
             env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "OMP_"))}
-            env |= {"ESOL_EXIT_FILE": str(self.code(node))}
+            env |= {exits.NOTED: str(self.code(node))}
             env |= {name: value.format(node=node) for name, value in self.env.items()}
             command = [
                 *(["bash", str(ENTRYPOINT)] if self.entered else []),
@@ -256,21 +257,11 @@ class Job:
 
     def rank(self, node: int) -> psutil.Process | None:
         """The training process of a node, None while there is none."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = self.launcher(node)
-            for child in launcher.children() if launcher else ():
-                if str(ROOT / "esol/train.py") in child.cmdline():
-                    return child
-        return None
+        return _training_below(self.launcher(node))
 
     def data_worker(self, node: int) -> psutil.Process | None:
         """A data worker of a node: a fork, with its parent's command line."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank = self.rank(node)
-            for child in rank.children() if rank else ():
-                if child.cmdline() == rank.cmdline():
-                    return child
-        return None
+        return _training_below(self.rank(node))
 
     def ranks(self, seconds: float = 200) -> list[psutil.Process]:
         """Both training processes, once they are there."""
@@ -327,6 +318,15 @@ class Job:
         text = self.log.read_bytes()[since:].decode(errors="replace") if self.log.exists() else ""
         found = _SAID.search(text)
         return found[0][:300] if found else ""
+
+
+def _training_below(process: psutil.Process | None) -> psutil.Process | None:
+    """The first child of a process that is esol/train.py or a fork of it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in process.children() if process else ():
+            if str(ROOT / "esol/train.py") in child.cmdline():
+                return child
+    return None
 
 
 def _call(*command: object) -> None:

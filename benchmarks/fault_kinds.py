@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil  # accelerate brings it
 
-from benchmarks.fault_job import BOUND, ROOT, STEPS, Disk, Group, Job, awaited
+from benchmarks.fault_job import BOUND, ROOT, STEPS, Disk, Group, Job, World, awaited
 from benchmarks.nodes import kill_tree
 
 PERIOD = 100_000  # microseconds in which a cgroup's processes get their share of the cores
@@ -362,8 +361,9 @@ class Kind:
     factor: float = 1.0
     says: bool = True
 
-    def disk(self, job_world: Any) -> Disk | None:
-        return getattr(job_world, self.where) if self.where else None
+    def disk(self, world: World) -> Disk | None:
+        """Of the run directory, where the fault is one of its disk."""
+        return getattr(world, self.where) if self.where else None
 
 
 KINDS = {

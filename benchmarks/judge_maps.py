@@ -27,7 +27,7 @@ from esol.ops.metrics import confusion_matrix, score
 from esol.ops.pseudo_labels import pseudo_masks
 from esol.pipeline.cam import ran_with_maps, trained_heads
 from esol.pipeline.likeness import likeness, parted
-from esol.report.judge import Evidence
+from esol.report.judge import Evidence, rank_maps
 from esol.stages.localize import SAMPLED
 
 HEADINGS = ("run", "maps", "judge", "contrast", "normalised cut", "mIoU")
@@ -57,21 +57,12 @@ def rows(run_dir: Path) -> list[list[object]]:
             evidence[source].add(image.numpy(), mask.numpy(), own.classes.tolist())
             cut[source] += parted(alike, mask) / len(chosen)
             against[source] += confusion_matrix(truth, mask.numpy(), len(index.classes) + 1)
-    found = []
-    for source, own in evidence.items():
-        numbers = own.numbers(index.classes)
-        miou = 100 * score(against[source]).miou
-        judge, contrast = numbers["judge"] * cut["cam"] / cut[source], numbers["contrast"]
-        found.append(
-            [
-                f"{run_dir.parent.name}/{run_dir.name}",
-                source,
-                f"{judge:.3f}",
-                f"{contrast:.3f}",
-                f"{cut[source]:.3f}",
-                f"{miou:.1f}",
-            ]
-        )
+    numbers = {source: own.numbers(index.classes) for source, own in evidence.items()}
+    judged = rank_maps({source: own["judge"] for source, own in numbers.items()}, cut)
+    name, found = f"{run_dir.parent.name}/{run_dir.name}", []
+    for source, own in numbers.items():
+        measured = (f"{value:.3f}" for value in (judged[source], own["contrast"], cut[source]))
+        found.append([name, source, *measured, f"{100 * score(against[source]).miou:.1f}"])
     return found
 
 

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # launchers put esol/ first on the path, where its m
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from esol.base import exits
+from esol.base.errors import refused
 
 AGAIN = "finished stages, shards and checkpoints are kept, go on with --resume"
 
@@ -78,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        what = f"{error.filename or place}: {error.strerror}"
-        print(f"error: {what}; when that is mended, go on with --resume", file=sys.stderr, flush=True)
+        print(f"error: {refused(error, place)}", file=sys.stderr, flush=True)
         return exits.MEND
 
 

@@ -40,3 +40,8 @@ class LostRankError(LaunchError):
 def first_line(error: BaseException) -> str:
     """What an error says in one line, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refused(error: OSError, place: object) -> str:
+    """What a run says of a disk that refused it; place: where that was, if the error does not say."""
+    return f"{error.filename or place}: {error.strerror}; when that is mended, go on with --resume"

@@ -90,17 +90,15 @@ class Ranks(Engine):
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         seed_all(self._seed, self.device)  # the same on all ranks: they build the same model
-        self.kind = DTYPES.get(self._config.precision)
-        if self._config.precision != "fp32":
-            without = self.any(precision_of(self._config.precision, self.device) is None)
-            if self._config.precision == "auto":
-                self.kind = None if without else torch.bfloat16
-            elif without and self.is_main:
-                _LOG.warning(
-                    "engine.precision = %s, for which a machine of this job has no hardware: it can take many times as "
-                    "long as float32. Set engine.precision to auto",
-                    self._config.precision,
-                )
+        asked = self._config.precision
+        slow = asked != "fp32" and self.any(precision_of(asked, self.device) is None)
+        self.kind = DTYPES[asked if asked != "auto" else "fp32" if slow else "bf16"]
+        if slow and asked != "auto" and self.is_main:
+            _LOG.warning(
+                "engine.precision = %s, for which a machine of this job has no hardware: it can take many times as "
+                "long as float32. Set engine.precision to auto",
+                asked,
+            )
 
     def _no_job(self, reason: str) -> LostRankError:
         return LostRankError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from esol.base.errors import LaunchError
+from esol.base.errors import LaunchError, refused
 from esol.base.files import atomic_write, hold, writable
 from esol.base.strangers import refuse_links
 from esol.config import Config
@@ -78,7 +78,7 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
     needs.check(config, index, engine, lambda: stages.plan(names))  # nothing is written before a run is accepted
     writable(run_dir)
     refuse_links(*(run_dir / name for name in _WRITTEN))
-    refused = ""
+    reason = ""
     if engine.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -90,11 +90,11 @@ def _work(config: Config, only: Sequence[str] | None, resume: bool, engine: Engi
                 )
             atomic_write(run_dir / "resolved.yaml", to_yaml(config))
         except TimeoutError as other:
-            refused = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
+            reason = f"{run_dir} is in use by {other}: wait for it, end it, or set another run_dir"
         except OSError as error:  # a full or read-only disk: the other ranks must not take it for a lost peer
-            refused = f"{error.filename or run_dir}: {error.strerror}; when that is mended, go on with --resume"
-    if refused := "".join(gather_text(engine, refused)):
-        raise LaunchError(refused)
+            reason = refused(error, run_dir)
+    if reason := "".join(gather_text(engine, reason)):
+        raise LaunchError(reason)
     tracked = Tracker(config, engine.is_main, index.hash, engine.world_size, resume, profile=_contents(index))
     with tracked as tracker, StopSignal() as stop:
         reader = ShardReader(index, config.data.cache, photos(config, index))

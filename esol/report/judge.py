@@ -15,7 +15,8 @@ FILLED = 0.995  # share of a photo that a class has to cover to count as filling
 # What masks of equal contrast are worth against the seeds': edges say nothing of whether the object is whole, and a
 # grid of stride 8 follows fewer of them (benchmarks/RESULTS.md)
 WORTH = {"vote_masks": 1.05, "psa_masks": 1.3}
-FINE = 10**6  # contrasts are counted in millionths: whole numbers add up alike in any order
+FINE = 10**6  # contrasts and cuts are counted in millionths: whole numbers add up alike in any order
+_LEAST = 1e-12  # of a sum of cuts: masks may part nothing at all
 
 Label = NDArray[np.uint8]
 
@@ -34,6 +35,16 @@ def boundary_contrast(image: Label, mask: Label) -> float:
     if not edges or not everywhere:
         return 1.0
     return (float(across[edge_across].sum()) + float(down[edge_down].sum())) / edges / everywhere
+
+
+def rank_maps(judged: Mapping[str, float], cuts: Mapping[str, float]) -> dict[str, float]:
+    """The number by which the maps of several sources are ranked, given what Evidence.numbers says of their masks.
+
+    cuts: source -> what its masks part of what is alike (normalised cuts, summed over photos); it counts as a share of
+    the first source's, so that the numbers stay on the scale of contrast.
+    """
+    first = next(iter(cuts.values()), 0)
+    return {source: number * max(first, _LEAST) / max(cuts[source], _LEAST) for source, number in judged.items()}
 
 
 @dataclass

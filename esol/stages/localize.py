@@ -32,7 +32,7 @@ from esol.pipeline.masks import highest, spoken, write_curves
 from esol.pipeline.registry import register
 from esol.pipeline.scores import Results, Scores, by_class
 from esol.pipeline.weights import initial_weights
-from esol.report.judge import FINE, Evidence, Label
+from esol.report.judge import FINE, Evidence, Label, rank_maps
 
 PART = "part.png"  # optional member, 255 on an object's telling part: recall is then also given for the rest, the body
 SAMPLED = 64  # photos by which write = auto chooses: maps of all heads and their CRF cost a second a photo
@@ -194,8 +194,7 @@ def judged_maps(stage: MapStage) -> dict[str, float]:
             own = total.setdefault(source, Evidence.empty(len(classes)))
             for field in fields(Evidence):
                 getattr(own, field.name)[...] += np.array(counts[field.name], np.int64)
-    least = {source: max(1, cut) for source, cut in cuts.items()}
-    return {s: own.numbers(classes)["judge"] * next(iter(least.values())) / least[s] for s, own in total.items()}
+    return rank_maps({source: own.numbers(classes)["judge"] for source, own in total.items()}, cuts)
 
 
 def sampled_photos(stage: MapStage) -> list[int]:
